@@ -1,0 +1,38 @@
+# `make demo` and `make test` work on a fresh machine: Python 3.11 or newer, make, and a package index that pip can reach.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/demo
+
+# Each stamp is a set of packages installed; it is made anew when pyproject.toml changes.
+$(VENV)/base: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.PHONY: demo test test-slow lint clean
+
+# Train the tiny GLA on the embedded corpus, evaluate it, let it write.
+demo: $(VENV)/base
+	$(RUN) train.py --config=configs/gla.py:tiny --workdir=$(WORKDIR)
+	$(RUN) -m zoo.evaluate --workdir=$(WORKDIR) --tasks=perplexity
+	$(RUN) -m zoo.generate --workdir=$(WORKDIR) --prompt='def main(' --max_tokens=300 --temperature=0.7 --seed=1
+
+test: lint
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --durations=10
+
+test-slow: $(VENV)/test
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m slow
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

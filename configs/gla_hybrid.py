@@ -1,0 +1,9 @@
+"""Two layers of gated linear attention, then one of softmax attention. Sizes: configs/gla_hybrid.py:tiny, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "gla,gla,attention"
+    return config

@@ -1,0 +1,25 @@
+"""Sequence-mixing ops: arrays in, arrays out. Knows nothing of Flax, configs or meshes.
+
+Each op's docstring, in its `api.py`, is its definition. Letters in shapes: `kernels.array_typing`.
+"""
+
+from kernels.attention import attention
+from kernels.cross_entropy import cross_entropy
+from kernels.linear_attention import linear_attention, linear_attention_step
+from kernels.linear_scan import linear_scan, linear_scan_step
+from kernels.short_conv import short_conv, short_conv_step
+
+# Another package on PyPI imports as `kernels` too, and libraries compare its version with what they need (>= 0.18).
+# Staying below tells them that it is not installed.
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "linear_attention",
+    "linear_attention_step",
+    "linear_scan",
+    "linear_scan_step",
+    "short_conv",
+    "short_conv_step",
+]

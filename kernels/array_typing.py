@@ -1,0 +1,14 @@
+"""Array types of the public ops (jaxtyping), and the legend of their dimension letters.
+
+    B  batch          T  time, in tokens      L  length of keys and values
+    H  heads of v     G  heads of q and k (attention: heads of k and v)
+    K  key width      V  value width          D  channels, or the model's width
+    W  taps of a convolution                  N  tokens of a flattened batch
+
+The annotations are checked at run time in the test suite only (tests/conftest.py).
+"""
+
+from jax import Array
+from jaxtyping import Complex, Float, Inexact, Int
+
+__all__ = ["Array", "Complex", "Float", "Inexact", "Int"]

@@ -1,0 +1,1 @@
+"""Sequence Zoo: language models whose token mixer is picked by a flag."""

@@ -1,0 +1,26 @@
+"""The two ways a command ends badly. A message says what was wrong, what was expected and what to do."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done as asked: exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run failed: exit code 1."""
+
+
+@contextlib.contextmanager
+def exit_with_message() -> Iterator[None]:
+    """Turn the two errors into one line on stderr and their exit code; any other error keeps its traceback."""
+    try:
+        yield
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
