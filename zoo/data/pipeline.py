@@ -1,0 +1,257 @@
+"""From a config to batches: training in shuffled order, validation in fixed order.
+
+The state of the training data is the global step alone. The packs of all sources are shuffled as a whole (Grain's index
+shuffle: another order each epoch, nothing held in memory), repeated for ever, and cut into batches that run over the
+ends of epochs. Batch `step` is computed from its number, so a run continues at any step without reading what came
+before, on any number of processes: process p of n takes rows p, p + n, ... of the same global batch.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import grain
+import numpy as np
+
+from zoo.data import cache, corpora, packing
+from zoo.data import tokenizer as tokenizers
+from zoo.data.streams import Stream, content_hash
+from zoo.data.tokenizer import Tokenizer
+from zoo.errors import UsageError
+
+if TYPE_CHECKING:
+    from zoo.config import Config
+
+Batch = dict[str, np.ndarray]
+
+_GZIP_TEXT = 64 << 20  # bytes of validation text that the yardstick is measured on
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingDataset:
+    """Batches of a run, by step."""
+
+    tokens_per_epoch: int  # each is predicted once in an epoch; of a weighted mixture: all tokens of its sources
+    fingerprint: str  # of text, tokenizer and mixture
+    _batches: grain.MapDataset  # random access by step
+    _read_threads: int
+
+    def iterator(self, start_step: int = 0) -> Iterator[Batch]:
+        """The batches from `start_step` on, without end; `close()` stops the threads that read ahead.
+
+        Each is a dict of tokens, targets, segment_ids int32 [b, T] and weights float32 [b, T], where b is
+        train.batch_size over the number of processes. `zoo.data.packing` defines them.
+        """
+        threads = self._read_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        batches = iter(self._batches.to_iter_dataset(options))
+        batches.set_state({"next_index": start_step})
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+
+def training_dataset(config: "Config", process_index: int = 0, process_count: int = 1) -> TrainingDataset:
+    """The training split of data.source, tokenized on first use.
+
+    Raises:
+      UsageError: a setting of `data` that cannot be used, text that cannot be read, too little of it.
+    """
+    sources, weights, tokenizer = _settings(config)
+    length, batch_size = config.train.context_length, config.train.batch_size
+    if batch_size % process_count:
+        raise UsageError(
+            f"train.batch_size: {batch_size} sequences do not spread over {process_count} processes; use a multiple"
+        )
+    streams = [_streams(config, source, tokenizer)["train"] for source in sources]
+    for source, stream in zip(sources, streams, strict=True):
+        if stream.num_targets < length:
+            raise UsageError(
+                f"data.source: the training text of {source.spec!r} has {stream.num_targets} tokens, fewer than one "
+                f"context of {length}; use more text, or a train.context_length of at most {stream.num_targets}"
+            )
+    packs, rows = packing.Packs(streams, length), batch_size // process_count
+    orders = [
+        grain.MapDataset.range(part.start, part.stop).seed(config.train.seed).shuffle().repeat()
+        for part in (packs.ranges() if weights else [range(len(packs))])
+    ]  # Grain orders the numbers of packs: it costs less for a number than for an array
+    order = grain.MapDataset.mix(orders, weights) if weights else orders[0]
+    batches = (
+        order[process_index::process_count]
+        .batch(rows, drop_remainder=True)  # endless: nothing is dropped
+        .map(lambda indices: packing.to_batch(packs.read(indices, rows), tokenizer.separator_id))
+    )
+    return TrainingDataset(
+        tokens_per_epoch=sum(stream.num_targets for stream in streams),
+        fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint, weights),
+        _batches=batches,
+        _read_threads=config.data.read_threads,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBatches:
+    """The validation text once, in fixed order; iterate it as often as wanted."""
+
+    num_tokens: int  # to predict, in all
+    text_bytes: int
+    fingerprint: str  # of text and tokenizer
+    _packs: packing.Packs
+    _tokenizer: Tokenizer
+    _context_length: int
+    _batch_size: int
+    _max_batches: int  # 0: all
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        batches = -(-len(self._packs) // self._batch_size)
+        return min(batches, self._max_batches) if self._max_batches else batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        all_batches = -(-len(self._packs) // self._batch_size)
+        for i in range(len(self)):  # some of the batches: spread over the text
+            first = i * all_batches // len(self) * self._batch_size
+            yield self._batch(range(first, min(first + self._batch_size, len(self._packs))))
+
+    def _batch(self, indices: range) -> Batch:
+        batch = packing.to_batch(self._packs.read(indices, self._batch_size), self._tokenizer.separator_id)
+        batch["bytes"] = np.zeros_like(batch["weights"])
+        for row, i in enumerate(indices):
+            stream, start = self._packs.position(i)
+            stop = min(start + self._context_length, stream.num_targets)
+            batch["bytes"][row, : stop - start] = stream.bytes_of(start + 1, stop + 1, self._tokenizer.token_bytes)
+        return batch
+
+
+def validation_batches(
+    config: "Config", context_length: int | None = None, source: str | None = None, max_batches: int = 0
+) -> ValidationBatches:
+    """The validation split, or all text of another source, each token predicted once.
+
+    Args:
+      context_length: tokens a row; None: train.context_length.
+      source: None: data.validation_source, or the validation split of data.source. `stdlib`: its validation split. Else
+        a path or glob, all of it.
+      max_batches: 0: all; else that many, spread evenly over the text.
+
+    Returns:
+      An iterable with a length. Its batches are those of training, and `bytes`: float32 [b, T], the bytes of text that
+      the target stands for (separators 0). The last batch is filled up with rows of weight 0.
+
+    Raises:
+      UsageError: as `training_dataset`.
+    """
+    tokenizer = _settings(config)[2]
+    length = config.train.context_length if context_length is None else context_length
+    if length < 1:
+        raise UsageError(f"context length: got {length}, expected at least 1 token")
+    streams = _validation_streams(config, source, tokenizer)
+    return ValidationBatches(
+        num_tokens=sum(stream.num_targets for stream in streams),
+        text_bytes=sum(stream.text_bytes for stream in streams),
+        fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint),
+        _packs=packing.Packs(streams, length),
+        _tokenizer=tokenizer,
+        _context_length=length,
+        _batch_size=config.eval.batch_size or config.train.batch_size,
+        _max_batches=max_batches,
+    )
+
+
+def corpus_info(config: "Config") -> dict[str, Any]:
+    """What a run reads: source, fingerprint, train_tokens, validation_tokens, train_bytes, validation_bytes, and
+    gzip_bits_per_byte, the yardstick: what gzip -9 needs for the validation text (its first 64 MiB, documents joined).
+
+    Raises:
+      UsageError: as `training_dataset`.
+    """
+    sources, weights, tokenizer = _settings(config)
+    train = [_streams(config, source, tokenizer)["train"] for source in sources]
+    validation = _validation_streams(config, None, tokenizer)
+    return {
+        "source": config.data.source,
+        "fingerprint": content_hash([[s.fingerprint for s in streams] for streams in (train, validation)])[:16],
+        "train_tokens": sum(stream.num_targets for stream in train),
+        "validation_tokens": sum(stream.num_targets for stream in validation),
+        "train_bytes": sum(stream.text_bytes for stream in train),
+        "validation_bytes": sum(stream.text_bytes for stream in validation),
+        "gzip_bits_per_byte": _gzip_bits_per_byte(validation, tokenizer),
+    }
+
+
+def check(config: "Config") -> None:
+    """Check the settings of `data` that need files, without tokenizing: sources, weights, tokenizer, vocabulary.
+
+    Raises:
+      UsageError: the first problem found.
+    """
+    _settings(config)
+
+
+def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:
+    data = config.data
+    sources = corpora.find_all(data.source, data.text_field)
+    weights = _weights(data.weights, len(sources))
+    if data.validation_source:
+        corpora.find(data.validation_source, data.text_field, "data.validation_source")
+    tokenizer = tokenizers.load(data.tokenizer)
+    if 0 < config.model.vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's largest id, "
+            f"{tokenizer.vocab_size - 1}; use 0 (chosen by the tokenizer) or at least {tokenizer.vocab_size}"
+        )
+    return sources, weights, tokenizer
+
+
+def _weights(text: str, num_sources: int) -> list[float]:
+    """Empty: none given."""
+    if not text.strip():
+        return []
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != num_sources or not all(0 < weight < float("inf") for weight in weights):
+        raise UsageError(
+            f"data.weights: got {text!r} for {num_sources} source(s); expected {num_sources} positive number(s), "
+            "comma-separated, or nothing"
+        )
+    return weights
+
+
+def _streams(config: "Config", source: corpora.Source, tokenizer: Tokenizer, whole: bool = False) -> dict[str, Stream]:
+    """`whole`: the source is for validation, all of it."""
+    keeps_split = source.spec == corpora.STDLIB or not (whole or config.data.validation_source)
+    fraction = config.data.validation_fraction if keeps_split else 0.0
+    streams = cache.open_streams(source, tokenizer, fraction, config.data.cache_dir)
+    size, largest = config.model.vocab_size or tokenizer.vocab_size, max(s.max_id for s in streams.values())
+    if largest >= size:
+        folder = config.data.cache_dir or cache.default_folder()
+        raise UsageError(
+            f"data.source: the token cache of {source.spec!r} holds token {largest}, beyond a vocabulary of {size}; "
+            f"delete {folder}, and check data.tokenizer and model.vocab_size"
+        )
+    return streams
+
+
+def _validation_streams(config: "Config", source: str | None, tokenizer: Tokenizer) -> list[Stream]:
+    data, setting = config.data, "source"
+    if source is None and data.validation_source:
+        source, setting = data.validation_source, "data.validation_source"
+    if source is None:
+        found = [_streams(config, s, tokenizer) for s in corpora.find_all(data.source, data.text_field)]
+    else:
+        found = [_streams(config, corpora.find(source, data.text_field, setting), tokenizer, whole=True)]
+    return [streams.get("validation", streams["train"]) for streams in found]
+
+
+def _gzip_bits_per_byte(streams: list[Stream], tokenizer: Tokenizer) -> float:
+    compressor, text_bytes, size = zlib.compressobj(level=9, wbits=31), 0, 0  # 31: gzip's header and window
+    for stream in streams:
+        for start in range(0, len(stream.tokens), 1 << 20):
+            text = tokenizer.decode_bytes(stream.tokens[start : start + (1 << 20)])[: _GZIP_TEXT - text_bytes]
+            text_bytes += len(text)
+            size += len(compressor.compress(text))
+    return 8 * (size + len(compressor.flush())) / max(text_bytes, 1)
