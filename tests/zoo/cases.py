@@ -1,0 +1,52 @@
+"""The mixers that the suites run over: every family of the registry, and settings that change its algorithm."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.config import Config
+from zoo.mixers import MIXERS, Sizes
+
+D_MODEL = 32
+VARIANTS = {
+    "attention": [{"qk_norm": True, "num_kv_heads": 2}, {"window": 5}],
+    "linear_attention": [{"feature_map": "taylor2", "key_width": 4}, {"feature_map": "identity"}],
+    "retnet": [{"num_heads": 2, "expand_k": 0.5}],
+    "gla": [{"num_heads": 2, "gate_temperature": 1.0}],
+}
+CASES = {
+    "-".join([name, *(f"{key}={value}" for key, value in settings.items())]): (name, settings)
+    for name in MIXERS
+    for settings in [{}, *VARIANTS.get(name, [])]
+}
+
+
+def config_of(case: str):
+    name, settings = CASES[case]
+    return dataclasses.replace(getattr(Config().model, name), **settings)
+
+
+def build(case: str, dtype=jnp.float32, d_model: int = D_MODEL, seed: int = 0):
+    """The mixer of a case, as the first of two layers."""
+    sizes = Sizes(d_model=d_model, num_layers=2, dtype=dtype)
+    with nnx.use_eager_sharding(False):
+        return MIXERS[CASES[case][0]](config_of(case), sizes, layer_index=jnp.asarray(0), rngs=nnx.Rngs(seed))
+
+
+def apply(mixer, dtype=jnp.float32):
+    """The mixer as a jitted function of its parameters and arrays."""
+    graphdef, parameters = nnx.split(mixer)
+
+    @jax.jit
+    def call(parameters, x, segment_ids=None, positions=None, state=None):
+        return nnx.merge(graphdef, parameters)(x, segment_ids=segment_ids, positions=positions, state=state)
+
+    return parameters, call
+
+
+def error_ratio(value, reference):
+    """Root-mean-square of the difference over that of the reference."""
+    value, reference = jnp.asarray(value, jnp.float32), jnp.asarray(reference, jnp.float32)
+    return float(jnp.sqrt(jnp.mean((value - reference) ** 2)) / (jnp.sqrt(jnp.mean(reference**2)) + 1e-30))

@@ -1,0 +1,159 @@
+"""Configs: sizes, checks with their messages, JSON, and the four-places rule for a family."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from zoo.config import SIZES, Config, difference, from_json, leaves, mlp_width, pattern, preset, to_json, validate
+from zoo.errors import UsageError
+from zoo.flops import num_parameters
+from zoo.mixers import MIXERS
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG_FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def config_of(name: str, size: str) -> Config:
+    return importlib.import_module(f"configs.{name}").get_config(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_architecture_has_the_size_within_5_percent_of_one_another(size):
+    counts = {}
+    for name in CONFIG_FILES:
+        config = config_of(name, size)
+        validate(config)
+        config.model.vocab_size = 320 if size == "tiny" else 32_000
+        counts[name] = num_parameters(config.model)
+    assert max(counts.values()) <= 1.05 * min(counts.values()), counts
+
+
+@pytest.mark.parametrize("size, about", [("125m", 125e6), ("340m", 340e6), ("1.3b", 1.3e9)])
+def test_sizes_are_what_their_names_say_with_a_vocabulary_of_50k(size, about):
+    config = preset(size)
+    config.model.vocab_size = 50_304
+    assert num_parameters(config.model) == pytest.approx(about, rel=0.06)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "linear_attention", "retnet", "gla", "gla,gla,attention", "gla,mlp"])
+@pytest.mark.parametrize("size", SIZES)
+def test_swapping_the_mixer_by_the_flag_keeps_the_size(mixer, size):
+    config = config_of("gla", size)
+    config.model.vocab_size = 32_000
+    before = num_parameters(config.model)
+    config.model.mixer = mixer
+    validate(config)
+    assert num_parameters(config.model) == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_a_family_has_its_four_places(family):
+    assert (ROOT / "zoo" / "mixers" / f"{family}.py").is_file()
+    assert (ROOT / "configs" / f"{'transformer' if family == 'attention' else family}.py").is_file()
+    assert f"[`{family}`]" in (ROOT / "docs" / "zoo.md").read_text(), "docs/zoo.md has no row for it"
+    assert hasattr(Config().model, family)
+
+
+def test_the_mixers_section_is_always_there_and_named_as_the_registry_names_it():
+    model = Config().model
+    expected = {f"model.{family}.{field}" for family in MIXERS for field in vars(getattr(model, family))}
+    assert expected <= set(leaves(Config()))
+
+
+def test_mlp_layers_and_models_without_mlps():
+    model = preset("tiny").model
+    model.mixer, model.mlp = "gla,mlp", "none"
+    assert pattern(model) == ["gla", "mlp"]
+    assert (mlp_width(model, "gla"), mlp_width(model, "mlp")) == (0, 4 * model.d_model)
+
+
+BAD = {
+    "unknown mixer": ({"model.mixer": "glas"}, "unknown mixer 'glas'; known, nearest first: gla,"),
+    "mixer of an unknown part": ({"model.mixer": "gla,atention,gla"}, "nearest first: attention,"),
+    "empty mixer": ({"model.mixer": ""}, "unknown mixer ''"),
+    "pattern does not divide": ({"model.mixer": "gla,gla,gla,attention"}, "6 layers are no multiple of the 4"),
+    "no layers": ({"model.num_layers": 0}, "model.num_layers: 0 layers"),
+    "heads do not divide": ({"model.gla.num_heads": 7}, "model.gla.num_heads: 7 heads do not divide"),
+    "heads below one": ({"model.gla.num_heads": -1}, "model.gla.num_heads: got -1, expected at least 1"),
+    "kv heads": (
+        {"model.mixer": "attention", "model.attention.num_kv_heads": 3},
+        "model.attention.num_kv_heads: 3 heads do not divide num_heads = 4",
+    ),
+    "attention's heads": ({"model.mixer": "attention", "model.attention.num_heads": 5}, "5 heads do not divide"),
+    "odd rotary width": ({"model.mixer": "retnet", "model.retnet.num_heads": 128}, "rotary needs an even one"),
+    "feature map": ({"model.mixer": "linear_attention", "model.linear_attention.feature_map": "cos"}, "got 'cos'"),
+    "sequence length 0": ({"train.context_length": 0}, "train.context_length: got 0, expected at least 1 token"),
+    "batch 0": ({"train.batch_size": 0}, "train.batch_size: got 0, expected at least 1 sequence"),
+    "microbatches": ({"train.accumulate_steps": 3}, "16 sequences do not split into 3 microbatches"),
+    "steps": ({"train.steps": 0}, "train.steps: got 0"),
+    "warm-up": ({"optimizer.warmup_steps": 10_000}, "a warm-up of 10000 steps is longer than train.steps"),
+    "dtype": ({"model.dtype": "float16"}, "model.dtype: got 'float16', expected one of float32, bfloat16"),
+    "remat": ({"model.remat": "some"}, "model.remat: got 'some', expected one of none, minimal, full, family"),
+    "mlp": ({"model.mlp": "relu"}, "model.mlp: got 'relu'"),
+    "positions": ({"model.positions": "learned"}, "model.max_positions: learned positions need a table"),
+    "short table": ({"model.positions": "learned", "model.max_positions": 8}, "shorter than train.context_length"),
+    "dropout": ({"model.dropout": 1.0}, "model.dropout: got 1.0"),
+    "optimizer": ({"optimizer.name": "adam"}, "optimizer.name: got 'adam', expected one of adamw, muon"),
+    "schedule": ({"optimizer.schedule": "step"}, "optimizer.schedule: got 'step'"),
+    "learning rate": ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate: got nan"),
+    "factors": ({"optimizer.learning_rate_factors": "embed"}, "got 'embed', expected regex=factor"),
+    "validation share": ({"data.validation_fraction": 1.0}, "data.validation_fraction: got 1.0"),
+    "no room for an MLP": ({"model.mixer": "retnet", "model.retnet.expand_v": 4.0}, "set model.d_ff, or model"),
+}
+
+
+def _set(config: Config, name: str, value) -> None:
+    *path, field = name.split(".")
+    for part in path:
+        config = getattr(config, part)
+    setattr(config, field, value)
+
+
+@pytest.mark.parametrize("settings, message", BAD.values(), ids=BAD)
+def test_bad_settings_are_named_with_what_was_expected(settings, message):
+    config = preset("tiny")
+    for name, value in settings.items():
+        _set(config, name, value)
+    with pytest.raises(UsageError) as error:
+        validate(config)
+    assert message in str(error.value)
+
+
+def test_all_problems_are_reported_at_once():
+    config = preset("tiny")
+    config.train.steps = config.train.batch_size = 0
+    with pytest.raises(UsageError, match="(?s)train.steps.*train.batch_size"):
+        validate(config)
+
+
+def test_unknown_size_lists_the_sizes():
+    with pytest.raises(UsageError, match="tiny, 125m, 340m, 1.3b"):
+        preset("small")
+
+
+def test_json_round_trip_and_differences():
+    config = config_of("gla_hybrid", "125m")
+    config.model.gla.gate_rank = 8
+    assert from_json(to_json(config)) == config
+    assert difference(config_of("gla_hybrid", "125m"), config) == ["model.gla.gate_rank: 16 -> 8"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "the whole is"),
+        ('{"model": {"d_modle": 3}}', "unknown setting 'model.d_modle'; known, nearest first: d_model"),
+        ('{"train": {"steps": "10"}}', "train.steps is '10', expected int"),
+        ('{"train": {"steps": true}}', "train.steps is True, expected int"),
+    ],
+)
+def test_bad_json_is_named(text, message):
+    with pytest.raises(UsageError) as error:
+        from_json(text)
+    assert message in str(error.value)
+
+
+def test_json_without_a_section_keeps_its_defaults():
+    assert from_json('{"optimizer": {"learning_rate": 1}}').optimizer.learning_rate == 1.0

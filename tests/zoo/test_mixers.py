@@ -1,0 +1,164 @@
+"""The conformance suite that every mixer of the registry passes (DESIGN: the contract of `zoo.mixers.base`)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from kernels import dispatch
+from tests.zoo.cases import CASES, D_MODEL, apply, build, config_of, error_ratio
+from tests.zoo.count_flops import dot_flops
+from zoo.config import Config, from_json, to_json
+from zoo.mixers import MIXERS
+
+pytestmark = pytest.mark.parametrize("case", CASES)
+BATCH, TIME = 2, 13
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return jax.random.normal(jax.random.key(1), (BATCH, TIME, D_MODEL))
+
+
+def test_output_has_the_shape_and_dtype_of_the_input_and_no_state_without_one(case, inputs):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        parameters, call = apply(build(case, dtype))
+        y, state = jax.eval_shape(call, parameters, inputs.astype(dtype))
+        assert (y.shape, y.dtype, state) == (inputs.shape, dtype, None)
+
+
+def test_state_keeps_its_structure_and_shapes(case, inputs):
+    mixer = build(case)
+    parameters, call = apply(mixer)
+    state = mixer.init_state(BATCH, 2 * TIME, jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME))
+    _, after = jax.eval_shape(call, parameters, inputs, None, positions, state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def test_is_causal(case, inputs):
+    parameters, call = apply(build(case))
+    t = TIME // 2
+    gradient = jax.grad(lambda x: jnp.sum(call(parameters, x)[0][:, t] ** 2))(inputs)
+    influence = jnp.abs(gradient).sum((0, 2))
+    assert float(influence[t + 1 :].max()) == 0.0
+    assert float(influence[t - 1 : t + 1].min()) > 0.0
+
+
+def test_prefill_and_decoding_equal_the_full_pass(case, inputs):
+    mixer = build(case)
+    parameters, call = apply(mixer)
+    full, _ = call(parameters, inputs)
+    state, pieces, start = mixer.init_state(BATCH, TIME, jnp.float32), [], 0
+    for length in (5, 4, 1, 1, 1, 1):  # prefill, a second chunk of it, then token by token
+        piece = slice(start, start + length)
+        positions = jnp.broadcast_to(jnp.arange(start, start + length), (BATCH, length))
+        y, state = call(parameters, inputs[:, piece], None, positions, state)
+        pieces.append(y)
+        start += length
+    assert start == TIME
+    assert error_ratio(jnp.concatenate(pieces, 1), full) < 2e-6
+
+
+def test_a_packed_row_equals_its_documents_alone(case, inputs):
+    mixer = build(case)
+    parameters, call = apply(mixer)
+    cut = 6
+    segment_ids = jnp.where(jnp.arange(TIME) < cut, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
+    positions = jnp.where(jnp.arange(TIME) < cut, jnp.arange(TIME), jnp.arange(TIME) - cut) * jnp.ones((BATCH, 1), int)
+    packed, _ = call(parameters, inputs, segment_ids, positions)
+    first, _ = call(parameters, inputs[:, :cut])
+    second, _ = call(parameters, inputs[:, cut:])
+    assert error_ratio(packed, jnp.concatenate([first, second], 1)) < 2e-6
+    # and with a state: it continues the first segment, and what comes back is the second's
+    state = mixer.init_state(BATCH, 3 * TIME, jnp.float32)
+    _, state = call(parameters, inputs, None, jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME)), state)
+    first_positions = jnp.where(jnp.arange(TIME) < cut, TIME, 0) + positions
+    continued, state = call(parameters, inputs, segment_ids, first_positions, state)
+    long = jnp.concatenate([inputs, inputs[:, :cut]], 1)
+    assert error_ratio(continued[:, :cut], call(parameters, long)[0][:, TIME:]) < 5e-6
+    assert error_ratio(continued[:, cut:], second) < 2e-6
+    after = jnp.broadcast_to(jnp.arange(TIME - cut, TIME - cut + 2), (BATCH, 2))
+    next_two, _ = call(parameters, inputs[:, :2], None, after, state)
+    alone = call(parameters, jnp.concatenate([inputs[:, cut:], inputs[:, :2]], 1))[0]
+    assert error_ratio(next_two, alone[:, -2:]) < 2e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1)])
+def test_any_length_and_batch_give_the_same_first_outputs(case, inputs, shape):
+    parameters, call = apply(build(case))
+    batch, time = shape
+    x = jnp.broadcast_to(inputs[:1, :time], (batch, time, D_MODEL))
+    full, _ = call(parameters, inputs)
+    assert error_ratio(call(parameters, x)[0], jnp.broadcast_to(full[:1, :time], x.shape)) < 2e-6
+
+
+def test_learns_a_copy_task_and_every_parameter_gets_a_finite_gradient(case):
+    """A marked first token is to be copied to the next four places: done by content, so that no family needs positions."""
+    mixer = build(case)
+    graphdef, parameters = nnx.split(mixer)
+    table, marker = jax.random.normal(jax.random.key(2), (8, D_MODEL)), jax.random.normal(jax.random.key(3), (D_MODEL,))
+    optimizer = optax.adam(1e-2)
+
+    def loss(parameters, tokens):
+        y, _ = nnx.merge(graphdef, parameters)(table[tokens].at[:, 0].add(3 * marker))
+        logits = (y[:, 1:] @ table.T) / D_MODEL**0.5
+        target = jnp.broadcast_to(tokens[:, :1], logits.shape[:2])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+
+    @jax.jit
+    def step(parameters, optimizer_state, key):
+        tokens = jax.random.randint(key, (16, 5), 0, 8)
+        value, gradient = jax.value_and_grad(loss)(parameters, tokens)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters)
+        return optax.apply_updates(parameters, updates), optimizer_state, value, gradient
+
+    optimizer_state, losses = optimizer.init(parameters), []
+    for i in range(60):
+        parameters, optimizer_state, value, gradient = step(parameters, optimizer_state, jax.random.key(i))
+        losses.append(float(value))
+        if i in (0, 20):
+            for path, leaf in jax.tree.leaves_with_path(gradient):
+                assert np.isfinite(leaf).all(), f"gradient of {jax.tree_util.keystr(path)} at step {i}"
+                assert np.abs(leaf).max() > 0, f"no gradient reaches {jax.tree_util.keystr(path)} at step {i}"
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+def test_bfloat16_is_close_to_float32(case, inputs):
+    parameters, call = apply(build(case))
+    _, call_bf16 = apply(build(case, jnp.bfloat16))
+    y, _ = call(parameters, inputs)
+    y_bf16, _ = call_bf16(parameters, inputs.astype(jnp.bfloat16))
+    assert error_ratio(y_bf16, y) < 2e-2
+
+
+def test_parameter_count_equals_its_formula(case):
+    counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(build(case), nnx.Param)))
+    assert counted == MIXERS[CASES[case][0]].num_parameters(config_of(case), D_MODEL)
+
+
+def test_flops_equal_the_dot_products_of_the_definition(case):
+    """Counted on the reference implementations: the chunked ones spend more, by their choice of chunk."""
+    d_model, time = 64, 32
+    mixer = build(case, d_model=d_model)
+    with dispatch.use_implementation("reference"):
+        counted = dot_flops(lambda x: mixer(x)[0], jnp.zeros((1, time, d_model))) / time
+    stated = MIXERS[CASES[case][0]].flops_per_token(config_of(case), d_model, time)
+    assert stated == pytest.approx(counted, rel=0.02)
+
+
+def test_config_survives_json(case):
+    config = Config()
+    name, settings = CASES[case]
+    for key, value in settings.items():
+        setattr(getattr(config.model, name), key, value)
+    assert from_json(to_json(config)) == config
+    assert json.loads(to_json(config))["model"][name] == {**vars(getattr(Config().model, name)), **settings}
+
+
+def test_settings_of_a_case_are_valid(case):
+    assert MIXERS[CASES[case][0]].check(config_of(case), D_MODEL) == []

@@ -1,0 +1,158 @@
+"""The language model: one call for training, prefill and decoding; patterns, remat, dropout, compile time."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from tests.zoo.cases import error_ratio
+from zoo.config import preset
+from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
+from zoo.model import LanguageModel
+
+BATCH, TIME, VOCAB = 2, 12, 64
+
+
+def tiny(**settings):
+    model = preset("tiny").model
+    model.num_layers, model.d_model, model.vocab_size = 2, 16, VOCAB
+    for name, value in settings.items():
+        setattr(model, name, value)
+    return model
+
+
+def build(config, seed=0):
+    with nnx.use_eager_sharding(False):
+        return LanguageModel(config, rngs=nnx.Rngs(seed))
+
+
+def jitted(model):
+    graphdef, parameters = nnx.split(model)
+    call = jax.jit(lambda parameters, tokens, **kwargs: nnx.merge(graphdef, parameters)(tokens, **kwargs))
+    return lambda tokens, **kwargs: call(parameters, tokens, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, VOCAB)
+
+
+PATTERNS = {
+    "hybrid": {"mixer": "gla,attention"},
+    "mlp as a layer": {"mixer": "gla,mlp", "mlp": "none"},
+    "learned positions": {"mixer": "attention", "positions": "learned", "max_positions": 2 * TIME},
+    "untied, soft cap": {"tie_embeddings": False, "logit_softcap": 5.0},
+}
+
+
+@pytest.mark.parametrize("settings", PATTERNS.values(), ids=PATTERNS)
+def test_prefill_and_decoding_equal_the_full_pass(settings, tokens):
+    model = build(tiny(**settings))
+    call = jitted(model)
+    full, none = call(tokens)
+    assert none is None and full.shape == (BATCH, TIME, VOCAB) and full.dtype == jnp.float32
+    logits, state = call(tokens[:, :9], state=model.init_state(BATCH, TIME))
+    pieces = [logits]
+    for t in range(9, TIME):
+        logits, state = call(tokens[:, t : t + 1], state=state)
+        pieces.append(logits)
+    assert error_ratio(jnp.concatenate(pieces, 1), full) < 1e-5
+    assert state["position"].tolist() == [TIME] * BATCH
+
+
+@pytest.mark.parametrize("mixer", ["gla,attention", "retnet", "linear_attention"])
+def test_left_padding_leaves_no_trace(mixer, tokens):
+    """A prompt padded on the left (segment 0) prefills to the state of the prompt alone."""
+    model = build(tiny(mixer=mixer))
+    call = jitted(model)
+    padding = 3
+    alone, state_alone = call(tokens[:, padding:], state=model.init_state(BATCH, 2 * TIME))
+    segment_ids = jnp.where(jnp.arange(TIME) < padding, 0, 1) * jnp.ones((BATCH, 1), jnp.int32)
+    padded, state = call(tokens, segment_ids=segment_ids, state=model.init_state(BATCH, 2 * TIME))
+    assert error_ratio(padded[:, padding:], alone) < 1e-5
+    assert state["position"].tolist() == [TIME - padding] * BATCH
+    next_token = tokens[:, :1]
+    assert error_ratio(call(next_token, state=state)[0], call(next_token, state=state_alone)[0]) < 1e-5
+
+
+def test_packed_documents_equal_documents_alone(tokens):
+    model = build(tiny(mixer="gla,attention", positions="learned", max_positions=TIME))
+    call = jitted(model)
+    segment_ids = jnp.where(jnp.arange(TIME) < 5, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
+    packed, _ = call(tokens, segment_ids=segment_ids)
+    alone = jnp.concatenate([call(tokens[:, :5])[0], call(tokens[:, 5:])[0]], 1)
+    assert error_ratio(packed, alone) < 1e-5
+
+
+def test_token_losses_are_the_cross_entropy_of_the_logits(tokens):
+    model = build(tiny(logit_softcap=5.0))
+    targets, weights = jnp.roll(tokens, -1, 1), jnp.linspace(0, 2, TIME) * jnp.ones((BATCH, 1))
+    logits, _ = model(tokens)
+    expected = -weights * jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    assert error_ratio(model.token_losses(tokens, targets, weights), expected) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{}, *PATTERNS.values()])
+def test_parameter_formula_and_state_bytes(settings, tokens):
+    config = tiny(**settings)
+    model = build(config)
+    assert num_parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    state = model.init_state(1, 10)
+    assert state_bytes(config, 10) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert forward_flops_per_token(config, TIME) > 2 * VOCAB * config.d_model
+
+
+def test_remat_changes_neither_loss_nor_gradient(tokens):
+    results = []
+    for remat in ("none", "minimal", "full", "family"):
+        graphdef, parameters = nnx.split(build(tiny(mixer="gla", remat=remat)))
+
+        def loss(parameters, graphdef=graphdef):
+            model = nnx.merge(graphdef, parameters)
+            return model.token_losses(tokens, jnp.roll(tokens, -1, 1), jnp.ones(tokens.shape)).mean()
+
+        results.append(jax.jit(jax.value_and_grad(loss))(parameters))
+    for value, gradient in results[1:]:
+        assert float(abs(value - results[0][0])) < 1e-6
+        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(results[0][1]), strict=True)
+        assert all(error_ratio(a, b) < 1e-5 for a, b in pairs)
+
+
+def test_dropout_acts_with_a_key_and_is_the_keys_alone(tokens):
+    call = jitted(build(tiny(dropout=0.5)))
+    first, _ = call(tokens, dropout_key=jax.random.key(0))
+    again, _ = call(tokens, dropout_key=jax.random.key(0))
+    other, _ = call(tokens, dropout_key=jax.random.key(1))
+    assert (first == again).all() and not (first == other).all() and not (first == call(tokens)[0]).all()
+
+
+def test_layers_start_different_from_one_another():
+    model = build(tiny())
+    kernel = model.units.blocks[0].mixer.q.kernel[...]
+    assert kernel.shape[0] == 2 and not (kernel[0] == kernel[1]).all()
+
+
+def test_bfloat16_model_is_close_to_float32(tokens):
+    full, _ = build(tiny())(tokens)
+    half, _ = build(tiny(dtype="bfloat16"))(tokens)
+    assert half.dtype == jnp.float32 and error_ratio(half, full) < 3e-2
+
+
+def test_vocabulary_must_be_resolved():
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        build(tiny(vocab_size=0))
+
+
+def test_program_size_does_not_grow_with_depth(tokens):
+    """What the compiler is given is the same for 4 and 24 layers, up to the constants of the loop."""
+
+    def lowered(num_layers):
+        graphdef, parameters = nnx.split(build(tiny(num_layers=num_layers)))
+
+        def loss(parameters):
+            model = nnx.merge(graphdef, parameters)
+            return model.token_losses(tokens, tokens, jnp.ones(tokens.shape)).mean()
+
+        return jax.jit(jax.grad(loss)).lower(parameters).as_text()
+
+    assert lowered(24).count("\n") == lowered(4).count("\n")

@@ -1,0 +1,102 @@
+"""Costs by family: forward floating-point operations, parameters, state bytes, and what the device could do.
+
+A multiply and an add are two operations. Matrix products and recurrences count; norms, activations and the softmax do not.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
+from zoo.layers import MLPS
+from zoo.mixers import MIXERS
+from zoo.model import LanguageModel
+
+# Dense bf16 FLOP/s of one chip, from the makers' data sheets, by a part of jax's device_kind.
+PEAK_BF16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
+
+def forward_flops_per_token(model: ModelConfig, context_length: int) -> float:
+    """Mixers (as each family counts itself), MLPs and the head."""
+    layers = pattern(model)
+    unit = 0.0
+    for layer in layers:
+        if layer != MLP_LAYER:
+            unit += MIXERS[layer].flops_per_token(getattr(model, layer), model.d_model, context_length)
+        if d_ff := mlp_width(model, layer):
+            unit += 2 * _mlp(model).num_parameters(model.d_model, d_ff)
+    return unit * (model.num_layers // len(layers)) + 2 * model.d_model * model.vocab_size
+
+
+def train_flops_per_token(model: ModelConfig, context_length: int) -> float:
+    """Three times the forward pass: the backward pass has two products for each one. Recomputation does not count."""
+    return 3 * forward_flops_per_token(model, context_length)
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """By formula; the test suite holds it equal to the model's own."""
+    layers = pattern(model)
+    unit = 0
+    for layer in layers:
+        if layer != MLP_LAYER:
+            unit += MIXERS[layer].num_parameters(getattr(model, layer), model.d_model) + model.d_model  # and its norm
+        if d_ff := mlp_width(model, layer):
+            unit += _mlp(model).num_parameters(model.d_model, d_ff) + model.d_model
+    tables = 1 if model.tie_embeddings else 2
+    learned = model.max_positions if model.positions == "learned" else 0
+    outside = (tables * model.vocab_size + learned + 1) * model.d_model
+    return unit * (model.num_layers // len(layers)) + outside
+
+
+def state_bytes(model: ModelConfig, context_length: int) -> int:
+    """Bytes that decoding one sequence keeps at `context_length` tokens."""
+    smallest = dataclasses.replace(model, vocab_size=model.vocab_size or 1)
+
+    def init():
+        return LanguageModel(smallest, rngs=nnx.Rngs(0)).init_state(1, context_length)
+
+    with nnx.use_eager_sharding(False):
+        state = jax.eval_shape(init)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _mlp(model: ModelConfig) -> type:
+    return MLPS["swiglu" if model.mlp == "none" else model.mlp]
+
+
+def peak_flops(device: jax.Device | None = None, dtype: str = "float32") -> float:
+    """Matrix FLOP/s of one device: the data sheet's bf16 rate on accelerators, a measured matmul's on CPUs.
+
+    float32 on an accelerator is held against the same bf16 rate: its matrix units have no faster way.
+    """
+    device = device or jax.devices()[0]
+    for name, peak in PEAK_BF16.items():
+        if name in device.device_kind:
+            return peak
+    return _measured_matmul(device, dtype)
+
+
+@functools.cache
+def _measured_matmul(device: jax.Device, dtype: str, width: int = 2048, repeats: int = 5) -> float:
+    x = jax.device_put(jnp.ones((width, width), dtype), device)
+    multiply = jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * width**3 / min(seconds)

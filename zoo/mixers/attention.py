@@ -1,0 +1,133 @@
+"""Softmax attention with rotary positions and grouped queries (arXiv:1706.03762, 2104.09864, 2305.13245).
+
+    o_t = sum_s p_ts v_s,   p_ts = softmax over s <= t of (q_t . k_s / sqrt(K)),   y_t = W_o o_t
+
+Optional: a norm on q and k (2302.05442), a sliding window of `window` tokens.
+State: the keys and values so far, [batch, max_length, kv_heads, K], the number of tokens in them, and where the
+current segment starts.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo import ops
+from zoo.layers import linear, rms_norm, rotary
+from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
+
+
+@dataclasses.dataclass
+class AttentionConfig:
+    num_heads: int = 0  # 0: one for each 64 of d_model, at least 4
+    num_kv_heads: int = 0  # heads of k and v; 0: num_heads
+    head_dim: int = 0  # K; 0: d_model / num_heads
+    rope_base: float = 10_000.0
+    qk_norm: bool = False
+    window: int = 0  # tokens a query sees, itself included; 0: all before it
+
+
+def _widths(config: AttentionConfig, d_model: int) -> tuple[int, int, int]:
+    """(heads, kv_heads, K)."""
+    heads = heads_or_default(config.num_heads, d_model, 64)
+    return heads, config.num_kv_heads or heads, config.head_dim or d_model // heads
+
+
+class Attention(Mixer):
+    config_class = AttentionConfig
+    saved_names = ("attention_q", "attention_k", "attention_v")
+
+    def __init__(self, config: AttentionConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype = sizes.d_model, sizes.dtype
+        self.heads, self.kv_heads, self.head_dim = _widths(config, d)
+        self.rope_base = config.rope_base if sizes.rope else None
+        self.window = config.window or None
+        self.q = linear(d, self.heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.k = linear(d, self.kv_heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.v = linear(d, self.kv_heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+            self.k_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.qk_norm = config.qk_norm
+        self.out = linear(
+            self.heads * self.head_dim, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        batch, time = x.shape[:2]
+        positions = positions_or_default(positions, x)
+        q = self.q(x).reshape(batch, time, self.heads, self.head_dim)
+        k = self.k(x).reshape(batch, time, self.kv_heads, self.head_dim)
+        v = self.v(x).reshape(batch, time, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope_base is not None:
+            q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+        q, k, v = (checkpoint_name(a, f"attention_{name}") for a, name in ((q, "q"), (k, "k"), (v, "v")))
+        if state is None:
+            o = ops.attention(q, k, v, window=self.window, segment_ids=segment_ids)
+        else:
+            o, state = self._continue(q, k, v, segment_ids, state)
+        return self.out(o.reshape(batch, time, -1)), state
+
+    def _continue(self, q, k, v, segment_ids, state):
+        """Append k and v to the cache and attend to it: entries of the current segment, and those before t here."""
+        batch, time = q.shape[:2]
+        length = state["k"].shape[1]
+        index = state["index"]  # [] tokens in the cache, the same for every row
+        keys = jax.lax.dynamic_update_slice_in_dim(state["k"], k.astype(state["k"].dtype), index, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(state["v"], v.astype(state["v"].dtype), index, axis=1)
+        slots = jnp.arange(length, dtype=jnp.int32)
+        if segment_ids is None:
+            segment_ids = jnp.zeros((batch, time), jnp.int32)
+        # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
+        first = segment_ids[:, :1]
+        cached = jnp.where((slots >= state["start"][:, None]) & (slots < index), 0, -1)
+        boundary = jnp.concatenate([jnp.zeros_like(first), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+        count = jnp.cumsum(boundary, axis=1, dtype=jnp.int32)  # [B, T], 0 in the state's segment
+        kv_ids = jax.lax.dynamic_update_slice_in_dim(cached, count, index, axis=1)
+        query_slots = jnp.broadcast_to(index + jnp.arange(time, dtype=jnp.int32), (batch, time))
+        o = ops.attention(
+            q,
+            keys.astype(q.dtype),
+            values.astype(q.dtype),
+            window=self.window,
+            segment_ids=(count, kv_ids),
+            q_positions=query_slots,  # keys stand at their own slot, so only the slots up to here are read
+        )
+        # The last segment starts at its first token here, unless the whole call continues the state's.
+        last_start = index + jnp.argmax(count == count[:, -1:], axis=1).astype(jnp.int32)
+        start = jnp.where(count[:, -1] == 0, state["start"], last_start)
+        return o, {"k": keys, "v": values, "index": index + time, "start": start}
+
+    def init_state(self, batch_size, max_length, dtype):
+        cache = jnp.zeros((batch_size, max_length, self.kv_heads, self.head_dim), dtype)
+        zero = jnp.zeros((), jnp.int32)
+        return {"k": cache, "v": cache, "index": zero, "start": jnp.zeros((batch_size,), jnp.int32)}
+
+    @staticmethod
+    def check(config, d_model):
+        heads = heads_or_default(config.num_heads, d_model, 64)
+        # With a head width of its own, any number of heads will do.
+        problems = check_heads({"num_heads": heads}, "d_model", d_model if config.head_dim == 0 else max(heads, 1))
+        if problems:
+            return problems
+        heads, kv_heads, head_dim = _widths(config, d_model)
+        problems += check_heads({"num_kv_heads": kv_heads}, "num_heads", heads)
+        if head_dim < 2 or head_dim % 2:
+            problems.append(f"head_dim: got {head_dim}, expected an even width (rotary turns pairs)")
+        if config.window < 0:
+            problems.append(f"window: got {config.window}, expected a number of tokens, or 0 for no limit")
+        return problems
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        heads, kv_heads, head_dim = _widths(config, d_model)
+        return 2 * d_model * head_dim * (heads + kv_heads) + (2 * head_dim if config.qk_norm else 0)
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        heads, kv_heads, head_dim = _widths(config, d_model)
+        return 4 * d_model * head_dim * (heads + kv_heads) + 4 * heads * head_dim * context_length

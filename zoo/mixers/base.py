@@ -1,0 +1,111 @@
+"""The contract of a token mixer."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels.array_typing import Array, Float, Int
+
+State = Any  # a pytree of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a mixer is told of the model around it."""
+
+    d_model: int
+    num_layers: int
+    rope: bool = True  # turn q and k by rotary positions, in families that leave it to the model
+    norm_epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    output_scale: float = 1.0  # of the initial output projection, relative to 1 / sqrt(fan-in)
+
+
+class Mixer(nnx.Module):
+    """Mixes tokens along time: y_t is a function of x_1 ... x_t of the same segment.
+
+    A family is one file: a subclass, its config dataclass, its equation. The registry, `zoo.config`, the flops table,
+    the conformance suite, benchmarks and command lines find it from there.
+
+    Attributes:
+      config_class: the family's config dataclass.
+      saved_names: values tagged by `jax.ad_checkpoint.checkpoint_name` that the remat policy "family" keeps.
+    """
+
+    config_class: ClassVar[type]
+    saved_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        """`layer_index` counts from 0 and may be traced (the depth is stacked): use it in arrays only."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Float[Array, "B T D"], State | None]:
+        """Mix.
+
+        Args:
+          x: the block's normed input.
+          segment_ids: documents of a packed row; a token whose id differs from its left neighbour's starts anew.
+            The state given belongs to the first segment, the state returned is the last segment's.
+          positions: of each token in its document; default 0, 1, ..., which is right without a state only.
+          state: continue from it, for any T (prefill, chunked prefill and decoding are this call). None: from zero,
+            and no state is returned.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, max_length: int, dtype: jnp.dtype) -> State:
+        """The state before the first token. `max_length` (tokens) bounds caches; recurrent states ignore it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check(config: Any, d_model: int) -> list[str]:
+        """What is wrong with the settings, each as "<field>: message"; empty if nothing is."""
+        raise NotImplementedError
+
+    @staticmethod
+    def num_parameters(config: Any, d_model: int) -> int:
+        raise NotImplementedError
+
+    @staticmethod
+    def flops_per_token(config: Any, d_model: int, context_length: int) -> float:
+        """Forward floating-point operations a token (multiply and add are two): projections and recurrence.
+
+        The recurrence counts its definition (write k v^T, read q^T S: 4 K V a head), not what a chunked
+        algorithm spends on it; softmax attention counts the whole context for each token.
+        """
+        raise NotImplementedError
+
+
+def positions_or_default(positions: jax.Array | None, x: jax.Array) -> jax.Array:
+    if positions is not None:
+        return positions
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+def heads_or_default(num_heads: int, d_model: int, head_width: int) -> int:
+    """`num_heads`, or for 0 a head for each `head_width` of the model's width, at least 4."""
+    return num_heads or max(4, d_model // head_width)
+
+
+def check_heads(fields: dict[str, int], width_name: str, width: int) -> list[str]:
+    """Problems with head counts that must divide a width."""
+    problems = []
+    for name, heads in fields.items():
+        if heads < 1:
+            problems.append(f"{name}: got {heads}, expected at least 1")
+        elif width % heads:
+            divisors = [n for n in range(1, width + 1) if width % n == 0]
+            near = sorted(sorted(divisors, key=lambda n: abs(n - heads))[:3])
+            problems.append(
+                f"{name}: {heads} heads do not divide {width_name} = {width}; use one of {', '.join(map(str, near))}"
+            )
+    return problems

@@ -1,0 +1,87 @@
+"""Gated linear attention (Yang et al. 2023, arXiv:2312.06635).
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        a_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)
+    o_t = S_t^T q_t / sqrt(K)                  y_t = W_o (norm(o_t) * silu(x_t W_r))
+
+State: S, float32 [batch, heads, K, V].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo import ops
+from zoo.layers import linear, rms_norm
+from zoo.mixers.base import Mixer, Sizes, check_heads
+
+
+@dataclasses.dataclass
+class GLAConfig:
+    num_heads: int = 4
+    expand_k: float = 0.5  # K * num_heads / d_model
+    expand_v: float = 1.0  # V * num_heads / d_model
+    gate_rank: int = 16  # width of x W_1
+    gate_temperature: float = 16.0  # tau: larger forgets more slowly
+
+
+class GLA(Mixer):
+    config_class = GLAConfig
+    saved_names = ("gla_q", "gla_k", "gla_v", "gla_log_decay")
+
+    def __init__(self, config: GLAConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype = sizes.d_model, sizes.dtype
+        d_k, d_v = int(config.expand_k * d), int(config.expand_v * d)
+        self.heads, self.key_width, self.value_width = config.num_heads, d_k // config.num_heads, d_v // config.num_heads
+        self.temperature = config.gate_temperature
+        self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.gate_down = linear(d, config.gate_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+        self.gate_up = linear(
+            config.gate_rank, d_k, ("rank", "heads"), bias=True, decay=False, dtype=jnp.float32, rngs=rngs
+        )
+        self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        heads_k = (*x.shape[:2], self.heads, self.key_width)
+        heads_v = (*x.shape[:2], self.heads, self.value_width)
+        q = checkpoint_name(self.q(x).reshape(heads_k), "gla_q")
+        k = checkpoint_name(self.k(x).reshape(heads_k), "gla_k")
+        v = checkpoint_name(self.v(x).reshape(heads_v), "gla_v")
+        gate = self.gate_up(self.gate_down(x).astype(jnp.float32))
+        log_decay = jax.nn.log_sigmoid(gate).reshape(heads_k) / self.temperature
+        log_decay = checkpoint_name(log_decay, "gla_log_decay")
+        o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
+        o = self.norm(o).reshape(*x.shape[:2], -1)
+        y = self.out(o * jax.nn.silu(self.output_gate(x)))
+        return y, None if state is None else final_state
+
+    def init_state(self, batch_size, max_length, dtype):
+        return jnp.zeros((batch_size, self.heads, self.key_width, self.value_width), jnp.float32)
+
+    @staticmethod
+    def check(config, d_model):
+        problems = check_heads({"num_heads": config.num_heads}, "expand_k * d_model", int(config.expand_k * d_model))
+        problems += check_heads({"num_heads": config.num_heads}, "expand_v * d_model", int(config.expand_v * d_model))
+        if config.gate_rank < 1:
+            problems.append(f"gate_rank: got {config.gate_rank}, expected at least 1")
+        if config.gate_temperature <= 0:
+            problems.append(f"gate_temperature: got {config.gate_temperature}, expected more than 0")
+        return problems
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        d_k, d_v, rank = int(config.expand_k * d_model), int(config.expand_v * d_model), config.gate_rank
+        projections = d_model * (2 * d_k + 3 * d_v)  # q, k; v, output gate, out
+        return projections + d_model * rank + rank * d_k + d_k + d_v // config.num_heads
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        d_k, d_v, rank = int(config.expand_k * d_model), int(config.expand_v * d_model), config.gate_rank
+        projections = 2 * d_model * (2 * d_k + 3 * d_v + rank) + 2 * rank * d_k
+        return projections + 4 * d_k * d_v / config.num_heads

@@ -1,0 +1,229 @@
+"""The language model: embedding, blocks of a mixer and an MLP, norm, head.
+
+The pattern of `model.mixer` is the repeating unit. Its parameters are stacked over the depth and the unit is scanned,
+so that compile time does not grow with depth. Training, prefill and decoding are one call: with a state it continues,
+for any number of tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels.array_typing import Array, Float, Int
+from zoo import ops, sharding
+from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
+from zoo.layers import MLPS, dropout, embedding, linear, rms_norm
+from zoo.mixers import MIXERS, Sizes
+
+State = Mapping[str, Any]  # {"position": int32 [B], "layers": one state a layer of the unit, stacked over units}
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); a layer named `mlp`, or a model without MLPs, has one of the two."""
+
+    def __init__(self, layer: str, config: ModelConfig, sizes: Sizes, *, layer_index: jax.Array, rngs: nnx.Rngs):
+        norm = {"epsilon": config.norm_epsilon, "dtype": sizes.dtype, "rngs": rngs}
+        self.dropout = config.dropout
+        d_ff = mlp_width(config, layer)
+        self.has_mixer, self.has_mlp = layer != MLP_LAYER, d_ff > 0
+        if self.has_mixer:
+            self.mixer_norm = rms_norm(config.d_model, **norm)
+            self.mixer = MIXERS[layer](getattr(config, layer), sizes, layer_index=layer_index, rngs=rngs)
+        if self.has_mlp:
+            self.mlp_norm = rms_norm(config.d_model, **norm)
+            mlp = MLPS["swiglu" if config.mlp == "none" else config.mlp]
+            self.mlp = mlp(config.d_model, d_ff, init_scale=sizes.output_scale, dtype=sizes.dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids, positions, state, dropout_key):
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        if self.has_mixer:
+            y, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, positions=positions, state=state)
+            x = x + dropout(y, self.dropout, keys[0])
+        if self.has_mlp:
+            x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[1])
+        return sharding.constrain(x, "batch", "time", None), state
+
+    def init_state(self, batch_size, max_length, dtype):
+        return self.mixer.init_state(batch_size, max_length, dtype) if self.has_mixer else None
+
+
+class Unit(nnx.Module):
+    """The layers of the pattern, once."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes, *, unit_index: jax.Array, rngs: nnx.Rngs):
+        layers = pattern(config)
+        self.blocks = nnx.List(
+            Block(layer, config, sizes, layer_index=unit_index * len(layers) + i, rngs=rngs)
+            for i, layer in enumerate(layers)
+        )
+
+    def __call__(self, x, *, segment_ids, positions, states, dropout_key):
+        new_states = []
+        for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+            x, state = block(x, segment_ids=segment_ids, positions=positions, state=state, dropout_key=key)
+            new_states.append(state)
+        return x, new_states
+
+
+class LanguageModel(nnx.Module):
+    """A causal language model over `config.vocab_size` tokens.
+
+    Raises:
+      ValueError: `config.vocab_size` is still 0 (resolve it from the tokenizer first).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size < 1:
+            raise ValueError("LanguageModel: config.vocab_size is 0; set it to the tokenizer's, rounded up")
+        layers = pattern(config)
+        self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
+        self.dropout, self.logit_softcap = config.dropout, config.logit_softcap
+        self.learned_positions, self.tied = config.positions == "learned", config.tie_embeddings
+        self.remat = config.remat
+        families = [layer for layer in dict.fromkeys(layers) if layer != MLP_LAYER]
+        self.saved_names = tuple(name for family in families for name in MIXERS[family].saved_names)
+        self.num_units = config.num_layers // len(layers)
+        dtype = jnp.dtype(config.dtype)
+        # Each layer adds two branches to the residual stream: start with a sum of variance about one (GPT-2).
+        branches = 2 * config.num_layers
+        sizes = Sizes(
+            d_model=config.d_model,
+            num_layers=config.num_layers,
+            rope=config.positions == "rope",
+            norm_epsilon=config.norm_epsilon,
+            dtype=dtype,
+            output_scale=branches**-0.5,
+        )
+        self.embed = embedding(config.vocab_size, config.d_model, ("vocab", "embed"), dtype=dtype, rngs=rngs)
+        if self.learned_positions:
+            shape = (config.max_positions, config.d_model)
+            self.position_embed = embedding(*shape, ("positions", "embed"), dtype=dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=self.num_units)
+        @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def make_units(rngs, unit_index):
+            return Unit(config, sizes, unit_index=unit_index, rngs=rngs)
+
+        self.units = make_units(rngs, jnp.arange(self.num_units))
+        self.norm = rms_norm(config.d_model, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        if not self.tied:
+            self.head = linear(config.d_model, config.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T vocab"], State | None]:
+        """The logits of the next token, in float32, and the state after the last.
+
+        Args:
+          tokens: ids below `vocab_size`.
+          segment_ids: documents of packed rows; a token whose id differs from its left neighbour's starts anew. Prompts
+            of different lengths are padded on the left: 0 on the padding, 1 on the prompt.
+          positions: of each token in its document; default: counted from the segment's start, or from the state.
+          state: of `init_state` or an earlier call. None: from zero, and None comes back.
+          dropout_key: switches dropout on.
+        """
+        hidden, state = self.hidden(
+            tokens, segment_ids=segment_ids, positions=positions, state=state, dropout_key=dropout_key
+        )
+        return self.logits(hidden), state
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """The head: logits of the next token, float32, from what `hidden` returns (or some of its tokens)."""
+        logits = jnp.einsum("btd,dv->btv", hidden, self._head(), preferred_element_type=jnp.float32)
+        if self.logit_softcap:
+            logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+        return sharding.constrain(logits, "batch", "time", "vocab")
+
+    def token_losses(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T"]:
+        """weights * (negative log-likelihood of the targets, in nats); [B * T, vocab] never exists."""
+        hidden, _ = self.hidden(tokens, segment_ids=segment_ids, positions=positions, dropout_key=dropout_key)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        losses = ops.cross_entropy(
+            flat, self._head(), targets.reshape(-1), weights.reshape(-1), softcap=self.logit_softcap or None
+        )
+        return losses.reshape(targets.shape)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], State | None]:
+        """What the head reads: the last block's output, normed. Arguments as in `__call__`."""
+        if positions is None:
+            positions = _positions(tokens, segment_ids, None if state is None else state["position"])
+        x = self.embed(tokens)
+        if self.learned_positions:
+            x = x + self.position_embed(positions)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = sharding.constrain(dropout(x, self.dropout, keys[0]), "batch", "time", None)
+
+        graphdef, parameters = nnx.split(self.units)
+
+        def unit(x, per_unit):
+            parameters, index, states = per_unit
+            key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
+            return nnx.merge(graphdef, parameters)(
+                x, segment_ids=segment_ids, positions=positions, states=states, dropout_key=key
+            )
+
+        layer_states = [None] * len(self.units.blocks) if state is None else state["layers"]
+        per_unit = (parameters, jnp.arange(self.num_units), layer_states)
+        x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit)
+        new_state = None if state is None else {"position": positions[:, -1] + 1, "layers": layer_states}
+        return self.norm(x), new_state
+
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        """The state before the first token. `max_length` (tokens) bounds the caches of softmax attention."""
+        dtype = self.embed.dtype
+        layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]
+        stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_units, *leaf.shape)), layers)
+        return {"position": jnp.zeros((batch_size,), jnp.int32), "layers": stacked}
+
+    def _head(self) -> Float[Array, "D vocab"]:
+        weight = self.embed.embedding[...].T if self.tied else self.head.kernel[...]
+        return weight.astype(self.embed.dtype)
+
+    def _rematerialised(self, unit: Callable) -> Callable:
+        policies = jax.checkpoint_policies
+        policy = {
+            "minimal": policies.dots_with_no_batch_dims_saveable,  # keeps what matrix products of parameters made
+            "full": policies.nothing_saveable,
+            "family": policies.save_only_these_names(*self.saved_names),
+        }
+        if self.remat == "none":
+            return unit
+        return jax.checkpoint(unit, policy=policy[self.remat], prevent_cse=False)  # a scan's body needs no barrier
+
+
+def _positions(tokens: jax.Array, segment_ids: jax.Array | None, start: jax.Array | None) -> jax.Array:
+    """Positions of tokens in their segments [B, T]; the first segment goes on at `start` [B], later ones begin at 0."""
+    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    start = jnp.zeros(tokens.shape[:1], jnp.int32) if start is None else start
+    if segment_ids is None:
+        return start[:, None] + steps
+    boundary = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    segment_start = jax.lax.cummax(jnp.where(boundary, steps, -1), axis=1)
+    return jnp.where(segment_start < 0, start[:, None] + steps, steps - segment_start)
