@@ -1,0 +1,116 @@
+"""The comparison of runs, on workdirs written by hand."""
+
+import json
+
+import pytest
+
+from zoo import compare
+from zoo.config import preset, to_json
+from zoo.flops import num_parameters, state_bytes
+
+
+def write_run(path, mixer="gla", steps=40, last_step=40, corpus="aaaa", summary=True, **train):
+    """A run whose validation loss falls from 3 to 3 - last_step / 100."""
+    config = preset("tiny")
+    config.model.mixer, config.model.num_layers, config.model.d_model, config.model.vocab_size = mixer, 2, 32, 320
+    config.train.steps = steps
+    for name, value in train.items():
+        setattr(config.train, name, value)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(to_json(config))
+    rows = []
+    for step in range(10, last_step + 1, 10):
+        common = {"step": step, "tokens": 100 * step, "seconds": step / 4}
+        loss = 3 - step / 100
+        rows.append(common | {"loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 390.0})
+        rows.append(common | {"eval_loss": loss, "eval_bits_per_byte": 2 * loss})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary:
+        (path / "summary.json").write_text(json.dumps({"step": last_step, "corpus": {"fingerprint": corpus}}))
+    return config
+
+
+def run(tmp_path, *names):
+    compare.main([*(str(tmp_path / name) for name in names), f"--output={tmp_path / 'out'}"])
+    return {r["run"]: r for r in json.loads((tmp_path / "out" / "comparison.json").read_text())}
+
+
+def test_two_finished_runs(tmp_path, capsys):
+    gla = write_run(tmp_path / "gla")
+    attention = write_run(tmp_path / "softmax", "attention", last_step=30, steps=30)
+    records = run(tmp_path, "gla", "softmax")
+    first = records["gla"]
+    assert (first["mixer"], first["tokens"], first["seconds"], first["corpus"]) == ("gla", 4000, 10.0, "aaaa")
+    assert first["eval_loss"] == pytest.approx(2.6) and first["eval_bits_per_byte"] == pytest.approx(5.2)
+    assert first["tokens_per_second"] == pytest.approx(400.0)
+    assert first["parameters"] == num_parameters(gla.model) and first["state_bytes"] == state_bytes(gla.model, 256)
+    assert records["softmax"]["state_bytes"] == state_bytes(attention.model, 256)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.json", "loss.png"}
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert "5.2000" in output.out and output.out.index("gla") < output.out.index("softmax")  # the best first
+
+
+def test_texts_are_kept_apart(tmp_path, capsys):
+    write_run(tmp_path / "one", corpus="aaaa")
+    write_run(tmp_path / "two", corpus="bbbb")
+    run(tmp_path, "one", "two")
+    output = capsys.readouterr()
+    assert "different texts" in output.err
+    assert "text aaaa" in output.out and "text bbbb" in output.out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"loss_aaaa.png", "loss_bbbb.png"}
+
+
+def test_context_lengths_that_differ_are_said(tmp_path, capsys):
+    write_run(tmp_path / "short", context_length=128)
+    write_run(tmp_path / "long", context_length=512)
+    records = run(tmp_path, "short", "long")
+    assert "train.context_length differs (short: 128, long: 512)" in capsys.readouterr().err
+    assert {r["state_context_length"] for r in records.values()} == {512}
+
+
+def test_a_run_still_being_written(tmp_path, capsys):
+    write_run(tmp_path / "done")
+    write_run(tmp_path / "running", last_step=20, summary=False)
+    with open(tmp_path / "running" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "lo')
+    records = run(tmp_path, "done", "running")
+    assert records["running"]["step"] == 20 and not records["running"]["finished"] and records["done"]["finished"]
+    output = capsys.readouterr()
+    assert "running has not finished: step 20 of 40" in output.err and "running *" in output.out
+
+
+def test_a_run_that_was_made_longer_has_not_finished(tmp_path):
+    write_run(tmp_path / "run", last_step=20, steps=40)
+    assert not run(tmp_path, "run")["run"]["finished"]
+
+
+def test_a_run_that_has_just_begun(tmp_path, capsys):
+    write_run(tmp_path / "new", last_step=0, summary=False)
+    record = run(tmp_path, "new")["new"]
+    assert record["eval_loss"] is None and record["tokens_per_second"] is None
+    assert "new has written no metrics yet" in capsys.readouterr().err
+
+
+def test_runs_with_one_folder_name_are_told_apart_by_their_paths(tmp_path):
+    write_run(tmp_path / "a" / "run")
+    write_run(tmp_path / "b" / "run", "retnet")
+    assert set(run(tmp_path, "a/run", "b/run")) == {str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing is no run"),
+        (["run", "--context_length=0"], "--context_length: got 0"),
+        (["run", "--output=run/config.json/x"], "--output: cannot write"),
+        (["run", "--bogus=1"], "unrecognized arguments: --bogus=1"),
+        ([], "required: RUN"),
+    ],
+)
+def test_bad_arguments_exit_with_2(tmp_path, monkeypatch, capsys, arguments, message):
+    write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        compare.main(arguments)
+    assert exit.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""The commands as users type them: every mixer trains, resumes, evaluates and generates; bad input exits with 2."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from zoo import compare, generate
+from zoo.checkpoints import Checkpointer
+from zoo.config import preset, to_json
+from zoo.evaluate.__main__ import main as evaluate
+from zoo.model import LanguageModel
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = "".join(f"def f{n}(x):\n    return x + {n}  # é\n\n" for n in range(200))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def command(*arguments, stdin=None):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, input=stdin, timeout=300,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def train(workdir, text, mixer, steps):
+    """The tiny GLA's config with another mixer, and small enough for a test."""
+    small = {
+        "model.num_layers": 3, "model.d_model": 16, "train.batch_size": 2, "train.context_length": 64,
+        "train.steps": steps, "data.source": text, "data.cache_dir": text.parent / "cache",
+        "optimizer.schedule": "constant", "optimizer.warmup_steps": 1,  # one program for any number of steps
+    }  # fmt: skip
+    overrides = [f"--config.{name}={value}" for name, value in small.items()]
+    done = command(
+        "train.py", "--config=configs/gla.py:tiny", f"--workdir={workdir}", f"--config.model.mixer={mixer}", *overrides
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mixer", ["attention", "linear_attention", "retnet", "gla", "gla,gla,attention"])
+def test_any_mixer_trains_resumes_evaluates_and_generates(mixer, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert [row["step"] for row in train(run, text, mixer, steps=4) if "eval_loss" in row] == [4]
+    rows = train(run, text, mixer, steps=6)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 6]  # the second went on from the first
+
+    evaluate([f"--workdir={run}"])
+    result = json.loads((run / "evaluate.json").read_text())["tasks"]["perplexity"]["by_context_length"][0]
+    assert result["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)  # what the trainer measured
+    assert result["bits_per_byte"] == pytest.approx(rows[-1]["eval_bits_per_byte"], rel=1e-5)
+    assert f"{result['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+    generate.main([f"--workdir={run}", "--prompt=def f(", "--max_tokens=8", "--temperature=0"])
+    output = capsys.readouterr()
+    assert output.out.startswith("def f(") and output.err.startswith("step 6; prefill: 7 tokens")
+
+    compare.main([str(run), f"--output={tmp_path / 'comparison'}"])
+    record = json.loads((tmp_path / "comparison" / "comparison.json").read_text())[0]
+    assert record["finished"] and record["mixer"] == mixer and record["eval_loss"] == rows[-1]["eval_loss"]
+
+
+class State(NamedTuple):
+    params: Any
+    opt: Any
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, text):
+    """A run with a checkpoint of random weights, at step 7."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    workdir.mkdir()
+    config = preset("tiny")
+    config.model.num_layers, config.model.d_model, config.model.vocab_size = 1, 16, 320
+    config.model.positions, config.model.max_positions = "learned", 100
+    config.train.batch_size, config.train.context_length = 2, 64
+    config.data.source, config.data.cache_dir = str(text), str(text.parent / "cache")
+    (workdir / "config.json").write_text(to_json(config))
+    with nnx.use_eager_sharding(False):
+        params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
+    checkpointer = Checkpointer(workdir / "checkpoints")
+    checkpointer.save(7, State(params, {"count": jnp.zeros(())}))
+    checkpointer.close()
+    return workdir
+
+
+def test_the_commands_run_by_themselves(run, tmp_path):
+    done = command(
+        "-m", "zoo.generate", f"--workdir={run}", "--prompt_file=-", "--prompt=", "--max_tokens=20", "--seed=1",
+        "--no-stop_at_separator", stdin="é = ".encode(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    first, second = done.stdout.decode().split("--- 2 of 2 ---\n")
+    assert first.startswith("--- 1 of 2 ---\n") and second.startswith("é = ")
+    assert "decode: 64 tokens" in done.stderr.decode() and "state: " in done.stderr.decode()
+    output = tmp_path / "figures.json"
+    done = command("-m", "zoo.evaluate", f"--workdir={run}", "--tasks=perplexity", f"--output={output}", "--batches=2")
+    assert done.returncode == 0, done.stderr.decode()
+    assert "gzip -9 needs" in done.stdout.decode() and output.exists()
+    assert output.with_name("figures_perplexity.png").exists()
+    done = command("-m", "zoo.compare", run, f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_record_of_an_evaluation_says_what_was_measured(run, text, tmp_path, capsys):
+    evaluate([f"--workdir={run}", "--context_length=16,64", f"--output={tmp_path / 'own.json'}"])
+    record = json.loads((tmp_path / "own.json").read_text())
+    assert (record["step"], record["mixer"], record["corpus"]["source"]) == (7, "gla", str(text))
+    assert record["corpus"]["gzip_bits_per_byte"] > 0 and record["corpus"]["fingerprint"]
+    assert {"jax", "python"} <= set(record["versions"]) and record["device"] == "cpu (cpu)" and record["date"]
+    lengths = record["tasks"]["perplexity"]["by_context_length"]
+    assert [r["context_length"] for r in lengths] == [16, 64]
+    assert lengths[0]["tokens"] == lengths[1]["tokens"] == record["corpus"]["validation_tokens"]
+    capsys.readouterr()
+
+
+def test_any_text_can_be_evaluated(run, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("another text, all of it\n" * 5)
+    evaluate([f"--workdir={run}", f"--source={other}", f"--output={tmp_path / 'other.json'}"])
+    record = json.loads((tmp_path / "other.json").read_text())
+    assert record["corpus"]["source"] == str(other) and record["corpus"]["validation_bytes"] == 120
+    assert record["tasks"]["perplexity"]["by_context_length"][0]["bytes"] == 120
+    capsys.readouterr()
+
+
+def test_a_prompt_file_is_a_prompt(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(b"x = 1")
+    common = [f"--workdir={run}", "--max_tokens=12", "--temperature=0"]
+    outputs = []
+    for source in (f"--prompt_file={tmp_path / 'prompt.txt'}", "--prompt=x = 1", "--prompt_file=-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x = 1")))
+        generate.main([*common, source])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0].startswith("x = 1")
+
+
+GENERATE = {
+    "no run": (["--workdir=nowhere", "--prompt=x"], "nowhere is no run"),
+    "no step": (["--step=3", "--prompt=x"], "no checkpoint of step 3; it has steps 7"),
+    "no prompt": ([], "no prompt; give --prompt=TEXT"),
+    "no such file": (["--prompt_file=nowhere.txt"], "'nowhere.txt' cannot be read"),
+    "no tokens": (["--prompt=x", "--max_tokens=0"], "--max_tokens: got 0, expected at least 1"),
+    "temperature": (["--prompt=x", "--temperature=-1"], "temperature: got -1.0"),
+    "top_p": (["--prompt=x", "--top_p=0"], "top_p: got 0.0, expected a share in (0, 1]"),
+    "top_k": (["--prompt=x", "--top_k=-2"], "top_k: got -2"),
+    "not a number": (["--prompt=x", "--max_tokens=many"], "invalid int value: 'many'"),
+    "unknown flag": (["--prompt=x", "--max_token=3"], "unrecognized arguments: --max_token=3"),
+    "too long": (["--prompt=x", "--max_tokens=99"], "exceed the model's 100 learned positions"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), GENERATE.values(), ids=GENERATE)
+def test_bad_input_to_generate_exits_with_2(run, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        generate.main([f"--workdir={run}", *arguments])
+    output = capsys.readouterr()
+    assert exit.value.code == 2 and message in output.err and output.out == ""
+
+
+EVALUATE = {
+    "no run": (["--workdir=nowhere"], "nowhere is no run"),
+    "no step": (["--step=3"], "no checkpoint of step 3; it has steps 7"),
+    "unknown task": (["--tasks=perplexty"], "unknown task 'perplexty'; known, nearest first: perplexity"),
+    "no task": (["--tasks="], "--tasks: got none; known: perplexity"),
+    "no such text": (["--source=nowhere.txt"], "no file 'nowhere.txt'"),
+    "context length": (["--context_length=64,none"], "--context_length: got '64,none', expected lengths in tokens"),
+    "context length 0": (["--context_length=0"], "--context_length: got '0'"),
+    "too long": (["--context_length=128"], "--context_length: 128 exceeds the model's 100 learned positions"),
+    "batches": (["--batches=-1"], "--batches: got -1"),
+    "output": (["--output=nowhere/x.json"], "--output: the folder 'nowhere' does not exist"),
+    "unknown flag": (["--task=perplexity"], "unrecognized arguments: --task=perplexity"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), EVALUATE.values(), ids=EVALUATE)
+def test_bad_input_to_evaluate_exits_with_2(run, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate([f"--workdir={run}", *arguments])
+    output = capsys.readouterr()
+    assert exit.value.code == 2 and message in output.err and output.out == ""

@@ -1,0 +1,195 @@
+"""Compare runs: what each learnt, what it cost, and what decoding with it keeps.
+
+    python -m zoo.compare runs/gla runs/retnet --output=comparison
+
+Reads the workdirs (config.json, metrics.jsonl, summary.json), also of runs that are still training. Prints a table, and
+writes comparison.json and plots of training and validation loss against tokens and against time. Runs on different
+texts are kept apart: their losses do not compare.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from zoo import checkpoints, metrics
+from zoo.config import Config
+from zoo.errors import UsageError, exit_with_message
+from zoo.flops import num_parameters, state_bytes
+
+
+@dataclasses.dataclass
+class Run:
+    name: str
+    config: Config
+    rows: list[metrics.Row]
+    corpus: str  # fingerprint of its text, "unknown" until the run has finished
+    finished: bool
+
+    def last(self, field: str) -> float | None:
+        """The newest value of a metric."""
+        return next((row[field] for row in reversed(self.rows) if field in row), None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the whole run; compiling, evaluating and saving left out."""
+        seconds = self.last("seconds")
+        return self.last("tokens") / seconds if seconds else None
+
+
+def read_runs(workdirs: list[str]) -> list[Run]:
+    """The runs in `workdirs`, named by their folders, or by their paths where folders have the same name.
+
+    Raises:
+      UsageError: a folder that is no run.
+    """
+    paths = [pathlib.Path(workdir) for workdir in workdirs]
+    short = [path.resolve().name for path in paths]
+    unique = len(set(short)) == len(short)
+    return [_read_run(path, name if unique else str(path)) for path, name in zip(paths, short, strict=True)]
+
+
+def _read_run(path: pathlib.Path, name: str) -> Run:
+    config = checkpoints.read_config(path)
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        summary = {}
+    rows = metrics.read(path)
+    corpus = summary.get("corpus", {}).get("fingerprint", "unknown")
+    return Run(name, config, rows, corpus, finished=summary.get("step") == config.train.steps)
+
+
+def warnings(runs: list[Run]) -> list[str]:
+    """What makes the figures less comparable than they look."""
+    found = []
+    if len({run.corpus for run in runs}) > 1:
+        found.append("the runs read different texts; their losses do not compare, so each text has a table of its own")
+    for field, value, what in (
+        ("train.context_length", lambda c: c.train.context_length, "longer contexts make tokens easier to predict"),
+        ("data.tokenizer", lambda c: c.data.tokenizer, "compare bits per byte, not loss per token"),
+    ):
+        values = {run.name: value(run.config) for run in runs}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{name}: {value}" for name, value in values.items())
+            found.append(f"{field} differs ({shown}); {what}")
+    for run in runs:
+        step = run.last("step")
+        if step is None:
+            found.append(f"{run.name} has written no metrics yet")
+        elif not run.finished:
+            found.append(f"{run.name} has not finished: step {step} of {run.config.train.steps}")
+    return found
+
+
+def record(run: Run, context_length: int) -> dict:
+    """The figures of a run; None where it has not come to them."""
+    return {
+        "run": run.name,
+        "mixer": run.config.model.mixer,
+        "parameters": num_parameters(run.config.model),
+        "context_length": run.config.train.context_length,
+        "step": run.last("step"),
+        "steps": run.config.train.steps,
+        "finished": run.finished,
+        "tokens": run.last("tokens"),
+        "eval_loss": run.last("eval_loss"),
+        "eval_bits_per_byte": run.last("eval_bits_per_byte"),
+        "tokens_per_second": run.tokens_per_second,
+        "seconds": run.last("seconds"),
+        "state_bytes": state_bytes(run.config.model, context_length),
+        "state_context_length": context_length,
+        "corpus": run.corpus,
+    }
+
+
+_COLUMNS = {
+    "run": "{}", "mixer": "{}", "parameters": "{:,}", "context_length": "{:,}", "step": "{:,}", "tokens": "{:,}",
+    "eval_loss": "{:.4f}", "eval_bits_per_byte": "{:.4f}", "tokens_per_second": "{:,.0f}", "seconds": "{:,.1f}",
+    "state_bytes": "{:,}",
+}  # fmt: skip
+
+
+def table(records: list[dict]) -> Table:
+    """Of runs on one text, best first."""
+    first = records[0]
+    shown = Table(
+        title=f"text {first['corpus']}; state at {first['state_context_length']:,} tokens; * not finished",
+        title_justify="left",
+    )
+    for name in _COLUMNS:
+        shown.add_column(name.replace("_", " "), justify="left" if name in ("run", "mixer") else "right")
+    loss = "eval_bits_per_byte"
+    for r in sorted(records, key=lambda r: (r[loss] is None, r[loss])):
+        cells = ["" if r[name] is None else form.format(r[name]) for name, form in _COLUMNS.items()]
+        shown.add_row(cells[0] + ("" if r["finished"] else " *"), *cells[1:])
+    return shown
+
+
+def plot(runs: list[Run], path: pathlib.Path) -> None:
+    """Training loss and validation bits per byte, against tokens and against seconds of training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    labels = {"loss": "training loss (nats per token)", "eval_bits_per_byte": "validation bits per byte"}
+    for row, (metric, label) in zip(panels, labels.items(), strict=True):
+        row[0].set_ylabel(label)
+        for axes, x in zip(row, ("tokens", "seconds"), strict=True):
+            axes.grid(alpha=0.3)
+            for run in runs:
+                points = [(r[x], r[metric]) for r in run.rows if metric in r and x in r]
+                at, values = zip(*points, strict=True) if points else ((), ())
+                style = "-" if metric == "loss" else "o-"
+                axes.plot(at, values, style, label=run.name, markersize=3, linewidth=1)
+    panels[1][0].set_xlabel("tokens")
+    panels[1][1].set_xlabel("seconds of training")
+    panels[0][0].legend()
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m zoo.compare", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a workdir")
+    add("--output", default="comparison", help="folder for comparison.json and the plots; default: comparison")
+    add("--context_length", type=int, help="tokens at which the state is counted; default: the longest trained at")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _arguments(argv)
+    with exit_with_message():
+        runs = read_runs(arguments.runs)
+        context_length = arguments.context_length
+        if context_length is None:
+            context_length = max(run.config.train.context_length for run in runs)
+        if context_length < 1:
+            raise UsageError(f"--context_length: got {context_length}, expected at least 1 token")
+        for warning in warnings(runs):
+            print(f"warning: {warning}", file=sys.stderr)
+        texts = list(dict.fromkeys(run.corpus for run in runs))
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        records = [record(run, context_length) for run in runs]
+        for text in texts:
+            console.print(table([r for r in records if r["corpus"] == text]))
+        folder = pathlib.Path(arguments.output)
+        written = [folder / "comparison.json"]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            written[0].write_text(json.dumps(records, indent=2) + "\n")
+            for text in texts:
+                written.append(folder / ("loss.png" if len(texts) == 1 else f"loss_{text}.png"))
+                plot([run for run in runs if run.corpus == text], written[-1])
+        except OSError as error:
+            raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
+        console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

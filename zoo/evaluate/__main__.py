@@ -1,0 +1,125 @@
+"""Evaluate a trained model.
+
+    python -m zoo.evaluate --workdir=runs/gla --tasks=perplexity --context_length=256,1024
+
+On the validation split of the run's corpus, or on any text with --source. Prints tables, and writes
+WORKDIR/evaluate.json and a plot beside it.
+"""
+
+import argparse
+import copy
+import json
+import pathlib
+import sys
+import time
+
+from rich.console import Console
+
+from zoo import checkpoints, data
+from zoo.config import Config, nearest
+from zoo.errors import UsageError, exit_with_message
+from zoo.evaluate import report
+from zoo.evaluate.tasks import TASKS, Request, Task
+from zoo.flops import num_parameters
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m zoo.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--workdir", required=True, help="the run to load")
+    add("--step", type=int, help="the checkpoint's step; default: the newest")
+    add("--tasks", default="perplexity", help=f"comma-separated; known: {', '.join(TASKS)}")
+    add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
+    add("--source", help="`stdlib`, a path or a glob; default: the run's validation split")
+    add("--batches", type=int, default=0, help="at most so many, spread over the text; 0: all")
+    add("--output", help="the JSON to write; default: WORKDIR/evaluate.json")
+    return parser.parse_args(argv)
+
+
+def _tasks(names: str) -> dict[str, Task]:
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if not chosen:
+        raise UsageError(f"--tasks: got none; known: {', '.join(TASKS)}")
+    for name in chosen:
+        if name not in TASKS:
+            raise UsageError(f"--tasks: unknown task {name!r}; known, nearest first: {nearest(name, [*TASKS])}")
+    return {name: TASKS[name] for name in chosen}
+
+
+def _context_lengths(text: str | None, default: int) -> list[int]:
+    if text is None:
+        return [default]
+    lengths = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(lengths) < 1:
+        raise UsageError(f"--context_length: got {text!r}, expected lengths in tokens, such as 256,1024")
+    return list(dict.fromkeys(lengths))
+
+
+def _with_data(config: Config, workdir: str, source: str | None) -> Config:
+    """The run's config, reading `source` with the run's own tokenizer."""
+    config = copy.deepcopy(config)
+    kept = pathlib.Path(workdir, "tokenizer.json")
+    if kept.exists():
+        config.data.tokenizer = str(kept)
+    if source is not None:
+        config.data.source, config.data.weights, config.data.validation_source = source, "", source
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _arguments(argv)
+    with exit_with_message():
+        tasks = _tasks(arguments.tasks)
+        if arguments.batches < 0:
+            raise UsageError(f"--batches: got {arguments.batches}, expected a number, or 0 for all")
+        config = _with_data(checkpoints.read_config(arguments.workdir), arguments.workdir, arguments.source)
+        output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json"))
+        if not output.parent.is_dir():
+            raise UsageError(f"--output: the folder {str(output.parent)!r} does not exist")
+        lengths = _context_lengths(arguments.context_length, config.train.context_length)
+        corpus = data.corpus_info(config)
+        _, model, step = checkpoints.load_run(arguments.workdir, arguments.step)
+        request = Request(config, model, lengths, arguments.batches)
+
+        start = time.perf_counter()
+        results = {name: task.run(request) for name, task in tasks.items()}
+        record = {
+            "workdir": arguments.workdir,
+            "step": step,
+            "mixer": config.model.mixer,
+            "parameters": num_parameters(config.model),
+            "corpus": {
+                "source": corpus["source"],
+                "fingerprint": corpus["fingerprint"],
+                "validation_tokens": corpus["validation_tokens"],
+                "validation_bytes": corpus["validation_bytes"],
+                "gzip_bits_per_byte": corpus["gzip_bits_per_byte"],
+            },
+            "batches": arguments.batches,
+            "tasks": results,
+            "seconds": time.perf_counter() - start,
+        } | report.provenance()
+
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console.print(f"{arguments.workdir}, step {step}, {record['mixer']}, {record['parameters']:,} parameters")
+        for name, task in tasks.items():
+            console.print(*task.tables(results[name]), sep="\n")
+        gzip = f"gzip -9 needs {corpus['gzip_bits_per_byte']:.4f} bits per byte"
+        console.print(f"text: {corpus['source']} ({corpus['fingerprint']}), {gzip}")
+        _write(record, tasks, output, console)
+
+
+def _write(record: dict, tasks: dict[str, Task], output: pathlib.Path, console: Console) -> None:
+    written = [output]
+    try:
+        output.write_text(json.dumps(record, indent=2) + "\n")
+        for name, task in tasks.items():
+            written.append(output.with_name(f"{output.stem}_{name}.png"))
+            task.plot(record["tasks"][name], written[-1])
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
+    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
