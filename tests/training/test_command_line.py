@@ -1,0 +1,92 @@
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from zoo import config as zoo_config
+from zoo.errors import UsageError
+from zoo.mixers import MIXERS
+from zoo.training import command_line
+
+
+def parse(*arguments):
+    values = flags.FlagValues()
+    command_line.define_and_parse(["train.py", *arguments], values)
+    return values["config"].value
+
+
+def test_size_and_overrides():
+    config = parse(
+        "--config=configs/gla.py:340m", "--config.model.mixer=retnet", "--config.train.steps=7",
+        "--config.optimizer.learning_rate=1e-4", "--noconfig.metrics.tensorboard",
+    )  # fmt: skip
+    assert (config.model.d_model, config.model.mixer, config.train.steps) == (1024, "retnet", 7)
+    assert config.optimizer.learning_rate == 1e-4 and config.metrics.tensorboard is False
+
+
+def test_a_saved_config_is_a_config_too(tmp_path):
+    saved = zoo_config.preset("tiny")
+    saved.model.gla.num_heads = 2
+    (tmp_path / "config.json").write_text(zoo_config.to_json(saved))
+    config = parse(f"--config={tmp_path}/config.json", "--config.train.seed=5")
+    assert zoo_config.difference(saved, config) == ["train.seed: 0 -> 5"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=nope.py"], r"--config=nope.py: no such file; known configs: .*configs/gla.py"),
+        (["--config=gla"], "expected FILE.py, FILE.py:SIZE or FILE.json"),
+        (["--config=configs/gla.py:huge"], "unknown size 'huge'; expected one of tiny, 125m"),
+        (["--config=pyproject.toml"], "expected FILE.py"),
+        (["--config=configs/gla.py", "--config.model.d_modle=3"], r"'model.d_modle'; did you mean model.d_model"),
+        (["--config=configs/gla.py", "--config.steps=3"], r"'steps'; did you mean .*train.steps"),
+        (["--config=configs/gla.py", "--config.train.steps=abc"], r"--config.train.steps=abc"),
+        (["--config=configs/gla.py", "--config.train.steps=2.5"], r"--config.train.steps=2.5"),
+        (["--config=configs/gla.py", "--config.metrics.wandb=maybe"], r"--config.metrics.wandb=maybe"),
+        (["--config=configs/gla.py", "--workdri=x"], "workdri"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        parse(*arguments)
+
+
+def test_broken_json_is_a_mistake_of_the_user(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="not valid JSON"):
+        parse(f"--config={tmp_path}/config.json")
+
+
+def command(*arguments):
+    done = subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--confg=x"], "Unknown command line flag 'confg'"),
+        (
+            ["--config=configs/gla.py:tiny", "--config.model.mixer=glaa"],
+            "unknown mixer 'glaa'; known, nearest first",
+        ),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path, arguments, message):
+    code, _, err = command(*arguments, f"--workdir={tmp_path}/run")
+    assert code == 2 and message in err and err.startswith("error: ") and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_list_shows_mixers_sizes_and_every_setting():
+    code, out, _ = command("--list")
+    assert code == 0
+    for name in [*MIXERS, *zoo_config.SIZES, *zoo_config.leaves(zoo_config.Config())]:
+        assert name in out
+
+
+def test_help_needs_no_config():
+    code, out, _ = command("--help")
+    assert code == 0 and "--workdir" in out and "--init_from" in out

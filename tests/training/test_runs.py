@@ -1,0 +1,250 @@
+"""Runs from start to end, resumed, refused and failed, in this process."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo import checkpoints, data, metrics
+from zoo.errors import RunError, UsageError
+from zoo.training import loop, train
+from zoo.training.signals import StopSignal
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(**{"train.steps": STEPS, "model.mixer": "mlp", "metrics.tensorboard": True})
+
+
+@pytest.fixture
+def run(finished, config, tmp_path):
+    """A copy of a finished run of ten steps, with checkpoints of steps 5 and 10."""
+    if not finished.exists():
+        train(config, finished, profile_steps=2)
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_run_leaves_what_is_promised(run, config, losses):
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "loss.png",
+        "summary.json",
+        "tensorboard",
+        "profile",
+    } <= names
+    found = losses(run)
+    assert list(found) == list(range(1, STEPS + 1)) and found[STEPS][0] < found[1][0]
+    rows = metrics.read(run)
+    tokens_per_step = config.train.batch_size * config.train.context_length
+    assert [row["tokens"] for row in rows if "loss" in row] == [n * tokens_per_step for n in found]
+    assert all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in rows if "loss" in row)
+    assert np.all(np.diff([row["seconds"] for row in rows]) >= 0)
+    summary = json.loads((run / "summary.json").read_text())
+    evaluation = rows[-1]
+    assert summary["eval_bits_per_byte"] == evaluation["eval_bits_per_byte"] > 0
+    assert summary["gzip_bits_per_byte"] > 0 and summary["tokens"] == STEPS * tokens_per_step
+    assert any((run / "profile").rglob("*.xplane.pb"))
+    assert any((run / "tensorboard").iterdir()) and (run / "loss.png").stat().st_size > 1000
+
+
+def test_evaluation_is_the_mean_over_the_validation_tokens(run, config):
+    saved, model, _ = checkpoints.load_run(run)
+    nats = tokens = text_bytes = 0.0
+    for rows in data.validation_batches(saved, max_batches=saved.eval.batches):
+        batch = jax.tree.map(jnp.asarray, rows)
+        losses = model.token_losses(
+            batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]
+        )
+        nats, tokens, text_bytes = (
+            nats + losses.sum(),
+            tokens + batch["weights"].sum(),
+            text_bytes + batch["bytes"].sum(),
+        )
+    row = metrics.read(run)[-1]
+    assert row["eval_loss"] == pytest.approx(float(nats / tokens), rel=1e-5)
+    assert row["eval_bits_per_byte"] == pytest.approx(float(nats / text_bytes) / np.log(2), rel=1e-5)
+
+
+def test_a_finished_run_started_again_does_nothing(run, config):
+    rows = metrics.read(run)
+    train(config, run)
+    assert metrics.read(run) == rows
+
+
+def test_a_longer_run_continues_the_finished_one(run, config):
+    config.train.steps, config.eval.every, config.checkpoint.keep_last = 12, 4, 1
+    first = metrics.read(run)
+    assert train(config, run)["step"] == 12
+    rows = metrics.read(run)
+    assert rows[: len(first)] == first and rows[len(first)]["step"] == 11
+    assert rows[-1]["seconds"] > first[-1]["seconds"]
+    assert checkpoints.read_config(run).train.steps == 12
+
+
+def test_damage_to_the_newest_checkpoint_costs_steps_but_changes_nothing(run, config, losses, capsys):
+    before = losses(run)
+    array = max((run / "checkpoints" / "10").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    train(config, run)
+    captured = capsys.readouterr()
+    assert "10 is damaged" in captured.err and "at step 5" in captured.out
+    assert losses(run) == before
+    assert checkpoints.load_run(run)[2] == STEPS
+
+
+def test_rows_are_means_since_the_row_before_also_over_a_resume(make_config, tmp_path, config):
+    """Rows come at steps 4, 8, 10; the checkpoint of step 5 is between two of them."""
+    config.train.log_every = 4
+    train(config, tmp_path / "run")
+    rows = {row["step"]: row["loss"] for row in metrics.read(tmp_path / "run") if "loss" in row}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")
+    train(config, tmp_path / "run")
+    assert {row["step"]: row["loss"] for row in metrics.read(tmp_path / "run") if "loss" in row} == rows
+    assert list(rows) == [4, 8, 10]
+
+
+@pytest.mark.parametrize("bad", ["loss", "parameters"])
+def test_a_state_that_is_not_finite_stops_the_run_and_is_never_saved(make_config, tmp_path, config, monkeypatch, bad):
+    config.checkpoint.every = 1
+    original = loop.build
+
+    def poisoned(*args):
+        programs = original(*args)
+
+        class Train:  # the sixth step goes wrong
+            def lower(self, *shapes):
+                compiled = programs.train.lower(*shapes)
+
+                class Compiled:
+                    def compile(self):
+                        step = compiled.compile()
+
+                        def run(state, batch):
+                            sixth = int(jax.device_get(state.step)) == 5
+                            state, values = step(state, batch)
+                            if sixth and bad == "loss":
+                                values["loss"] = jax.device_put(np.float32("nan"))
+                            if sixth and bad == "parameters":
+                                values["parameter_norm"] = jax.device_put(np.float32("inf"))
+                            return state, values
+
+                        return run
+
+                return Compiled()
+
+        return programs._replace(train=Train())
+
+    monkeypatch.setattr(loop, "build", poisoned)
+    with pytest.raises(RunError, match=r"at step 6; the checkpoint of step 5 is kept.*learning_rate"):
+        train(config, tmp_path / "run")
+    assert checkpoints.complete_steps(tmp_path / "run" / "checkpoints") == [4, 5]
+    assert max(row["step"] for row in metrics.read(tmp_path / "run")) == 5
+
+
+def test_a_config_that_differs_is_refused_by_field(run, config):
+    config.model.d_model, config.train.seed = 32, 1
+    with pytest.raises(UsageError, match=r"another config: model.d_model: 16 -> 32; train.seed: 0 -> 1"):
+        train(config, run)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_parameter(run, config, monkeypatch):
+    config.model.d_model = 32
+    (run / "config.json").unlink()
+    monkeypatch.setattr(loop._Loop, "_compile", lambda self: pytest.fail("compiled"))
+    with pytest.raises(UsageError, match=r"another architecture: embed.embedding: \[320, 16\] there, \[320, 32\]"):
+        train(config, run)
+
+
+def test_other_text_than_the_run_had_is_refused(run, config, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(os.path.dirname(config.data.source), folder)
+    (folder / "00.txt").write_text("another text " * 100)
+    saved = json.loads((run / "config.json").read_text())
+    config.data.source = saved["data"]["source"] = f"{folder}/*.txt"
+    (run / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match="the text is not the one"):
+        train(config, run)
+
+
+def test_two_processes_do_not_train_in_one_folder(run, config):
+    import fcntl
+
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another process trains there"):
+            train(config, run)
+
+
+def test_a_vocabulary_smaller_than_a_token_is_refused(make_config, tmp_path):
+    with pytest.raises(UsageError, match="model.vocab_size: 100 is smaller"):
+        train(make_config(**{"model.vocab_size": 100}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_load_run_finds_the_step_asked_for(run):
+    _, newest, step = checkpoints.load_run(run)
+    _, older, five = checkpoints.load_run(run, step=5)
+    assert (step, five) == (10, 5)
+    assert not np.array_equal(newest.embed.embedding[...], older.embed.embedding[...])
+    with pytest.raises(UsageError, match="no checkpoint of step 7; it has steps 5, 10"):
+        checkpoints.load_run(run, step=7)
+    with pytest.raises(UsageError, match="is no run"):
+        checkpoints.load_run(run / "nowhere")
+
+
+def test_load_run_passes_over_damage_and_touches_nothing(run, capsys):
+    os.truncate(run / "checkpoints" / "10" / "DIGEST.json", 10)
+    assert checkpoints.load_run(run)[2] == 5
+    assert "10 is damaged" in capsys.readouterr().err
+    assert (run / "checkpoints" / "10").exists()
+    with pytest.raises(UsageError, match="no undamaged checkpoint of step 10"):
+        checkpoints.load_run(run, step=10)
+
+
+def test_init_from_starts_anew_with_the_weights_of_another_run(run, config, tmp_path, losses):
+    new = copy.deepcopy(config)
+    new.train.seed = 3
+    train(new, tmp_path / "new", init_from=str(run))
+    _, model, _ = checkpoints.load_run(run)
+    batch = jax.tree.map(jnp.asarray, next(data.training_dataset(new).iterator(0)))
+    nats = model.token_losses(batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"])
+    found = losses(tmp_path / "new")
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found[1][0] == pytest.approx(float(nats.mean()), rel=1e-5)
+    assert json.loads((tmp_path / "new" / "summary.json").read_text())["init_from"] == str(run)
+
+
+def test_init_from_refuses_what_does_not_fit(run, config, tmp_path):
+    with pytest.raises(UsageError, match="is no run"):
+        train(config, tmp_path / "new", init_from=str(tmp_path / "nowhere"))
+    config.model.d_model = 32
+    with pytest.raises(UsageError, match=r"--init_from=.* another architecture: embed.embedding"):
+        train(config, tmp_path / "other", init_from=str(run))
+
+
+def test_the_first_interrupt_asks_and_the_second_insists():
+    with StopSignal() as stop:
+        assert stop.name is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,333 @@
+"""Checkpoints that can be trusted: written in the background, digested when complete, passed over when damaged.
+
+    WORKDIR/checkpoints/<step>/params/, opt/, meta/     Orbax items
+    WORKDIR/checkpoints/<step>/DIGEST.json              sha256 of every file above, written last
+
+Orbax restores an array with a flipped byte without a word, so a checkpoint counts only if its digest stands and
+agrees. A save cut off at any moment leaves no digest, and an older checkpoint is deleted only after a newer one
+has its digest: there is always a good one to go back to.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from zoo import config as zoo_config
+from zoo.errors import RunError, UsageError
+from zoo.model import LanguageModel
+
+DIGEST = "DIGEST.json"
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    state: Any  # what `restore` was given, with arrays
+    meta: dict[str, Any]  # what `save` was given
+
+
+class Checkpointer:
+    """Saves and restores training states: any NamedTuple with the fields `params` (nnx.State) and `opt` (a pytree).
+
+    Kept are the newest `keep_last` checkpoints and the `keep_best` ones of lowest evaluation loss.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_best: int = 1):
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._orbax = _orbax_checkpointer()
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._unfinished: concurrent.futures.Future | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of complete checkpoints, oldest first; whether they are undamaged shows when they are restored."""
+        return complete_steps(self.directory)
+
+    def save(self, step: int, state: Any, *, loss: float | None = None, meta: dict[str, Any] | None = None) -> None:
+        """Copy `state` off the devices, and write it in the background; the caller may donate it right away.
+
+        Args:
+          loss: evaluation loss (nats per token) of this state, where there is one: it ranks the best.
+          meta: JSON, handed back by `restore`.
+
+        Raises:
+          RunError: this save, or the one before, failed (a full disk); checkpoints before stay as they were.
+        """
+        self.wait()
+        _delete_leftovers(self.directory)
+        params, rest = _items(state)
+        description = {"parameters": shapes(params), "meta": meta or {}}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params), opt=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(description)
+        )
+        try:
+            self._check_room(params, rest)
+            self._orbax.save(self.directory / str(step), args=items)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._unfinished = self._finisher.submit(self._finish, step, loss)
+
+    def check(self) -> None:
+        """Raise the RunError of a save that has failed meanwhile; does not wait."""
+        if self._unfinished is not None and self._unfinished.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in progress is complete. Raises its RunError."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished.result()
+
+    def close(self) -> None:
+        """Wait, then let go of the threads. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            self._orbax.close()
+
+    def restore(self, abstract_state: Any) -> Checkpoint | None:
+        """The newest undamaged checkpoint, its arrays on the shardings of `abstract_state`; None: there is none.
+
+        A damaged one is passed over with a warning and renamed `<step>.damaged`, so that its step can be saved again.
+
+        Raises:
+          UsageError: the checkpoint holds other parameters than `abstract_state`.
+        """
+        _delete_leftovers(self.directory)
+        params, rest = _items(abstract_state)
+        for step in reversed(self.steps()):
+            path = self.directory / str(step)
+            try:
+                verify(path)
+                description = _read_description(self._orbax, path)
+                check_parameters(f"checkpoint {path}", description["parameters"], shapes(params))
+                items = self._orbax.restore(
+                    path,
+                    args=ocp.args.Composite(
+                        params=ocp.args.StandardRestore(params), opt=ocp.args.StandardRestore(rest)
+                    ),
+                )
+            except UsageError:
+                raise
+            except Exception as error:  # for damage Orbax raises what it likes, bare Exception too
+                _warn(f"checkpoint {path} is damaged ({_reason(error)}); set aside, falling back to the one before")
+                aside = path.with_name(f"{step}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                continue
+            state = _with_leaves(abstract_state._replace(params=()), items["opt"])
+            state = state._replace(params=_with_leaves(abstract_state.params, items["params"]))
+            return Checkpoint(step, state, description["meta"])
+        return None
+
+    def _check_room(self, *items: dict[str, Any]) -> None:
+        # Orbax would find out too, after minutes of writing; it compresses floats by less than a tenth.
+        needed = 0.9 * sum(x.nbytes for x in jax.tree.leaves(items))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"No space left: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+
+    def _finish(self, step: int, loss: float | None) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                write_digest(self.directory / str(step), loss)
+                self._prune()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        losses = {step: json.loads((self.directory / str(step) / DIGEST).read_text())["loss"] for step in steps}
+        evaluated = [step for step in steps if losses[step] is not None]
+        best = sorted(evaluated, key=lambda step: losses[step])[: self.keep_best]
+        for step in set(steps) - set(steps[-self.keep_last :]) - set(best):
+            # The digest first: what is half deleted must not look complete.
+            (self.directory / str(step) / DIGEST).unlink()
+            shutil.rmtree(self.directory / str(step))
+
+    def _failed(self, step: int, error: Exception) -> RunError:
+        with contextlib.suppress(OSError):
+            _delete_leftovers(self.directory)
+        steps = self.steps()
+        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        return RunError(
+            f"the checkpoint of step {step} could not be written to {self.directory} ({_reason(error)}); {kept}. "
+            "Make room (or lower checkpoint.keep_last), then repeat the command to continue from it"
+        )
+
+
+def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[zoo_config.Config, LanguageModel, int]:
+    """Reopen a run: its config, its model with the parameters of `step` (None: the newest undamaged), the step.
+
+    Only JSON and arrays are read; nothing in the folder is executed, changed or deleted.
+
+    Raises:
+      UsageError: no run in `workdir`, or no (undamaged) checkpoint of that step.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    config = read_config(workdir)
+    directory = workdir / "checkpoints"
+    steps = complete_steps(directory)
+    if step is not None and step not in steps:
+        raise UsageError(f"{directory} has no checkpoint of step {step}; it has {_listed(steps)}")
+    with nnx.use_eager_sharding(False):
+        model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model, nnx.Param)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in named_leaves(abstract).items()
+    }
+    orbax = _orbax_checkpointer()
+    try:
+        for candidate in reversed(steps) if step is None else [step]:
+            path = directory / str(candidate)
+            try:
+                verify(path)
+                check_parameters(f"checkpoint {path}", _read_description(orbax, path)["parameters"], shapes(params))
+                items = orbax.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
+            except UsageError:
+                raise
+            except Exception as error:
+                _warn(f"checkpoint {path} is damaged ({_reason(error)}); passed over")
+                continue
+            return config, nnx.merge(graphdef, _with_leaves(abstract, items["params"])), candidate
+    finally:
+        orbax.close()
+    raise UsageError(
+        f"{directory} has no undamaged checkpoint{'' if step is None else f' of step {step}'}; "
+        f"complete steps: {_listed(steps)}. Train first, or name another --workdir or --step"
+    )
+
+
+def read_config(workdir: str | os.PathLike) -> zoo_config.Config:
+    """The config that the run in `workdir` was started with. UsageError if there is no run."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(
+            f"{workdir} is no run: {path} cannot be read ({error.strerror}); expected the --workdir of a training run"
+        ) from error
+    return zoo_config.from_json(text)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path: "embed.embedding", "units.blocks.0.mixer.q.kernel"."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # An nnx.Variable adds ".value" to the path of the array that it holds.
+        named[jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")] = leaf
+    return named
+
+
+def shapes(tree: Any) -> dict[str, list[int]]:
+    """Of the leaves, by dotted path."""
+    return {name: list(x.shape) for name, x in named_leaves(tree).items()}
+
+
+def check_parameters(where: str, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """UsageError naming the parameters that differ between what `where` holds and what the config makes."""
+    names = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    if not names:
+        return
+    differences = [f"{n}: {found.get(n, 'missing')} there, {wanted.get(n, 'missing')} in this config" for n in names]
+    shown = "; ".join(differences[:6]) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
+    raise UsageError(
+        f"{where} is of another architecture: {shown}. Use the model that it was trained with, or another --workdir"
+    )
+
+
+def complete_steps(directory: pathlib.Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(d.name) for d in directory.iterdir() if d.name.isdigit() and (d / DIGEST).exists())
+
+
+def write_digest(path: pathlib.Path, loss: float | None) -> None:
+    """Declare the checkpoint at `path` complete: sha256 of every file, and its evaluation loss."""
+    record = {"loss": loss, "files": {name: _sha256(path / name) for name in _files(path)}}
+    temporary = path / (DIGEST + ".tmp")
+    with open(temporary, "w") as f:
+        json.dump(record, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path / DIGEST)
+
+
+def verify(path: pathlib.Path) -> None:
+    """Raise ValueError if a file of the checkpoint is missing or differs from its digest."""
+    recorded = json.loads((path / DIGEST).read_text())["files"]
+    for name, digest in recorded.items():
+        if not (path / name).exists():
+            raise ValueError(f"{name} is missing")
+        if _sha256(path / name) != digest:
+            raise ValueError(f"{name} differs from its digest")
+
+
+def _files(path: pathlib.Path) -> list[str]:
+    found = (pathlib.Path(root, name).relative_to(path) for root, _, names in os.walk(path) for name in names)
+    return sorted(str(name) for name in found if not name.name.startswith(DIGEST))
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _items(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters, and all else that training continues from, each by name."""
+    return named_leaves(state.params), named_leaves(state._replace(params=()))
+
+
+def _with_leaves(tree: Any, named: dict[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in named_leaves(tree)])
+
+
+def _read_description(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, Any]:
+    return orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("params", "opt", "meta"))
+
+
+def _delete_leftovers(directory: pathlib.Path) -> None:
+    """Of saves that were cut off: Orbax's temporary folders, and steps without a digest."""
+    if jax.process_index() != 0 or not directory.is_dir():
+        return
+    for entry in directory.iterdir():
+        if "orbax-checkpoint-tmp" in entry.name or (entry.name.isdigit() and not (entry / DIGEST).exists()):
+            shutil.rmtree(entry)
+
+
+def _reason(error: BaseException) -> str:
+    text = f"{error}".strip() or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if system := re.search(r": ([^:]*) \[os_error_code", text):  # the end of TensorStore's long ones
+        return system[1]
+    first = text.splitlines()[0]
+    return first if len(first) <= 160 else first[:157] + "..."
+
+
+def _listed(steps: list[int]) -> str:
+    return "steps " + ", ".join(map(str, steps)) if steps else "none"
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,315 @@
+"""A run from start, or from its newest checkpoint, to its last step.
+
+The order within a step matters. The step is dispatched, then the metrics of the one before are read, so that the device
+never waits for a log line. Where a step is evaluated or saved, its own metrics are read first: a state whose loss,
+gradient or parameters are not finite is never saved. Evaluation comes before saving, for its loss ranks the checkpoint.
+
+What the next process needs to continue bit by bit is the state, the step (which fixes batch and dropout), and the
+losses since the last row; the checkpoint holds them.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from zoo import checkpoints, data, flops, metrics, sharding
+from zoo.checkpoints import Checkpointer
+from zoo.config import Config
+from zoo.errors import RunError, UsageError
+from zoo.training import workdir as workdirs
+from zoo.training.progress import ProgressLine
+from zoo.training.signals import StopSignal
+from zoo.training.step import Programs, TrainState, build
+
+PROFILE_SKIP = 2  # steps before the trace begins: the first ones warm caches up
+
+
+def train(config: Config, workdir: str | os.PathLike, *, init_from: str = "", profile_steps: int = 0) -> dict[str, Any]:
+    """Train until `config.train.steps`, continuing what stands in `workdir`.
+
+    Args:
+      init_from: workdir of a run whose weights a new run starts from; its optimizer and step are left behind.
+      profile_steps: trace that many steps into WORKDIR/profile (jax.profiler); 0: none.
+
+    Returns:
+      What WORKDIR/summary.json holds, or {"stopped_at": step} after SIGTERM or Ctrl-C.
+
+    Raises:
+      UsageError: what is asked for cannot be done; nothing was compiled.
+      RunError: a loss, gradient or parameter that is not finite, or a checkpoint that could not be written.
+    """
+    run = workdirs.prepare(config, workdir)
+    with run.lock:
+        mesh = sharding.make_mesh(run.config.mesh)
+        workdirs.check_mesh(run.config, mesh)
+        dataset = data.training_dataset(run.data_config)
+        info = data.corpus_info(run.data_config)
+        programs = build(run.config, mesh)
+        kept = run.config.checkpoint
+        with contextlib.ExitStack() as stack:
+            checkpointer = Checkpointer(run.workdir / "checkpoints", keep_last=kept.keep_last, keep_best=kept.keep_best)
+            stack.callback(checkpointer.close)
+            state, progress = _first_state(run, programs, checkpointer, dataset.fingerprint, init_from)
+            loop = _Loop(run, mesh, programs, checkpointer, dataset, state, progress)
+            stack.callback(loop.close)
+            loop.announce(info)
+            with StopSignal() as stop:
+                loop.run(stop, profile_steps)
+                if stop.name:
+                    checkpointer.wait()
+                    loop.progress.say(f"{stop.name}: saved at step {loop.step}; repeat the command to continue")
+                    return {"stopped_at": loop.step}
+                return loop.finish(info, init_from)
+
+
+def _first_state(
+    run: workdirs.Run, programs: Programs, checkpointer: Checkpointer, fingerprint: str, init_from: str
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint's state, else another run's weights, else fresh ones; and what `_Loop._progress` saved."""
+    fresh = {"seconds": 0.0, "losses": [], "data": fingerprint}
+    checkpoint = checkpointer.restore(programs.abstract_state)
+    if checkpoint is not None:
+        if checkpoint.meta["data"] != fingerprint:
+            raise UsageError(
+                f"data.source: the text is not the one that {run.workdir} was trained on (fingerprint "
+                f"{fingerprint[:16]}, then {checkpoint.meta['data'][:16]}); restore it, or choose another --workdir"
+            )
+        return checkpoint.state, checkpoint.meta
+    if not init_from:
+        return programs.init(), fresh
+    other, model, _ = checkpoints.load_run(init_from)
+    its_tokenizer, tokenizer = data.tokenizer.for_run(init_from, other), data.tokenizer.for_run(run.workdir, run.config)
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
+    params = nnx.state(model, nnx.Param)
+    wanted = programs.abstract_state.params
+    checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(params), checkpoints.shapes(wanted))
+    return programs.init_opt(jax.device_put(params, jax.tree.map(lambda x: x.sharding, wanted))), fresh
+
+
+class _Loop:
+    """The state of a run between steps."""
+
+    def __init__(self, run, mesh, programs, checkpointer, dataset, state, progress):
+        self.config, self.workdir, self.data_config = run.config, run.workdir, run.data_config
+        self.mesh, self.programs, self.checkpointer, self.dataset = mesh, programs, checkpointer, dataset
+        self.state = state
+        self.step = int(state.step)
+        self.saved_step = self.step
+        self.tracing = False
+        self.tokens_per_step = self.config.train.batch_size * self.config.train.context_length
+        self.seconds: float = progress["seconds"]  # of training, before `clock_start`
+        self.losses: list[float] = progress["losses"]  # of the steps since the last row
+        self.row_seconds, self.row_step = self.seconds, self.step  # where tokens/s is counted from
+        self.clock_start: float | None = None
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.writer = metrics.Writer(self.workdir, self.config, self.step)
+        self.progress = ProgressLine(self.step, self.config.train.steps)
+        self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length)
+        self.peak_flops = math.inf  # of all devices; measured when there are steps to hold against it
+
+    def announce(self, info: dict[str, Any]) -> None:
+        device, config = self.mesh.devices.flat[0], self.config
+        epochs = config.train.steps * self.tokens_per_step / self.dataset.tokens_per_epoch
+        say = self.progress.say
+        say(f"device      {self.mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}")
+        say(
+            f"model       {config.model.mixer}, {config.model.num_layers} layers of width {config.model.d_model}, "
+            f"{flops.num_parameters(config.model):,} parameters, {config.model.dtype}"
+        )
+        say(
+            f"corpus      {info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
+            f"{info['validation_tokens']:,} validation tokens, gzip -9 {info['gzip_bits_per_byte']:.3f} bits per byte"
+        )
+        say(
+            f"training    {config.train.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs), "
+            f"{config.optimizer.name}"
+        )
+        if self.step:
+            say(f"resumed     at step {self.step}")
+
+    def run(self, stop: StopSignal, profile_steps: int) -> None:
+        """Steps until the last one or until `stop`, with what is due after each; leaves the last one saved."""
+        steps = self.config.train.steps
+        if self.step >= steps:
+            return
+        step_fn = self._compile()
+        self.peak_flops = flops.peak_flops(self.mesh.devices.flat[0], self.config.model.dtype) * self.mesh.size
+        batches = self.dataset.iterator(self.step)
+        trace_from = self.step + PROFILE_SKIP
+        try:
+            self._start_clock()
+            while self.step < steps and not stop.name:
+                if profile_steps and self.step == trace_from:
+                    self._start_trace()
+                self._dispatch(step_fn, batches)
+                if self.tracing and self.step == trace_from + profile_steps:
+                    self._stop_trace()
+                last = self.step == steps
+                evaluate = last or _due(self.config.eval.every, self.step)
+                save = last or _due(self.config.checkpoint.every, self.step)
+                if evaluate or save:
+                    self._read_pending()
+                    self._stop_clock()
+                    loss = self._evaluate() if evaluate else None
+                    if save:
+                        self._save(loss)
+                    self._start_clock()
+                self.checkpointer.check()
+            if self.step != self.saved_step:
+                self._read_pending()
+                self._save(None)
+            self._stop_clock()
+        finally:
+            batches.close()
+            if self.tracing:
+                self._stop_trace()
+
+    def finish(self, info: dict[str, Any], init_from: str) -> dict[str, Any]:
+        """The checkpoint on disk, then loss.png and summary.json."""
+        self.checkpointer.wait()
+        last, evaluation = self._last_row("loss"), self._last_row("eval_loss")
+        if evaluation.get("step") != self.step:  # resumed at its last step, which another process had saved unevaluated
+            self._evaluate()
+            evaluation = self._last_row("eval_loss")
+        device = self.mesh.devices.flat[0]
+        summary = {
+            "step": self.step,
+            "loss": last.get("loss"),
+            "eval_loss": evaluation.get("eval_loss"),
+            "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
+            "gzip_bits_per_byte": info["gzip_bits_per_byte"],
+            "tokens": self.step * self.tokens_per_step,
+            "seconds": self.seconds,
+            "tokens_per_second": last.get("tokens_per_second"),
+            "mfu": last.get("mfu"),
+            "parameters": flops.num_parameters(self.config.model),
+            "corpus": info,
+            "init_from": init_from,
+            "device": f"{self.mesh.size} x {device.device_kind} ({device.platform})",
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "sequence-zoo")},
+        }
+        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self.writer.plot()
+        self.progress.say(
+            f"finished    step {self.step}, validation bits per byte {summary['eval_bits_per_byte']:.4f} "
+            f"(gzip -9: {info['gzip_bits_per_byte']:.4f}), {self.seconds:.0f} s of training"
+        )
+        return summary
+
+    def close(self) -> None:
+        self.progress.close()
+        self.writer.close()
+
+    def _compile(self) -> Any:
+        rows = (self.config.train.batch_size, self.config.train.context_length)
+        batch = {
+            name: jax.ShapeDtypeStruct(rows, np.float32 if name == "weights" else np.int32)
+            for name in ("tokens", "targets", "segment_ids", "weights")
+        }
+        start = time.perf_counter()
+        compiled = self.programs.train.lower(self.programs.abstract_state, batch).compile()
+        self.progress.say(f"compiled    the training step in {time.perf_counter() - start:.1f} s")
+        return compiled
+
+    def _dispatch(self, step_fn: Any, batches: Iterator[data.pipeline.Batch]) -> None:
+        batch = self.programs.put(next(batches))
+        with jax.transfer_guard("disallow"):  # nothing goes to or from the device but the batch
+            self.state, step_metrics = step_fn(self.state, batch)
+        self.step += 1
+        self._read_pending()
+        self.pending = (self.step, step_metrics)
+
+    def _read_pending(self) -> None:
+        """Wait for the metrics in flight, stop if they are not finite, and write a row where one is due."""
+        if self.pending is None:
+            return
+        (step, values), self.pending = self.pending, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        bad = [name for name in ("loss", "grad_norm", "parameter_norm") if not math.isfinite(values[name])]
+        if bad:
+            self.checkpointer.wait()
+            steps = self.checkpointer.steps()
+            kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint had been written"
+            raise RunError(
+                f"{', '.join(f'{name} = {values[name]}' for name in bad)} at step {step}; {kept}. "
+                "In a new --workdir, lower optimizer.learning_rate or optimizer.clip_norm, or lengthen the warm-up"
+            )
+        self.losses.append(values["loss"])
+        self.progress.step(step)
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            seconds = self._seconds()
+            per_step = (seconds - self.row_seconds) / (step - self.row_step)
+            speed = self.tokens_per_step / per_step
+            row = values | {
+                "step": step,
+                "loss": math.fsum(self.losses) / len(self.losses),
+                "tokens": step * self.tokens_per_step,
+                "tokens_per_second": speed,
+                "mfu": speed * self.flops_per_token / self.peak_flops,
+                "seconds": seconds,
+            }
+            self.losses, self.row_seconds, self.row_step = [], seconds, step
+            self.writer.write(row)
+            self.progress.row(row, seconds_per_step=per_step)
+
+    def _last_row(self, name: str) -> metrics.Row:
+        return next((row for row in reversed(metrics.read(self.workdir)) if name in row), {})
+
+    def _evaluate(self) -> float:
+        """Nats per token on the validation batches; written as a row."""
+        batches = data.validation_batches(self.data_config, max_batches=self.config.eval.batches)
+        totals = [self.programs.evaluate(self.state.params, self.programs.put(batch)) for batch in batches]
+        totals = jax.device_get(totals)
+        nats, tokens, num_bytes = (math.fsum(float(t[name]) for t in totals) for name in ("nats", "tokens", "bytes"))
+        row = {
+            "step": self.step,
+            "eval_loss": nats / max(tokens, 1.0),
+            "eval_bits_per_byte": nats / math.log(2) / max(num_bytes, 1.0),
+            "tokens": self.step * self.tokens_per_step,
+            "seconds": self.seconds,
+        }
+        self.writer.write(row)
+        self.progress.row(row)
+        self.writer.plot()
+        return row["eval_loss"]
+
+    def _save(self, loss: float | None) -> None:
+        progress = {"seconds": self.seconds, "losses": self.losses, "data": self.dataset.fingerprint}
+        self.checkpointer.save(self.step, self.state, loss=loss, meta=progress)
+        self.saved_step = self.step
+
+    def _start_trace(self) -> None:
+        jax.block_until_ready(self.state)
+        jax.profiler.start_trace(str(self.workdir / "profile"))
+        self.tracing = True
+
+    def _stop_trace(self) -> None:
+        jax.block_until_ready(self.state)
+        jax.profiler.stop_trace()
+        self.tracing = False
+        self.progress.say(f"profile     {self.workdir / 'profile'}")
+
+    def _start_clock(self) -> None:
+        self.clock_start = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        self.seconds, self.clock_start = self._seconds(), None
+
+    def _seconds(self) -> float:
+        return self.seconds + (time.perf_counter() - self.clock_start if self.clock_start is not None else 0.0)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

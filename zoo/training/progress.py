@@ -1,0 +1,66 @@
+"""What a person watching sees: one live line on a terminal, plain lines elsewhere."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zoo.metrics import Row
+
+
+class ProgressLine:
+    """Step, loss, tokens/s, MFU (model FLOP/s over what the devices could do) and time left."""
+
+    def __init__(self, first_step: int, steps: int):
+        self._steps = steps
+        console = Console(file=sys.stdout)
+        self._live: Progress | None = None
+        if console.is_terminal:
+            self._live = Progress(
+                MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+                console=console, refresh_per_second=4,
+            )  # fmt: skip
+            self._live.start()
+            self._task = self._live.add_task("", total=steps, completed=first_step, text="")
+
+    def step(self, step: int) -> None:
+        if self._live:
+            self._live.update(self._task, completed=step)
+
+    def row(self, row: Row, seconds_per_step: float = 0.0) -> None:
+        """Show a row of metrics: of training, or of an evaluation."""
+        if "eval_loss" in row:
+            self.say(
+                f"step {row['step']}  validation loss {row['eval_loss']:.4f}  "
+                f"bits per byte {row['eval_bits_per_byte']:.4f}"
+            )
+            return
+        text = f"loss {row['loss']:.4f}  {_count(row['tokens_per_second'])} tokens/s  MFU {row['mfu']:.1%}"
+        if self._live:
+            self._live.update(self._task, text=text)
+        else:
+            left = (self._steps - row["step"]) * seconds_per_step
+            print(f"step {row['step']}/{self._steps}  {text}  {_duration(left)} left", flush=True)
+
+    def say(self, text: str) -> None:
+        if self._live:
+            self._live.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+
+def _count(x: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,39 @@
+"""The learning rate by step: a linear warm-up, then cosine | linear | wsd | constant.
+
+With n = step + 1 updates done, w of warm-up, N in all, f = final_fraction:
+
+    warm-up    n / w                                           n <= w
+    cosine     f + (1 - f) (1 + cos(pi p)) / 2                 p = (n - w) / (N - w)
+    linear     1 - (1 - f) p                                   p as above
+    wsd        1, then 1 - (1 - f) p in the last `decay_steps` p = (n - (N - decay_steps)) / decay_steps
+    constant   1
+
+times the learning rate (wsd: warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from zoo.config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """The learning rate of the update that follows `step` done ones, float32; `steps` is the run's length."""
+    warmup, final = config.warmup_steps, config.final_fraction
+    decay_steps = config.decay_steps or max(1, steps // 5)
+    decay_start = max(warmup, steps - decay_steps) if config.schedule == "wsd" else warmup
+
+    def rate(step: jax.Array) -> jax.Array:
+        n = jnp.asarray(step, jnp.float32) + 1
+        progress = jnp.clip((n - decay_start) / max(1, steps - decay_start), 0.0, 1.0)
+        shape = {
+            "cosine": final + (1 - final) * (1 + jnp.cos(jnp.pi * progress)) / 2,
+            "linear": 1 - (1 - final) * progress,
+            "wsd": 1 - (1 - final) * progress,
+            "constant": jnp.ones_like(progress),
+        }[config.schedule]
+        return config.learning_rate * jnp.minimum(n / max(1, warmup), 1.0) * shape
+
+    return rate

@@ -1,0 +1,146 @@
+"""The jitted programs of a run: initial state, one training step, one evaluation step.
+
+The loss is the mean over the step's tokens of -log p(target), in nats:
+
+    loss = sum_i w_i nll_i / sum_i w_i        over all sequences of all microbatches and devices
+
+so a microbatch counts by its tokens, and accumulating gradients over microbatches is the same sum in another order.
+Shardings are explicit, of state and batch; the same programs run on any mesh.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from zoo import sharding
+from zoo.config import Config
+from zoo.model import LanguageModel
+from zoo.training.optimizer import make_optimizer
+from zoo.training.schedules import schedule
+
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: int32 [B, T]; weights: float32 [B, T]
+
+
+class TrainState(NamedTuple):
+    params: nnx.State  # of nnx.Param, float32
+    opt: optax.OptState
+    step: jax.Array  # int32: updates done, and the index of the next batch
+
+
+class Programs(NamedTuple):
+    """What a run executes. The state given to `train` is donated."""
+
+    graphdef: nnx.GraphDef
+    abstract_state: TrainState  # shapes with shardings
+    batch_sharding: NamedSharding
+    init: Callable[[], TrainState]
+    init_opt: Callable[[nnx.State], TrainState]  # a new run from given parameters
+    train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[nnx.State, Batch], dict[str, jax.Array]]
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This process's rows of a batch, as global arrays."""
+        return {name: jax.make_array_from_process_local_data(self.batch_sharding, rows) for name, rows in batch.items()}
+
+
+def build(config: Config, mesh: Mesh) -> Programs:
+    """Trace nothing yet but the shapes of the state; programs compile on their first call.
+
+    Raises:
+      UsageError: the optimizer's parameter groups do not fit the model.
+    """
+    init_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+
+    def make_params(key: jax.Array) -> nnx.State:
+        # Parameters name logical axes; jit's out_shardings place them, so that no device ever holds them all.
+        with nnx.use_eager_sharding(False), sharding.use_mesh(mesh):
+            return nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(key)), nnx.Param)
+
+    with nnx.use_eager_sharding(False):
+        graphdef, abstract_params = nnx.split(
+            nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))), nnx.Param
+        )
+    optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
+    learning_rate = schedule(config.optimizer, config.train.steps)
+
+    def start(params: nnx.State) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def loss(params: nnx.State, batch: Batch, total_weight: jax.Array, key: jax.Array) -> jax.Array:
+        losses = nnx.merge(graphdef, params).token_losses(
+            batch["tokens"],
+            batch["targets"],
+            batch["weights"],
+            segment_ids=batch["segment_ids"],
+            dropout_key=key if config.model.dropout else None,
+        )
+        return losses.sum() / total_weight
+
+    def loss_and_gradient(params: nnx.State, batch: Batch, key: jax.Array) -> tuple[jax.Array, nnx.State]:
+        total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
+        pieces = config.train.accumulate_steps
+        if pieces == 1:
+            return jax.value_and_grad(loss)(params, batch, total_weight, key)
+
+        def piece(carry, xs):
+            index, microbatch = xs
+            key_of_piece = jax.random.fold_in(key, index)
+            return jax.tree.map(
+                jnp.add, carry, jax.value_and_grad(loss)(params, microbatch, total_weight, key_of_piece)
+            ), None
+
+        # Microbatch j takes rows j, j + pieces, ...: each device keeps its own rows.
+        split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+        split = jax.tree.map(lambda x: sharding.constrain(x, None, "batch", "time"), split)
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(piece, zero, (jnp.arange(pieces), split))[0]
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        with sharding.use_mesh(mesh):
+            key = jax.random.fold_in(dropout_key, state.step)
+            value, gradient = loss_and_gradient(state.params, batch, key)
+            norm = optax.tree.norm(gradient)
+            if config.optimizer.clip_norm:
+                scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
+                gradient = jax.tree.map(lambda g: g * scale, gradient)
+            updates, opt = optimizer.update(gradient, state.opt, state.params)
+            params = optax.apply_updates(state.params, updates)
+            metrics = {
+                "loss": value,
+                "grad_norm": norm,
+                "parameter_norm": optax.tree.norm(params),  # of the new ones: tells a poisoned state before it is saved
+                "learning_rate": learning_rate(state.step),
+            }
+            return TrainState(params, opt, state.step + 1), metrics
+
+    def evaluate(params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
+        with sharding.use_mesh(mesh):
+            losses = nnx.merge(graphdef, params).token_losses(
+                batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]
+            )
+            return {"nats": losses.sum(), "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
+
+    abstract = jax.eval_shape(lambda key: start(make_params(key)), init_key)
+    shardings = sharding.named_shardings(abstract, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = sharding.batch_sharding(mesh)
+    jit_init = jax.jit(lambda key: start(make_params(key)), out_shardings=shardings)
+    return Programs(
+        graphdef=graphdef,
+        abstract_state=_with_shardings(abstract, shardings),
+        batch_sharding=rows,
+        init=lambda: jit_init(init_key),
+        init_opt=jax.jit(start, donate_argnums=0, in_shardings=(shardings.params,), out_shardings=shardings),
+        train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, everywhere)),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, rows), out_shardings=everywhere),
+    )
+
+
+def _with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
