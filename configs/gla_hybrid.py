@@ -1,4 +1,7 @@
-"""Two layers of gated linear attention, then one of softmax attention. Sizes: configs/gla_hybrid.py:tiny, 125m, 340m, 1.3b."""
+"""Two layers of gated linear attention, then one of softmax attention.
+
+Sizes: configs/gla_hybrid.py:tiny, 125m, 340m, 1.3b.
+"""
 
 from zoo.config import Config, preset
 

@@ -53,7 +53,7 @@ def use_device(device: Device | jax.Device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_implementation(*names: str) -> Iterator[None]:
-    """Let every op whose caller names no implementation take the first of `names` that it has and that supports the call.
+    """Let ops whose caller names no implementation take the first of `names` that they have and that supports the call.
 
     It acts while a function is traced: a function that jax.jit compiled outside keeps what it was compiled with.
     """

@@ -1,6 +1,7 @@
 """Costs by family: forward floating-point operations, parameters, state bytes, and what the device could do.
 
-A multiply and an add are two operations. Matrix products and recurrences count; norms, activations and the softmax do not.
+A multiply and an add are two operations. Matrix products and recurrences count; norms, activations and the softmax
+do not.
 """
 
 import dataclasses

@@ -76,7 +76,7 @@ def partition_spec(*logical_axes: str | None) -> PartitionSpec:
 
 
 def named_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each leaf of a state of NNX variables, by logical axes; what names none is on every device."""
+    """A NamedSharding for each leaf of a state of NNX variables, by logical axes; what has none is everywhere."""
     with spmd.logical_axis_rules(RULES):
         return nnx.get_named_sharding(abstract_state, mesh)
 

@@ -98,7 +98,7 @@ def test_any_length_and_batch_give_the_same_first_outputs(case, inputs, shape):
 
 
 def test_learns_a_copy_task_and_every_parameter_gets_a_finite_gradient(case):
-    """A marked first token is to be copied to the next four places: done by content, so that no family needs positions."""
+    """A marked first token is to be copied to the next four places; content finds it, so no family needs positions."""
     mixer = build(case)
     graphdef, parameters = nnx.split(mixer)
     table, marker = jax.random.normal(jax.random.key(2), (8, D_MODEL)), jax.random.normal(jax.random.key(3), (D_MODEL,))

@@ -34,7 +34,11 @@ class GLA(Mixer):
     def __init__(self, config: GLAConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
         d, dtype = sizes.d_model, sizes.dtype
         d_k, d_v = int(config.expand_k * d), int(config.expand_v * d)
-        self.heads, self.key_width, self.value_width = config.num_heads, d_k // config.num_heads, d_v // config.num_heads
+        self.heads, self.key_width, self.value_width = (
+            config.num_heads,
+            d_k // config.num_heads,
+            d_v // config.num_heads,
+        )
         self.temperature = config.gate_temperature
         self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)

@@ -4,9 +4,9 @@
     o_t = S_t^T phi(q_t) / (z_t . phi(q_t))    y_t = W_o o_t
 
 phi is elu + 1, relu, exp, the identity, or the second-order Taylor map of exp (Arora et al. 2024, arXiv:2402.18668):
-phi(x) = [1, x / K^(1/4), x_i x_j / sqrt(2 K) for i <= j, the i < j doubled in square], phi(q).phi(k) = 1 + s + s^2/2 with
-s = q.k / sqrt(K). The identity is not positive, so it has no normaliser z: a norm per head stands in its place, as it
-does with `normalise=False`.
+phi(x) = [1, x / K^(1/4), x_i x_j c_ij / sqrt(2 K) for i <= j], c_ii = 1, c_ij = sqrt(2), so that with s = q.k / sqrt(K)
+phi(q).phi(k) = 1 + s + s^2/2. The identity is not positive, so it has no normaliser z: a norm per head stands in its
+place, as it does with `normalise=False`.
 
 State: S, float32 [batch, heads, phi(K), V], and z, float32 [batch, heads * phi(K)] with the normaliser.
 """
@@ -29,7 +29,9 @@ def taylor2(x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     rows, columns = np.triu_indices(width)
     scale = jnp.asarray(np.where(rows == columns, 1.0, np.sqrt(2.0)) / np.sqrt(2.0 * width), x.dtype)
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x / width**0.25, x[..., rows] * x[..., columns] * scale], axis=-1)
+    return jnp.concatenate(
+        [jnp.ones_like(x[..., :1]), x / width**0.25, x[..., rows] * x[..., columns] * scale], axis=-1
+    )
 
 
 FEATURE_MAPS = {

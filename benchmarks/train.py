@@ -1,0 +1,126 @@
+"""Training speed of a config on this machine.
+
+    python -m benchmarks.train --config=configs/gla.py:tiny [--mixers=gla,attention] [--steps=20] [--depths=4,24]
+
+For each mixer: tokens/s of the jitted training step (optimizer included, batches ready in memory), model FLOP/s
+(three times the forward pass, `zoo.flops`; recomputation does not count), and its share of the matrix rate measured
+in the same run. Steps of the mixers are interleaved, so that a slow phase of the machine meets all of them; medians
+are printed, with the spread. `--depths` adds the compile time of the step at those numbers of layers, the compilation
+cache off.
+"""
+
+import contextlib
+import copy
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks import record
+from zoo import config as zoo_config
+from zoo import flops, sharding
+from zoo.training import command_line, step
+
+_MIXERS = flags.DEFINE_list("mixers", [], "Patterns, comma-separated, with + inside one (gla+attention).")
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a mixer.", lower_bound=1)
+_DEPTHS = flags.DEFINE_list("depths", [], "Numbers of layers whose compile time is measured.")
+_CONFIG = flags.DEFINE_string("config", "configs/gla.py:tiny", "FILE.py:SIZE or a run's config.json.")
+
+
+def _batch(config: zoo_config.Config) -> dict[str, np.ndarray]:
+    rows = (config.train.batch_size, config.train.context_length)
+    tokens = np.random.default_rng(0).integers(0, 256, rows, np.int32)
+    ones = np.ones(rows, np.int32)
+    return {"tokens": tokens, "targets": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
+
+
+class _Run:
+    def __init__(self, config: zoo_config.Config, mesh):
+        self.config = config
+        programs = step.build(config, mesh)
+        self.state, self.batch, self.train = programs.init(), programs.put(_batch(config)), programs.train
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        self.state, metrics = self.train(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+        self.seconds.append(time.perf_counter() - start)
+
+
+def _row(name: str, run: _Run, peak: float) -> dict:
+    train, seconds = run.config.train, sorted(run.seconds)
+    tokens = train.batch_size * train.context_length
+    median = statistics.median(seconds)
+    per_token = flops.train_flops_per_token(run.config.model, train.context_length)
+    return {
+        "mixer": name,
+        "parameters": flops.num_parameters(run.config.model),
+        "milliseconds": 1e3 * median,
+        "fastest": 1e3 * seconds[0],
+        "slowest": 1e3 * seconds[-1],
+        "tokens_per_second": tokens / median,
+        "model_gflops": tokens * per_token / median / 1e9,
+        "share_of_matmul_rate": tokens * per_token / median / peak,
+    }
+
+
+def _compile_seconds(config: zoo_config.Config, mesh, num_layers: int) -> float:
+    config = copy.deepcopy(config)
+    config.model.num_layers = num_layers
+    programs = step.build(config, mesh)
+    lowered = programs.train.lower(programs.abstract_state, _batch(config))
+    start = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _without_compilation_cache():
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    base = command_line.load(_CONFIG.value)
+    base.model.vocab_size = base.model.vocab_size or 320  # the byte tokenizer's
+    mesh = sharding.make_mesh(base.mesh)
+    runs = {}
+    for name in [mixer.replace("+", ",") for mixer in _MIXERS.value] or [base.model.mixer]:
+        config = copy.deepcopy(base)
+        config.model.mixer = name
+        zoo_config.validate(config)
+        runs[name] = _Run(config, mesh)
+    for run in runs.values():  # compile, and once more to warm up
+        run.step(), run.step()
+        run.seconds.clear()
+    peak = flops.peak_flops(mesh.devices.flat[0], base.model.dtype) * mesh.size
+    for _ in range(_STEPS.value):
+        for run in runs.values():
+            run.step()
+    rows = [_row(name, run, peak) for name, run in runs.items()]
+    print(f"{_CONFIG.value}: {base.train.batch_size} x {base.train.context_length} tokens a step, {base.model.dtype}, ")
+    print(f"{_STEPS.value} steps; this machine's matmul rate {peak / 1e9:.1f} GFLOP/s")
+    print(f"{'mixer':24}{'parameters':>12}{'ms (min-max)':>24}{'tokens/s':>12}{'GFLOP/s':>10}{'share':>8}")
+    for row in rows:
+        spread = f"{row['milliseconds']:.0f} ({row['fastest']:.0f}-{row['slowest']:.0f})"
+        print(f"{row['mixer']:24}{row['parameters']:>12,}{spread:>24}{row['tokens_per_second']:>12,.0f}"
+              f"{row['model_gflops']:>10.1f}{row['share_of_matmul_rate']:>8.1%}")  # fmt: skip
+    compile_seconds = {}
+    if _DEPTHS.value:
+        with _without_compilation_cache():
+            for depth in map(int, _DEPTHS.value):
+                compile_seconds[depth] = min(_compile_seconds(base, mesh, depth) for _ in range(3))
+                print(f"compile time of the step at {depth} layers: {compile_seconds[depth]:.2f} s (fastest of 3)")
+    record.write("train", {"config": _CONFIG.value, "matmul_flops": peak, "rows": rows, "compile": compile_seconds})
+
+
+if __name__ == "__main__":
+    app.run(main)
