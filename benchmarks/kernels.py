@@ -1,0 +1,269 @@
+"""Times and memory of the ops: `python -m benchmarks.kernels [op ...] [--shapes=1x4096x4x64x64,...] [--quick]`.
+
+For each op, kind and shape, in one run with its implementations called in turn: milliseconds of the forward pass, and
+of forward and backward (medians; minima in the JSON), bytes allocated at once (the compiler's temporaries and
+outputs, forward and backward), and how many times longer the step-by-step reference and `jax.lax.associative_scan`
+take. `default` is what a call without `implementation` runs. Without --shapes and --quick the rows are also written
+to benchmarks/results/.
+
+linear_attention also has its arithmetic floor: the multiply-adds of the chunk algorithm, chunk 64, what the
+backward pass computes again included, at the rate of a 2048-wide float32 matmul in the same run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kernels
+from benchmarks import measure, record
+
+LONG, TRAINING, SMALL = (1, 4096, 4, 64, 64), (16, 512, 4, 32, 64), (32, 256, 4, 16, 32)  # B, T, H, K, V
+QUICK = (2, 256, 4, 32, 32)
+LENGTHS = (4096, 8192, 16384, 32768)  # tokens, of the linearity rows
+STATES_LIMIT = 2**29  # bytes of [B, T, H, K, V] up to which associative_scan is tried: it holds several of them
+REFERENCE_SCORES_LIMIT = 2**28  # bytes of [B, H, T, T]
+
+
+@dataclasses.dataclass
+class Case:
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    functions: dict[str, Callable[..., Any]]  # implementation -> function of the arrays
+    arrays: tuple[jax.Array, ...]  # differentiated in all of them that are of floats
+    floor: tuple[float, float] | None = None  # multiply-adds: forward, forward and backward
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def linear_attention_cases(shape):
+    batch, time, heads, key_dim, value_dim = shape
+    q, k, v = (normal(i, *shape[:3], dim) for i, dim in enumerate((key_dim, key_dim, value_dim)))
+    decays = {
+        "none": (),
+        "fixed [H]": (-0.05 * jnp.ones(heads),),
+        "scalar [B,T,H]": (-0.1 * jnp.abs(normal(3, batch, time, heads)),),
+        "per key [B,T,H,K]": (-0.1 * jnp.abs(normal(3, batch, time, heads, key_dim)),),
+    }
+    for kind, decay in decays.items():
+        functions = implementations(kernels.linear_attention, "recurrent", "chunked", first_result=True)
+        if 4 * batch * time * heads * key_dim * value_dim <= STATES_LIMIT and kind.startswith("per key"):
+            functions["associative_scan"] = linear_attention_by_associative_scan
+        yield Case("linear_attention", kind, shape, functions, (q, k, v, *decay), chunk_multiply_adds(*shape))
+
+
+def chunk_multiply_adds(batch, time, heads, key_dim, value_dim, chunk=64):
+    """Forward: scores and their product with v; states: update and read. Backward: scores and states again, and two
+    products for each of the four."""
+    k_term, v_term, state_term = chunk * key_dim, chunk * value_dim, key_dim * value_dim
+    forward = k_term + v_term + 2 * state_term
+    both = 4 * k_term + 3 * v_term + 7 * state_term
+    return batch * time * heads * forward, batch * time * heads * both
+
+
+def linear_attention_by_associative_scan(q, k, v, log_decay):
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    decay = jnp.exp(log_decay)[..., None]
+    _, states = jax.lax.associative_scan(combine, (decay, k[..., :, None] * v[..., None, :]), axis=1)
+    return q.shape[-1] ** -0.5 * jnp.einsum("bthk,bthkv->bthv", q, states)
+
+
+def linear_scan_cases(shape):
+    batch, time, heads, _, value_dim = shape
+    x = normal(0, batch, time, heads * value_dim)
+    log_decay = -0.1 * jnp.abs(normal(1, *x.shape))
+
+    def by_associative_scan(x, log_decay):
+        def combine(left, right):
+            return left[0] * right[0], right[0] * left[1] + right[1]
+
+        return jax.lax.associative_scan(combine, (jnp.exp(log_decay), x), axis=1)[1]
+
+    for kind, turn in {"real": 0.0, "complex": 1.0j}.items():
+        functions = implementations(kernels.linear_scan, "chunked", first_result=True)
+        yield Case(
+            "linear_scan",
+            kind,
+            shape,
+            functions | {"associative_scan": by_associative_scan},
+            (x + 0 * turn, log_decay + turn * normal(2, *x.shape)) if turn else (x, log_decay),
+        )
+
+
+def attention_cases(shape):
+    batch, time, heads, key_dim, value_dim = shape
+    q, k, v = (normal(i, *shape[:3], dim) for i, dim in enumerate((key_dim, key_dim, value_dim)))
+    small = 4 * batch * heads * time**2 <= REFERENCE_SCORES_LIMIT
+    for kind, window in {"causal": None, "window 256": 256}.items():
+        functions = implementations(kernels.attention, "chunked", reference=small, window=window)
+        yield Case("attention", kind, shape, functions, (q, k, v))
+
+
+def short_conv_cases(shape):
+    batch, time, heads, _, value_dim = shape
+    x, weight = normal(0, batch, time, heads * value_dim), normal(1, heads * value_dim, 4)
+    functions = implementations(kernels.short_conv, "chunked", first_result=True, activation="silu")
+    yield Case("short_conv", "4 taps, silu", shape, functions, (x, weight))
+
+
+def cross_entropy_cases(shape, vocab_size=4096):
+    batch, time, heads, _, value_dim = shape
+    hidden, head = normal(0, batch * time, heads * value_dim), 0.02 * normal(1, heads * value_dim, vocab_size)
+    targets = jax.random.randint(jax.random.key(2), (batch * time,), 0, vocab_size)
+    weights = jnp.ones(batch * time)
+
+    def reference(hidden, head):
+        logits = jax.nn.log_softmax(hidden @ head)
+        return -weights * jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+    functions = {
+        "default": lambda hidden, head: kernels.cross_entropy(hidden, head, targets, weights),
+        "reference": reference,
+    }
+    yield Case("cross_entropy", f"vocabulary {vocab_size}", shape, functions, (hidden, head))
+
+
+def implementations(op, *names, reference=True, first_result=False, **options):
+    def function(implementation):
+        def run(*arrays):
+            result = op(*arrays, implementation=implementation, **options)
+            return result[0] if first_result else result
+
+        return run
+
+    names = ("default", *names, *(("reference",) if reference else ()))
+    return {name: function(None if name == "default" else name) for name in names}
+
+
+CASES = {
+    "linear_attention": linear_attention_cases,
+    "linear_scan": linear_scan_cases,
+    "attention": attention_cases,
+    "short_conv": short_conv_cases,
+    "cross_entropy": cross_entropy_cases,
+}
+
+
+def forward_and_backward(function):
+    def run(cotangent, *arrays):
+        out, vjp = jax.vjp(function, *arrays)
+        return out, vjp(cotangent)
+
+    return run
+
+
+def measure_case(case, rounds):
+    """Rows of the table, one an implementation, and the rate of the yardstick in FLOP/s."""
+    yardstick, flops = measure.matmul()
+    timed, memory = {"matmul": yardstick}, {}
+    for name, function in case.functions.items():
+        cotangent = jax.jit(function)(*case.arrays)
+        forward = jax.jit(function).lower(*case.arrays).compile()
+        both = jax.jit(forward_and_backward(function)).lower(cotangent, *case.arrays).compile()
+        timed[name, "forward"] = functools.partial(forward, *case.arrays)
+        timed[name, "both"] = functools.partial(both, cotangent, *case.arrays)
+        memory[name] = measure.peak_bytes(forward), measure.peak_bytes(both)
+    times = measure.interleaved(timed, rounds)
+    rate = flops / (1e-3 * times["matmul"].min_ms)
+    rows = []
+    for name in case.functions:
+        forward, both = times[name, "forward"], times[name, "both"]
+        row = {
+            "op": case.op,
+            "kind": case.kind,
+            "shape": "x".join(map(str, case.shape)),
+            "implementation": name,
+            "forward_ms": forward.median_ms,
+            "forward_min_ms": forward.min_ms,
+            "both_ms": both.median_ms,
+            "both_min_ms": both.min_ms,
+            "both_runs": both.runs,
+            "forward_bytes": memory[name][0],
+            "both_bytes": memory[name][1],
+            "tokens_per_second": case.shape[0] * case.shape[1] / (1e-3 * both.median_ms),
+            "matmul_gflops": rate / 1e9,
+        }
+        for rival in ("reference", "associative_scan"):
+            if rival in case.functions:
+                row[f"{rival}_over_forward"] = times[rival, "forward"].median_ms / forward.median_ms
+                row[f"{rival}_over_both"] = times[rival, "both"].median_ms / both.median_ms
+        if case.floor:
+            row["forward_over_floor"] = forward.min_ms / (1e3 * 2 * case.floor[0] / rate)
+            row["both_over_floor"] = both.min_ms / (1e3 * 2 * case.floor[1] / rate)
+        rows.append(row)
+    return rows
+
+
+def linearity_cases():
+    """linear_attention with a decay per key, default and chunked, at growing length."""
+    for time in LENGTHS:
+        *_, case = linear_attention_cases((1, time, *LONG[2:]))
+        case.functions = {name: case.functions[name] for name in ("default", "chunked")}
+        yield case
+
+
+HEADER = (
+    f"{'op':17}{'kind':19}{'B x T x H x K x V':19}{'implementation':17}{'fwd ms':>9}{'f+b ms':>9}{'f+b MB':>9}"
+    f"{'ref/this f':>11}{'f+b':>7}{'assoc/this f':>13}{'f+b':>7}{'f+b/floor':>10}"
+)
+
+
+def line(row):
+    def ratio(name, width):
+        return f"{row[name]:{width}.2f}" if name in row else " " * (width - 1) + "-"
+
+    return (
+        f"{row['op']:17}{row['kind']:19}{row['shape']:19}{row['implementation']:17}"
+        f"{row['forward_ms']:9.2f}{row['both_ms']:9.2f}{row['both_bytes'] / 1e6:9.1f}"
+        + ratio("reference_over_forward", 11)
+        + ratio("reference_over_both", 7)
+        + ratio("associative_scan_over_forward", 13)
+        + ratio("associative_scan_over_both", 7)
+        + ratio("both_over_floor", 10)
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help=f"some of {', '.join(CASES)}; all by default")
+    parser.add_argument("--shapes", help="BxTxHxKxV, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="one small shape, few runs")
+    args = parser.parse_args()
+    if unknown := [op for op in args.ops if op not in CASES]:
+        parser.error(f"unknown op {unknown[0]!r}; expected some of {', '.join(CASES)}")
+    shapes = [QUICK] if args.quick else [LONG, TRAINING, SMALL]
+    if args.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+        if any(len(shape) != 5 for shape in shapes):
+            parser.error(f"--shapes={args.shapes}: expected BxTxHxKxV, as in 1x4096x4x64x64")
+
+    ops = args.ops or list(CASES)
+    cases = [case for op in ops for shape in shapes for case in CASES[op](shape)]
+    if "linear_attention" in ops and not args.quick and not args.shapes:
+        cases += linearity_cases()
+    load = os.getloadavg()[0]
+    print(", ".join(f"{name} {value}" for name, value in record.environment().items()) + f", load average {load:.1f}")
+    print(HEADER)
+    rows = []
+    for case in cases:
+        rows += (new := measure_case(case, rounds=3 if args.quick else 15))
+        print("\n".join(map(line, new)), flush=True)
+    rates = [row["matmul_gflops"] for row in rows]
+    print(f"matmul 2048 float32: {max(rates):.1f} GFLOP/s at best, {min(rates):.1f} in the busiest run")
+    if not args.quick and not args.shapes:
+        name = "kernels" if ops == list(CASES) else "kernels_" + "_".join(ops)
+        record.write(name, {"load_average": load, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Softmax attention."""
+
+from kernels.attention.api import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,89 @@
+"""`attention`: softmax attention with grouped heads, windows, packing and positions."""
+
+from kernels import dispatch
+from kernels.array_typing import Array, Float, Int
+from kernels.attention.chunked import chunked
+from kernels.attention.cudnn import cudnn
+from kernels.attention.reference import reference
+from kernels.attention.splash import splash
+from kernels.checks import check_rank, check_shape
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
+ORDER = {"tpu": ["splash", "chunked"], "gpu": ["cudnn", "chunked"]}
+OP = "attention"
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B L G K"],
+    v: Float[Array, "B L G V"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B L"]] | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B L"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: dispatch.Implementation = None,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention.
+
+        o_t = sum_s p_ts v_s,   p_t = softmax over the visible s of z_ts,   z_ts = scale q_t . k_s,
+        or z_ts = softcap tanh(scale q_t . k_s / softcap)
+
+    Key s is visible to query t if their segment ids are equal, and (causal) kv_positions_s <= q_positions_t, and
+    (window) q_positions_t - kv_positions_s < window. A query that sees no key gives 0.
+    Memory is linear in T and L, also for the gradients of q, k and v.
+
+    Args:
+      q: queries, H heads.
+      k, v: keys and values, G heads; query head h reads head h // (H // G).
+      causal: whether a query sees only keys that are not after it.
+      window: how many positions back a query sees, its own included; None: all.
+      segment_ids: ids of the tokens of q and of k, one array for both if T = L.
+      q_positions, kv_positions: positions in tokens; 0, 1, 2, ... by default.
+      scale: None is K^-0.5.
+      softcap: bound of the logits' magnitude.
+
+    Raises:
+      ValueError: a shape that does not fit, a window below 1, or an unknown implementation.
+      NotImplementedError: the implementation asked for does not support the call; the message says why.
+    """
+    check_rank(OP, "q", q, "B T H K")
+    check_rank(OP, "k", k, "B L G K")
+    B, T, H, K = q.shape
+    L, G = k.shape[1:3]
+    check_shape(OP, "k", k, (B, L, G, K), like="q", shape=q.shape)
+    check_rank(OP, "v", v, "B L G V")
+    check_shape(OP, "v", v, (B, L, G, v.shape[3]), like="k", shape=k.shape)
+    if G == 0 or H % G:
+        raise ValueError(f"{OP}: k has {G} heads (shape {k.shape}), expected a divisor of the {H} of q ({q.shape})")
+    if segment_ids is not None and not isinstance(segment_ids, tuple):
+        check_shape(OP, "segment_ids", segment_ids, (B, T), like="q", shape=q.shape)
+        segment_ids = (segment_ids, segment_ids)
+    if segment_ids is not None:
+        check_shape(OP, "segment_ids of q", segment_ids[0], (B, T), like="q", shape=q.shape)
+        check_shape(OP, "segment_ids of k", segment_ids[1], (B, L), like="k", shape=k.shape)
+    if q_positions is not None:
+        check_shape(OP, "q_positions", q_positions, (B, T), like="q", shape=q.shape)
+    if kv_positions is not None:
+        check_shape(OP, "kv_positions", kv_positions, (B, L), like="k", shape=k.shape)
+    if window is not None and window < 1:
+        raise ValueError(f"{OP}: window is {window}, expected at least 1 position")
+    return dispatch.call(
+        OP,
+        IMPLEMENTATIONS,
+        implementation,
+        ORDER.get(dispatch.device().platform, ["chunked"]),
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        segment_ids=segment_ids,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        scale=K**-0.5 if scale is None else scale,
+        softcap=softcap,
+    )

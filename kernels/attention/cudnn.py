@@ -1,0 +1,35 @@
+"""Softmax attention on NVIDIA GPUs: cuDNN's fused attention, through jax."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cudnn(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
+    """Output [B, T, H, V]; see `attention`."""
+    T, L = q.shape[1], k.shape[1]
+    if segment_ids is not None:
+        raise NotImplementedError("cuDNN knows no segments")
+    if softcap is not None:
+        raise NotImplementedError("cuDNN knows no softcap")
+    if q_positions is not None or kv_positions is not None:
+        raise NotImplementedError("positions are the tokens' own indices here")
+    if not all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (q, k, v)) or not q.dtype == k.dtype == v.dtype:
+        raise NotImplementedError(f"inputs are all bfloat16 or all float16 here, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[-1] != v.shape[-1]:
+        raise NotImplementedError(f"keys and values have the same width here, got {k.shape[-1]} and {v.shape[-1]}")
+    if window is not None and not causal:
+        raise NotImplementedError("a window is causal here")
+    if window is not None and L < T:
+        raise NotImplementedError(f"a query that sees no key would not give 0 ({T} queries, {L} keys, window {window})")
+    try:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    except RuntimeError as error:  # no cuDNN beside this jax
+        raise NotImplementedError(str(error)) from error

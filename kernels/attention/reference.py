@@ -1,0 +1,31 @@
+"""The definition: a masked softmax over all keys at once, in float32."""
+
+import jax.numpy as jnp
+
+
+def reference(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
+    """Output [B, T, H, V]; see `attention`."""
+    (B, T, H, _), (L, G) = q.shape, k.shape[1:3]
+    q_positions = jnp.arange(T)[None] if q_positions is None else q_positions
+    kv_positions = jnp.arange(L)[None] if kv_positions is None else kv_positions
+    visible = jnp.ones((B, T, L), bool)
+    if segment_ids is not None:
+        visible &= segment_ids[0][:, :, None] == segment_ids[1][:, None]
+    distance = q_positions[:, :, None] - kv_positions[:, None]  # [B, T, L]
+    if causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= distance < window
+    visible = visible[:, None]  # [B, 1, T, L]
+
+    dtype = v.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
+    logits = scale * jnp.einsum("bthk,blhk->bhtl", q, k, precision="highest")
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(visible, logits, -1e30)  # finite: a row without keys must not become NaN
+    weights = jnp.where(visible, jnp.exp(logits - logits.max(-1, keepdims=True)), 0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    return jnp.einsum("bhtl,blhv->bthv", weights, v, precision="highest").astype(dtype)

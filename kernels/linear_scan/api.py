@@ -1,0 +1,95 @@
+"""`linear_scan`: an elementwise linear recurrence over time, real or complex."""
+
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.array_typing import Array, Inexact, Int
+from kernels.checks import check_chunk_size, check_rank, check_shape
+from kernels.linear_scan.chunked import chunked
+from kernels.linear_scan.reference import reference
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+OP = "linear_scan"
+
+
+def linear_scan(
+    x: Inexact[Array, "B T D"],
+    log_decay: Inexact[Array, "B T D"] | Inexact[Array, " D"],
+    *,
+    initial_state: Inexact[Array, "B D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: dispatch.Implementation = None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    """Elementwise linear recurrence.
+
+        h_t = exp(g_t) h_{t-1} + x_t,        g = log_decay, h_0 = initial_state
+
+    Real, or complex if any argument is complex64. Gradients flow to `x`, `log_decay` and `initial_state`, from `h` and
+    the final state; time and memory are linear in T.
+
+    Args:
+      x: inputs.
+      log_decay: logarithm of the decay, its real part <= 0; [D] is the same decay at every step.
+      initial_state: the state before token 0, zero by default. It belongs to the segment of token 0.
+      segment_ids: a token whose id differs from its left neighbour's starts from a zero state.
+      chunk_size: tokens that are scanned step by step, side by side with the other chunks; None chooses.
+      implementation: a name, names in order of preference, or None for this device's best.
+
+    Returns:
+      h in x's dtype (complex64 if anything is complex), and the state after the last token, float32 or complex64.
+
+    Raises:
+      ValueError: a shape that does not fit x's, no token, a chunk below 1, or an unknown implementation.
+      NotImplementedError: no implementation supports the call.
+    """
+    check_rank(OP, "x", x, "B T D")
+    B, T, D = x.shape
+    check_shape(OP, "log_decay", log_decay, (D,), (B, T, D), like="x", shape=x.shape)
+    if initial_state is not None:
+        check_shape(OP, "initial_state", initial_state, (B, D), like="x", shape=x.shape)
+    if segment_ids is not None:
+        check_shape(OP, "segment_ids", segment_ids, (B, T), like="x", shape=x.shape)
+    if T == 0:
+        raise ValueError(f"{OP}: x has shape {x.shape}, expected at least one token")
+    check_chunk_size(OP, chunk_size)
+    dtype = _state_dtype(x, log_decay, initial_state)
+    if initial_state is None:
+        initial_state = jnp.zeros((B, D), dtype)
+    h, final_state = dispatch.call(
+        OP,
+        IMPLEMENTATIONS,
+        implementation,
+        ["chunked"],
+        x.astype(dtype) if dtype == jnp.complex64 else x,
+        log_decay.astype(dtype),
+        initial_state=initial_state.astype(dtype),
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+    )
+    return h, final_state
+
+
+def linear_scan_step(
+    x: Inexact[Array, "B D"],
+    log_decay: Inexact[Array, "B D"] | Inexact[Array, " D"],
+    *,
+    state: Inexact[Array, "B D"],
+) -> tuple[Inexact[Array, "B D"], Inexact[Array, "B D"]]:
+    """One token of `linear_scan`: returns h_t in x's dtype, and the new state (its float32 or complex64 self).
+
+    Raises:
+      ValueError: a shape that does not fit x's.
+    """
+    op = "linear_scan_step"
+    check_rank(op, "x", x, "B D")
+    check_shape(op, "log_decay", log_decay, x.shape[1:], x.shape, like="x", shape=x.shape)
+    check_shape(op, "state", state, x.shape, like="x", shape=x.shape)
+    dtype = _state_dtype(x, log_decay, state)
+    state = jnp.exp(log_decay.astype(dtype)) * state.astype(dtype) + x.astype(dtype)
+    return state if dtype == jnp.complex64 else state.astype(x.dtype), state
+
+
+def _state_dtype(*arrays):
+    is_complex = any(array is not None and jnp.iscomplexobj(array) for array in arrays)
+    return jnp.complex64 if is_complex else jnp.float32

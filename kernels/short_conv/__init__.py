@@ -1,0 +1,5 @@
+"""Short causal depthwise convolution."""
+
+from kernels.short_conv.api import short_conv, short_conv_step
+
+__all__ = ["short_conv", "short_conv_step"]

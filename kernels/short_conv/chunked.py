@@ -1,0 +1,73 @@
+"""The convolution as W shifted multiply-adds, which XLA turns into one loop over the data, and so its transpose.
+
+With z the sum before bias and activation, and a tap's lag l = W-1-w: z_t = sum_l weight_l x_{t-l},
+
+    dx_s = sum_l weight_l dz_{s+l},        dweight_l = sum_t dz_t x_{t-l}
+
+A tap reaches only into its token's own segment: its lag is at most the number of tokens since the segment's start.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.segments import tokens_since_start
+
+
+def chunked(x, weight, bias, *, activation, initial_state, segment_ids):
+    """y [B, T, D] and the final state; see `short_conv`."""
+    T, taps = x.shape[1], weight.shape[1]
+    padded = jnp.concatenate([initial_state, x], 1)  # [B, W - 1 + T, D]
+    age = None if segment_ids is None else tokens_since_start(segment_ids, before=taps)  # [B, T]
+    y = _convolve(padded, weight, age)
+    y = y if bias is None else y + bias.astype(jnp.float32)
+    y = jax.nn.silu(y) if activation == "silu" else y
+
+    final_state = padded[:, T:]
+    if age is not None:
+        behind = jnp.arange(taps - 2, -1, -1)  # of the last token
+        final_state = jnp.where((age[:, -1:] >= behind)[..., None], final_state, 0)
+    return y.astype(x.dtype), final_state
+
+
+@jax.custom_vjp
+def _convolve(padded, weight, age):
+    T = padded.shape[1] - weight.shape[1] + 1
+    return sum(
+        weight[:, tap].astype(jnp.float32) * _within(lax.slice_in_dim(padded, tap, tap + T, axis=1), age, lag)
+        for tap, lag in _taps(weight)
+    )
+
+
+def _forward(padded, weight, age):
+    return _convolve(padded, weight, age), (padded, weight, age)
+
+
+def _backward(residuals, dz):
+    padded, weight, age = residuals
+    length, T, margin = padded.shape[1], dz.shape[1], weight.shape[1] - 1
+    wide = jnp.pad(dz, ((0, 0), (margin, margin), (0, 0)))
+    wide_age = None if age is None else jnp.pad(age, ((0, 0), (margin, margin)))
+    dpadded = 0.0
+    for tap, lag in _taps(weight):
+        shifted_age = None if age is None else lax.slice_in_dim(wide_age, lag, lag + length, axis=1)
+        shifted = _within(lax.slice_in_dim(wide, lag, lag + length, axis=1), shifted_age, lag)
+        dpadded = dpadded + weight[:, tap].astype(jnp.float32) * shifted
+
+    def dtap(tap):  # a loop: fused into one, the reductions of many taps are slow to compile and to run
+        inputs = _within(lax.dynamic_slice_in_dim(padded, tap, T, axis=1), age, margin - tap)
+        return jnp.sum(inputs * dz, (0, 1))
+
+    dweight = lax.map(dtap, jnp.arange(margin + 1)).T
+    return dpadded.astype(padded.dtype), dweight.astype(weight.dtype), None
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _taps(weight):
+    return [(tap, weight.shape[1] - 1 - tap) for tap in range(weight.shape[1])]
+
+
+def _within(inputs, age, lag):
+    return inputs if age is None else jnp.where((age >= lag)[..., None], inputs, 0)

@@ -1,0 +1,245 @@
+"""The ops as the conformance suite sees them: named inputs, one call, and how to compare two results."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import (
+    attention,
+    linear_attention,
+    linear_attention_step,
+    linear_scan,
+    linear_scan_step,
+    short_conv,
+    short_conv_step,
+)
+from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
+from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
+from kernels.short_conv.api import IMPLEMENTATIONS as SHORT_CONV
+
+BATCH = 2
+TIME = 36  # tokens; no multiple of a chunk
+CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op at one small shape, with one set of options.
+
+    Attributes:
+      op: calls the op: (inputs by name, segment_ids, implementation) -> (out, final state or None).
+      inputs: (random generator, length) -> float inputs by name.
+      implementations: the names to hold against `reference`.
+      over_time: the inputs that have a time axis, axis 1.
+      gates: the inputs whose bf16 gradients have the wider bound; they stay float32.
+      state: name of the initial state among the inputs, or None.
+      step: (inputs of one token, state) -> (out, state).
+    """
+
+    op: Callable
+    inputs: Callable
+    implementations: tuple[str, ...]
+    over_time: tuple[str, ...]
+    gates: tuple[str, ...] = ()
+    state: str | None = None
+    step: Callable | None = None
+    float32_inputs: tuple[str, ...] = ()
+
+    def make(self, length=TIME, seed=0):
+        return self.inputs(np.random.default_rng(seed), length)
+
+    def run(self, inputs, segment_ids=None, implementation=None):
+        return self.op(inputs, segment_ids, implementation)
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def complex_normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape), jnp.complex64)
+
+
+def log_gate(rng, *shape):
+    """Log-decays from a strong to almost none."""
+    return -jnp.exp(1.5 * normal(rng, *shape) - 1)
+
+
+def _linear_attention(log_decay_dims, *, groups=2, with_bonus=False, heads=2, key_dim=5, value_dim=3):
+    dims = {"H": heads, "K": key_dim, "B": BATCH}
+
+    def inputs(rng, length):
+        arrays = {
+            "q": normal(rng, BATCH, length, groups, key_dim),
+            "k": normal(rng, BATCH, length, groups, key_dim),
+            "v": normal(rng, BATCH, length, heads, value_dim),
+            "initial_state": normal(rng, BATCH, heads, key_dim, value_dim),
+        }
+        if log_decay_dims:
+            arrays["log_decay"] = log_gate(rng, *(length if d == "T" else dims[d] for d in log_decay_dims))
+        if with_bonus:
+            arrays["bonus"] = normal(rng, heads, key_dim)
+        return arrays
+
+    def op(inputs, segment_ids, implementation):
+        return linear_attention(**inputs, segment_ids=segment_ids, chunk_size=CHUNK, implementation=implementation)
+
+    def step(inputs, state):
+        return linear_attention_step(**inputs, state=state)
+
+    gates = ("log_decay",) if log_decay_dims else ()
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in LINEAR_ATTENTION if name != "reference"),
+        over_time=("q", "k", "v") + (gates if "T" in log_decay_dims else ()),
+        gates=gates,
+        state="initial_state",
+        step=step,
+        float32_inputs=("log_decay", "bonus", "initial_state"),
+    )
+
+
+def _linear_scan(x_normal, complex_decay, over_time, chunk_size=None, channels=4):
+    def inputs(rng, length):
+        shape = (BATCH, length, channels) if over_time else (channels,)
+        log_decay = log_gate(rng, *shape)
+        if complex_decay:
+            log_decay = log_decay + 1j * normal(rng, *shape)
+        state = (complex_normal if complex_decay else normal)(rng, BATCH, channels)
+        return {"x": x_normal(rng, BATCH, length, channels), "log_decay": log_decay, "initial_state": state}
+
+    def op(inputs, segment_ids, implementation):
+        return linear_scan(**inputs, segment_ids=segment_ids, chunk_size=chunk_size, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in LINEAR_SCAN if name != "reference"),
+        over_time=("x", "log_decay") if over_time else ("x",),
+        gates=("log_decay",),
+        state="initial_state",
+        step=lambda inputs, state: linear_scan_step(**inputs, state=state),
+        float32_inputs=("log_decay", "initial_state"),
+    )
+
+
+def _short_conv(taps, activation, with_bias, channels=4):
+    def inputs(rng, length):
+        arrays = {
+            "x": normal(rng, BATCH, length, channels),
+            "weight": normal(rng, channels, taps),
+            "initial_state": normal(rng, BATCH, taps - 1, channels),
+        }
+        return arrays | ({"bias": normal(rng, channels)} if with_bias else {})
+
+    def op(inputs, segment_ids, implementation):
+        return short_conv(**inputs, activation=activation, segment_ids=segment_ids, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in SHORT_CONV if name != "reference"),
+        over_time=("x",),
+        state="initial_state",
+        step=lambda inputs, state: short_conv_step(**inputs, activation=activation, state=state),
+    )
+
+
+def _attention(heads=4, kv_heads=2, **options):
+    def inputs(rng, length):
+        return {
+            "q": normal(rng, BATCH, length, heads, 8),
+            "k": normal(rng, BATCH, length, kv_heads, 8),
+            "v": normal(rng, BATCH, length, kv_heads, 6),
+        }
+
+    def op(inputs, segment_ids, implementation):
+        return attention(**inputs, **options, segment_ids=segment_ids, implementation=implementation), None
+
+    # splash and cudnn need their devices: test_attention.py
+    return Case(op, inputs, ("chunked",), over_time=("q", "k", "v"))
+
+
+CASES = {
+    "linear_attention-no_decay": _linear_attention(""),
+    "linear_attention-fixed": _linear_attention("H", groups=1),
+    "linear_attention-scalar": _linear_attention("BTH", groups=1),
+    "linear_attention-vector": _linear_attention("BTHK"),
+    "linear_attention-scalar-bonus": _linear_attention("BTH", with_bonus=True),
+    "linear_attention-vector-bonus": _linear_attention("BTHK", groups=1, with_bonus=True),
+    "linear_scan-real": _linear_scan(normal, complex_decay=False, over_time=True),
+    "linear_scan-real-chunks": _linear_scan(normal, complex_decay=False, over_time=True, chunk_size=CHUNK),
+    "linear_scan-fixed": _linear_scan(normal, complex_decay=False, over_time=False),
+    "linear_scan-complex": _linear_scan(complex_normal, complex_decay=True, over_time=True),
+    "linear_scan-complex-fixed-chunks": _linear_scan(normal, complex_decay=True, over_time=False, chunk_size=CHUNK),
+    "short_conv-2": _short_conv(2, None, with_bias=False),
+    "short_conv-4-silu": _short_conv(4, "silu", with_bias=True),
+    "attention-causal": _attention(),
+    "attention-window": _attention(window=5),
+    "attention-softcap": _attention(kv_heads=4, softcap=2.0, scale=1.0),
+}
+PAIRS = [(name, implementation) for name, case in CASES.items() for implementation in case.implementations]
+STATEFUL = [(name, implementation) for name, implementation in PAIRS if CASES[name].state]
+GATED = [(name, implementation) for name, implementation in PAIRS if CASES[name].gates]
+
+
+@functools.cache
+def compiled(name, implementation):
+    """(inputs, segment_ids, cotangents) -> (out, final state), gradients by name. One jit for all tests of a shape."""
+    case = CASES[name]
+
+    @jax.jit
+    def results(inputs, segment_ids, cotangents):
+        values, pull = jax.vjp(lambda inputs: case.run(inputs, segment_ids, implementation), inputs)
+        return values, pull(cotangents)[0]
+
+    return results
+
+
+def results(name, implementation, inputs, segment_ids=None, seed=1):
+    """Values and gradients of `implementation`, against random cotangents of the output and the final state."""
+    return compiled(name, implementation)(inputs, segment_ids, cotangents(name, inputs, seed))
+
+
+def cotangents(name, inputs, seed=1):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda inputs: CASES[name].run(inputs, None, "reference"), inputs)
+
+    def draw(x):
+        values = (
+            complex_normal(rng, *x.shape) if jnp.issubdtype(x.dtype, jnp.complexfloating) else normal(rng, *x.shape)
+        )
+        return values.astype(x.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def error_ratio(actual, expected):
+    """Root mean square of the difference over that of what was expected."""
+    actual, expected = (np.asarray(x).astype(np.complex128) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    difference = np.sqrt(np.mean(np.abs(actual - expected) ** 2)) if actual.size else 0.0
+    scale = np.sqrt(np.mean(np.abs(expected) ** 2)) if actual.size else 0.0
+    return difference / scale if scale else difference
+
+
+def assert_close(actual, expected, *, values=1e-6, gradients=1e-5):
+    """Compare what `results` returns: every output and every gradient."""
+    ratios = {"out": error_ratio(actual[0][0], expected[0][0])}
+    if expected[0][1] is not None:
+        ratios["final_state"] = error_ratio(actual[0][1], expected[0][1])
+    assert all(ratio < values for ratio in ratios.values()), ratios
+    ratios = {name: error_ratio(actual[1][name], gradient) for name, gradient in expected[1].items()}
+    assert all(ratio < gradients for ratio in ratios.values()), ratios
+
+
+def random_segments(length=TIME, seed=2):
+    """Ids of segments of random lengths, 1 among them; an id comes back later in the row. Row 0 ends in 2 tokens."""
+    starts = np.random.default_rng(seed).random((BATCH, length)) < 0.25
+    starts[0, -2:] = True, False
+    return jnp.asarray(np.cumsum(starts, axis=1) % 3, jnp.int32)

@@ -1,0 +1,215 @@
+"""What attention alone promises: positions, caches, rows that see nothing, blocks, and the vendors' kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+from kernels import attention, dispatch
+from kernels.attention.splash import splash
+from tests.kernels.conformance import error_ratio, normal
+
+A100 = dispatch.Device("gpu", "NVIDIA A100-SXM4-80GB")
+
+
+def qkv(T, L, *, heads=4, kv_heads=2, width=8, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return (
+        normal(rng, batch, T, heads, width),
+        normal(rng, batch, L, kv_heads, width),
+        normal(rng, batch, L, kv_heads, width),
+    )
+
+
+def results(call, arrays, seed=1):
+    """Output and gradients of q, k, v against one random cotangent."""
+
+    @jax.jit
+    def run(*arrays):
+        out, pull = jax.vjp(call, *arrays)
+        return (out, *pull(normal(np.random.default_rng(seed), *out.shape).astype(out.dtype)))
+
+    return run(*arrays)
+
+
+BLOCKS = {  # rows of several blocks, and tails that fill none
+    "causal": (300, 300, {}),
+    "window": (300, 300, {"window": 70}),
+    "not_causal": (130, 200, {"causal": False}),
+    "more_queries": (300, 150, {"window": 40}),  # the last queries see nothing
+    "more_keys": (20, 1100, {}),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_many_blocks_are_the_reference(case):
+    T, L, options = BLOCKS[case]
+    arrays = qkv(T, L)
+    rng = np.random.default_rng(2)
+    ids = tuple(jnp.asarray(np.cumsum(rng.random((2, length)) < 0.02, axis=1)) for length in (T, L))
+    for more in ({}, {"segment_ids": ids}):
+        call = functools.partial(attention, **options, **more)
+        expected = results(functools.partial(call, implementation="reference"), arrays)
+        for actual, wanted in zip(results(call, arrays), expected, strict=True):
+            assert np.isfinite(actual).all()
+            assert error_ratio(actual, wanted) < 2e-6
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient():
+    arrays = qkv(6, 6)
+    ids = (jnp.array([[7, 1, 1, 2, 2, 7]] * 2), jnp.array([[1, 1, 1, 2, 2, 2]] * 2))
+    out, dq, dk, dv = results(functools.partial(attention, segment_ids=ids), arrays)
+    blind = np.array([0, 5])
+    assert not np.any(out[:, blind]) and not np.any(dq[:, blind])
+    assert all(np.isfinite(x).all() for x in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.0}], ids=["causal", "window", "softcap"])
+def test_decoding_from_a_cache_is_the_full_form(options):
+    T, room = 12, 20
+    q, k, v = qkv(T, T)
+    expected = attention(q, k, v, **options)
+    garbage = jnp.full((2, room - T, *k.shape[2:]), 1e4)  # a cache's empty rows are never read
+    k, v = (jnp.concatenate([x, garbage], 1) for x in (k, v))
+
+    @jax.jit
+    def prefill_then_decode():
+        first = attention(q[:, :7], k, v, q_positions=jnp.broadcast_to(jnp.arange(7), (2, 7)), **options)
+        steps = [attention(q[:, t : t + 1], k, v, q_positions=jnp.full((2, 1), t), **options) for t in range(7, T)]
+        return jnp.concatenate([first, *steps], 1)
+
+    assert error_ratio(prefill_then_decode(), expected) < 1e-6
+
+
+def test_rows_may_stand_at_different_positions():
+    q, k, v = qkv(1, 16)
+    positions = jnp.array([[3], [11]])
+    out = attention(q, k, v, q_positions=positions)
+    for row, length in enumerate((4, 12)):
+        here = slice(row, row + 1)
+        alone = attention(q[here], k[here, :length], v[here, :length], causal=False)
+        assert error_ratio(out[here], alone) < 1e-6
+
+
+def test_keys_may_stand_anywhere():
+    q, k, v = qkv(10, 10)
+    order = np.random.default_rng(3).permutation(10)
+    positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (2, 10))
+    out = attention(q, k[:, order], v[:, order], kv_positions=positions, window=4)
+    assert error_ratio(out, attention(q, k, v, window=4)) < 1e-6
+
+
+def test_memory_is_linear_in_time():
+    def temporary_bytes(T):
+        shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3
+        gradient = jax.jit(jax.grad(lambda *arrays: attention(*arrays).sum(), (0, 1, 2)))
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) < 4.5 * temporary_bytes(2048)
+
+
+# The kernels of TPU and GPU
+
+
+SPLASH = {
+    "causal": {},
+    "window": {"window": 50},
+    "softcap": {"causal": False, "softcap": 2.0},
+    "packed": {"segment_ids": jnp.repeat(jnp.array([[3, 1]]), 64, axis=1)},
+}
+
+
+@pytest.mark.parametrize("case", SPLASH)
+def test_splash_interpreted_is_the_reference(case):
+    arrays = qkv(128, 128, width=64, batch=1)
+    given = {"causal": True, "window": None, "segment_ids": None, "softcap": None} | SPLASH[case]
+    if given["segment_ids"] is not None:
+        given["segment_ids"] = (given["segment_ids"],) * 2
+    call = functools.partial(splash, q_positions=None, kv_positions=None, scale=0.1, interpret=True, **given)
+    expected = results(functools.partial(attention, scale=0.1, implementation="reference", **SPLASH[case]), arrays)
+    for actual, wanted in zip(results(call, arrays), expected, strict=True):
+        assert error_ratio(actual, wanted) < 2e-6
+
+
+@pytest.fixture
+def no_compilation_cache():
+    """A kept executable of a device that is not here cannot be read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def test_splash_compiles_for_tpu_forward_and_backward(monkeypatch, no_compilation_cache):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    pytest.importorskip("libtpu")
+    v5e = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+    here = jax.sharding.SingleDeviceSharding(v5e)
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=here)  # noqa: E731
+
+    @jax.jit
+    def values_and_gradients(q, k, v, segment_ids):
+        out, pull = jax.vjp(lambda *arrays: attention(*arrays, window=100, segment_ids=segment_ids), q, k, v)
+        return pull(out)
+
+    heads = shape(2, 256, 4, 64), shape(2, 256, 2, 64), shape(2, 256, 2, 64)
+    with dispatch.use_device(v5e):
+        lowered = values_and_gradients.trace(*heads, shape(2, 256, dtype=jnp.int32)).lower()
+    text = lowered.as_text()
+    assert text.count("tpu_custom_call") == 3  # forward, dq, dk and dv
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**24
+
+
+REFUSED_BY_SPLASH = {
+    "positions": (128, 128, {"q_positions": jnp.zeros((2, 128), jnp.int32)}),
+    "same tokens": (128, 256, {}),
+    "multiple of 128": (100, 100, {}),
+    "segment has no key": (128, 128, {"segment_ids": (jnp.zeros((2, 128), jnp.int32), jnp.ones((2, 128), jnp.int32))}),
+    "window is causal": (128, 128, {"causal": False, "window": 5}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED_BY_SPLASH)
+def test_splash_says_what_it_cannot_do(reason):
+    T, L, options = REFUSED_BY_SPLASH[reason]
+    with pytest.raises(NotImplementedError, match=reason):
+        attention(*qkv(T, L), implementation="splash", **options)
+
+
+def test_cudnn_is_called_forward_and_backward(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # as if it were here
+    arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(64, 64)]
+    gradients = jax.jit(lambda *arrays: jax.vjp(functools.partial(attention, window=5), *arrays)[1](arrays[0]))
+    with dispatch.use_device(A100):
+        text = gradients.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+
+
+ids = jnp.zeros((2, 16), jnp.int32)
+REFUSED_BY_CUDNN = {
+    "segments": {"segment_ids": ids},
+    "softcap": {"softcap": 2.0},
+    "positions": {"q_positions": ids},
+    "bfloat16 or all float16": {"dtype": jnp.float32},
+    "window is causal": {"causal": False, "window": 3},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED_BY_CUDNN)
+def test_cudnn_says_what_it_cannot_do(reason):
+    options = dict(REFUSED_BY_CUDNN[reason])
+    dtype = options.pop("dtype", jnp.bfloat16)
+    arrays = [x.astype(dtype) for x in qkv(16, 16)]
+    with pytest.raises(NotImplementedError, match=reason):
+        attention(*arrays, implementation="cudnn", **options)
+    with dispatch.use_device(A100):  # and the next in order takes the call
+        out = attention(*arrays, **options)
+    assert error_ratio(out, attention(*arrays, implementation="reference", **options)) < 5e-3

@@ -1,0 +1,81 @@
+"""What the conformance suite does not see of linear_attention: memory, precision over long rows, choices, blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import linear_attention
+from kernels.dispatch import Device
+from kernels.linear_attention import specs
+from kernels.linear_attention.chunked import decay_sums, join
+
+
+def gradients(implementation, time, log_decay_size, dtype=np.float32, heads=1, key_dim=8, value_dim=8):
+    random = np.random.default_rng(0)
+    shapes = [(1, time, heads, key_dim), (1, time, heads, key_dim), (1, time, heads, value_dim)]
+    q, k, v, weights = (random.normal(size=shape).astype(dtype) for shape in (*shapes, shapes[2]))
+    log_decay = (-log_decay_size * np.abs(random.normal(size=shapes[0]))).astype(dtype)
+
+    def loss(q, k, v, log_decay):
+        return jnp.sum(weights * linear_attention(q, k, v, log_decay, implementation=implementation)[0])
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(q, k, v, log_decay).compile(), (q, k, v, log_decay)
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+@pytest.mark.parametrize("log_decay_size", [0.01, 5.0])
+def test_gradient_of_log_decay_keeps_its_digits_over_4096_tokens(implementation, log_decay_size):
+    compiled, arrays = gradients(implementation, 4096, log_decay_size)
+    with jax.enable_x64(True):
+        exact, exact_arrays = gradients("recurrent", 4096, log_decay_size, np.float64)
+        expected = np.asarray(exact(*exact_arrays)[3])
+    error = np.asarray(compiled(*arrays)[3], np.float64) - expected
+    assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 3e-5
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_backward_memory_is_linear_in_time_and_holds_no_state_per_token(implementation):
+    sizes = {}
+    for time in (512, 1024):
+        compiled, _ = gradients(implementation, time, 0.1, key_dim=32, value_dim=32)
+        sizes[time] = compiled.memory_analysis().temp_size_in_bytes
+    assert sizes[1024] < 2.2 * sizes[512]
+    assert sizes[1024] < 4 * 1024 * 32 * 32, "a float32 state a token"
+
+
+def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state():
+    g = jnp.array([-0.1, -1e4, -0.2, -0.3, 0.0, -jnp.inf, -0.4, -0.5])
+    sums = decay_sums(g[:, None], None, None)
+    between = join([read2 + write1.mT for read2, write1 in sums.levels], -jnp.inf)
+    expected = np.full((8, 8), -np.inf)
+    for i in range(8):
+        for j in range(i):
+            expected[i, j] = np.sum(np.asarray(g, np.float64)[j + 1 : i + 1])
+    np.testing.assert_allclose(between, expected, rtol=1e-6)
+
+
+def test_a_cpu_runs_per_key_decays_token_by_token_and_everything_else_runs_in_chunks():
+    q = v = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+    per_key, scalar = q, jax.ShapeDtypeStruct((1, 4, 2), jnp.float32)
+    cpu, gpu = Device("cpu", "cpu"), Device("gpu", "NVIDIA A100")
+    assert specs.order(cpu, q, v, per_key)[0] == "recurrent"
+    assert specs.order(cpu, q, v, scalar)[0] == specs.order(cpu, q, v, None)[0] == "chunked"
+    assert specs.order(gpu, q, v, per_key)[0] == "chunked"
+
+
+@pytest.mark.parametrize(
+    "batch, num_heads, state_size", [(1, 4, 64 * 64), (6, 4, 32 * 64), (7, 3, 16), (2, 16, 128**2)]
+)
+def test_blocks_of_states_divide_the_call_and_fit_the_cache(batch, num_heads, state_size):
+    batch_block, head_block = specs.state_block(batch, num_heads, state_size)
+    assert batch % batch_block == 0 and num_heads % head_block == 0
+    assert batch_block == 1 or head_block == num_heads
+    assert batch_block * head_block * state_size <= specs.CACHE_FLOATS
+
+
+@pytest.mark.parametrize(
+    "time, wanted, size", [(1, None, 1), (3, None, 4), (64, None, 64), (5000, None, 64), (50, 10, 16)]
+)
+def test_chunks_are_powers_of_two_no_longer_than_needed(time, wanted, size):
+    assert specs.chunk_size(time, wanted) == size

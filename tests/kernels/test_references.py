@@ -1,0 +1,125 @@
+"""The references against the equations in float64, token by token, in plain numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import attention, cross_entropy, linear_attention, linear_scan, short_conv
+from tests.kernels.conformance import CASES, error_ratio, random_segments
+
+SEGMENTS = np.asarray(random_segments())
+
+
+def double(inputs):
+    wide = lambda x: np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64)  # noqa: E731
+    return {name: wide(value) for name, value in inputs.items()}
+
+
+def starts(b, t):
+    return t > 0 and SEGMENTS[b, t] != SEGMENTS[b, t - 1]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("linear_attention")])
+def test_linear_attention(name):
+    inputs = CASES[name].make()
+    out, final_state = linear_attention(**inputs, segment_ids=random_segments(), scale=0.7, implementation="reference")
+    x = double(inputs)
+    (batch, time, groups, key_dim), (heads, value_dim) = x["q"].shape, x["v"].shape[2:]
+    expected = np.zeros((batch, time, heads, value_dim))
+    states = x["initial_state"].copy()
+    decay = np.exp(x.get("log_decay", np.zeros(heads)))
+    for b in range(batch):
+        for h in range(heads):
+            state, g = states[b, h], h // (heads // groups)
+            for t in range(time):
+                q, k, v = x["q"][b, t, g], x["k"][b, t, g], x["v"][b, t, h]
+                if starts(b, t):
+                    state = np.zeros_like(state)
+                before = state
+                a = decay[h] if decay.ndim == 1 else decay[b, t, h]
+                state = np.broadcast_to(a, key_dim)[:, None] * before + np.outer(k, v)
+                read = before + np.outer(x["bonus"][h] * k, v) if "bonus" in x else state
+                expected[b, t, h] = 0.7 * q @ read
+            states[b, h] = state
+    assert error_ratio(out, expected) < 1e-6
+    assert error_ratio(final_state, states) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("linear_scan")])
+def test_linear_scan(name):
+    inputs = CASES[name].make()
+    h, final_state = linear_scan(**inputs, segment_ids=random_segments(), implementation="reference")
+    x = double(inputs)
+    expected = np.zeros(x["x"].shape, x["initial_state"].dtype)
+    state = x["initial_state"].copy()
+    decay = np.broadcast_to(np.exp(x["log_decay"]), x["x"].shape)
+    for t in range(expected.shape[1]):
+        for b in range(len(state)):
+            state[b] = (0 if starts(b, t) else decay[b, t] * state[b]) + x["x"][b, t]
+        expected[:, t] = state
+    assert error_ratio(h, expected) < 1e-6
+    assert error_ratio(final_state, state) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("short_conv")])
+def test_short_conv(name):
+    inputs = CASES[name].make()
+    activation = "silu" if "silu" in name else None
+    y, final_state = short_conv(
+        **inputs, activation=activation, segment_ids=random_segments(), implementation="reference"
+    )
+    x = double(inputs)
+    (batch, time, channels), taps = x["x"].shape, x["weight"].shape[1]
+    expected = np.zeros((batch, time, channels))
+    expected_state = np.zeros((batch, taps - 1, channels))
+    for b in range(batch):
+        window = np.concatenate([np.zeros((1, channels)), x["initial_state"][b]])
+        for t in range(time):
+            if starts(b, t):
+                window = np.zeros_like(window)
+            window = np.concatenate([window[1:], x["x"][b, t][None]])
+            expected[b, t] = (x["weight"].T * window).sum(0) + x.get("bias", 0)
+        expected_state[b] = window[1:]
+    if activation:
+        expected = expected / (1 + np.exp(-expected))
+    assert error_ratio(y, expected) < 1e-6
+    assert error_ratio(final_state, expected_state) < 1e-6
+
+
+def test_attention():
+    rng = np.random.default_rng(0)
+    inputs = CASES["attention-causal"].make()
+    time = inputs["q"].shape[1]
+    positions = rng.integers(0, 30, (2, 2, time))
+    out = attention(
+        **inputs,
+        window=9,
+        segment_ids=(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS[:, ::-1])),
+        q_positions=jnp.asarray(positions[0], jnp.int32),
+        kv_positions=jnp.asarray(positions[1], jnp.int32),
+        scale=0.9,
+        softcap=1.5,
+        implementation="reference",
+    )
+    x = double(inputs)
+    expected = np.zeros(out.shape)
+    for b, t, h in np.ndindex(*out.shape[:3]):
+        distance = positions[0][b, t] - positions[1][b]
+        keys = np.flatnonzero((SEGMENTS[b, t] == SEGMENTS[b, ::-1]) & (distance >= 0) & (distance < 9))
+        if len(keys):
+            logits = 1.5 * np.tanh(0.9 * x["k"][b, keys, h // 2] @ x["q"][b, t, h] / 1.5)
+            weights = np.exp(logits - logits.max())
+            expected[b, t, h] = weights @ x["v"][b, keys, h // 2] / weights.sum()
+    assert 0 < (expected == 0).all(-1).mean() < 0.5  # some queries see nothing
+    assert error_ratio(out, expected) < 1e-6
+
+
+def test_cross_entropy():
+    rng = np.random.default_rng(0)
+    hidden, head, weights = rng.standard_normal((11, 5)), rng.standard_normal((5, 7)), rng.random(11)
+    targets = rng.integers(0, 7, 11)
+    logits = 3 * np.tanh(hidden @ head / 3)
+    expected = weights * (np.log(np.exp(logits).sum(1)) - logits[np.arange(11), targets])
+    single = [jnp.asarray(x, jnp.float32) for x in (hidden, head, weights)]
+    losses = cross_entropy(*single[:2], jnp.asarray(targets), single[2], softcap=3.0, implementation="reference")
+    assert error_ratio(losses, expected) < 1e-6
