@@ -148,10 +148,9 @@ class Size:
 
 
 # Depths divide by 3 (and from 125m on by 2 and 4), for patterns of so many layers. tiny: wide rather than deep, since
-# a CPU multiplies wide matrices at twice the rate of narrow ones; steps for two to three minutes on 2 cores, by Muon, which
-# needs about half of AdamW's. 125m to
-# 1.3b: shapes and learning rates of GPT-3's table (Brown et al. 2020, arXiv:2005.14165), a batch of half a million
-# tokens, steps for about 20 tokens a parameter.
+# a CPU multiplies wide matrices at twice the rate of narrow ones; steps for two to three minutes on 2 cores, by Muon,
+# which needs about half of AdamW's. 125m to 1.3b: shapes and learning rates of GPT-3's table (Brown et al. 2020,
+# arXiv:2005.14165), a batch of half a million tokens, steps for about 20 tokens a parameter.
 SIZES = {
     "tiny": Size(3, 256, 8, 256, "muon", 1e-2, 180, 10, "float32", "none"),
     "125m": Size(12, 768, 256, 2048, "adamw", 6e-4, 5_000, 500, "bfloat16", "none"),

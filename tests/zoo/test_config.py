@@ -36,7 +36,9 @@ def test_sizes_are_what_their_names_say_with_a_vocabulary_of_50k(size, about):
     assert num_parameters(config.model) == pytest.approx(about, rel=0.06)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "linear_attention", "retnet", "gla", "gla,gla,attention", "gla,mlp,attention"])
+@pytest.mark.parametrize(
+    "mixer", ["attention", "linear_attention", "retnet", "gla", "gla,gla,attention", "gla,mlp,attention"]
+)
 @pytest.mark.parametrize("size", SIZES)
 def test_swapping_the_mixer_by_the_flag_keeps_the_size(mixer, size):
     config = config_of("gla", size)
