@@ -34,8 +34,8 @@ def make_config(corpus):
             "model.d_model": 16, "model.num_layers": 2, "model.gla.num_heads": 2,
             "data.source": f"{corpus}/*.txt", "data.cache_dir": f"{corpus}/cache", "data.validation_fraction": 0.1,
             "train.steps": 20, "train.batch_size": 4, "train.context_length": 32, "train.log_every": 1,
-            "optimizer.warmup_steps": 4, "checkpoint.every": 5, "eval.every": 10, "eval.batches": 2,
-            "metrics.tensorboard": False,
+            "optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 4,
+            "checkpoint.every": 5, "eval.every": 10, "eval.batches": 2, "metrics.tensorboard": False,
         }  # fmt: skip
         for name, value in (defaults | settings).items():
             section = config
