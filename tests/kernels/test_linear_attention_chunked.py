@@ -55,13 +55,14 @@ def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state():
     np.testing.assert_allclose(between, expected, rtol=1e-6)
 
 
-def test_a_cpu_runs_per_key_decays_token_by_token_and_everything_else_runs_in_chunks():
-    q = v = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
-    per_key, scalar = q, jax.ShapeDtypeStruct((1, 4, 2), jnp.float32)
+def test_a_cpu_goes_token_by_token_unless_heads_share_keys_and_a_gpu_in_chunks():
+    v = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+    shared = jax.ShapeDtypeStruct((1, 4, 1, 8), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((1, 4, 2), jnp.float32)
     cpu, gpu = Device("cpu", "cpu"), Device("gpu", "NVIDIA A100")
-    assert specs.order(cpu, q, v, per_key)[0] == "recurrent"
-    assert specs.order(cpu, q, v, scalar)[0] == specs.order(cpu, q, v, None)[0] == "chunked"
-    assert specs.order(gpu, q, v, per_key)[0] == "chunked"
+    assert specs.order(cpu, v, v, None)[0] == specs.order(cpu, shared, v, v)[0] == "recurrent"
+    assert specs.order(cpu, shared, v, scalar)[0] == "chunked"
+    assert specs.order(gpu, v, v, v)[0] == "chunked"
 
 
 @pytest.mark.parametrize(
