@@ -1,6 +1,6 @@
 """Training speed of a config on this machine.
 
-    python -m benchmarks.train --config=configs/gla.py:tiny [--mixers=gla,attention] [--steps=20] [--depths=4,24]
+    python -m benchmarks.train --config=configs/gla.py:tiny [--mixers=gla,attention] [--optimizer=adamw] [--depths=4,24]
 
 For each mixer: tokens/s of the jitted training step (optimizer included, batches ready in memory), model FLOP/s
 (three times the forward pass, `zoo.flops`; recomputation does not count), and its share of the matrix rate measured
@@ -17,6 +17,7 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import record
 from zoo import config as zoo_config
@@ -26,6 +27,7 @@ from zoo.training import command_line, step
 _MIXERS = flags.DEFINE_list("mixers", [], "Patterns, comma-separated, with + inside one (gla+attention).")
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a mixer.", lower_bound=1)
 _DEPTHS = flags.DEFINE_list("depths", [], "Numbers of layers whose compile time is measured.")
+_OPTIMIZER = flags.DEFINE_enum("optimizer", None, zoo_config.OPTIMIZERS, "Default: the config's.")
 _CONFIG = flags.DEFINE_string("config", "configs/gla.py:tiny", "FILE.py:SIZE or a run's config.json.")
 
 
@@ -81,6 +83,7 @@ def _compile_seconds(config: zoo_config.Config, mesh, num_layers: int) -> float:
 def _without_compilation_cache():
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax remembers whether it had one
     try:
         yield
     finally:
@@ -91,6 +94,7 @@ def main(argv: list[str]) -> None:
     del argv
     base = command_line.load(_CONFIG.value)
     base.model.vocab_size = base.model.vocab_size or 320  # the byte tokenizer's
+    base.optimizer.name = _OPTIMIZER.value or base.optimizer.name
     mesh = sharding.make_mesh(base.mesh)
     runs = {}
     for name in [mixer.replace("+", ",") for mixer in _MIXERS.value] or [base.model.mixer]:
@@ -106,7 +110,7 @@ def main(argv: list[str]) -> None:
         for run in runs.values():
             run.step()
     rows = [_row(name, run, peak) for name, run in runs.items()]
-    print(f"{_CONFIG.value}: {base.train.batch_size} x {base.train.context_length} tokens a step, {base.model.dtype}, ")
+    print(f"{_CONFIG.value}: {base.train.batch_size} x {base.train.context_length} tokens a step, {base.model.dtype}, {base.optimizer.name};")
     print(f"{_STEPS.value} steps; this machine's matmul rate {peak / 1e9:.1f} GFLOP/s")
     print(f"{'mixer':24}{'parameters':>12}{'ms (min-max)':>24}{'tokens/s':>12}{'GFLOP/s':>10}{'share':>8}")
     for row in rows:
@@ -119,7 +123,7 @@ def main(argv: list[str]) -> None:
             for depth in map(int, _DEPTHS.value):
                 compile_seconds[depth] = min(_compile_seconds(base, mesh, depth) for _ in range(3))
                 print(f"compile time of the step at {depth} layers: {compile_seconds[depth]:.2f} s (fastest of 3)")
-    record.write("train", {"config": _CONFIG.value, "matmul_flops": peak, "rows": rows, "compile": compile_seconds})
+    record.write(f"train_{base.optimizer.name}", {"config": _CONFIG.value, "optimizer": base.optimizer.name, "matmul_flops": peak, "rows": rows, "compile": compile_seconds})
 
 
 if __name__ == "__main__":
