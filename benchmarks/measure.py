@@ -14,11 +14,12 @@ import jax.numpy as jnp
 class Timing:
     median_ms: float
     min_ms: float
+    max_ms: float
     runs: int
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds_each: float = 6.0
+    functions: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds_each: float = 2.5
 ) -> dict[str, Timing]:
     """Wall times of the functions, called in turn so that a busy moment of the machine falls on all of them.
 
@@ -35,7 +36,7 @@ def interleaved(
             start = time.perf_counter()
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)
-    return {name: Timing(1e3 * statistics.median(t), 1e3 * min(t), len(t)) for name, t in times.items()}
+    return {name: Timing(1e3 * statistics.median(t), 1e3 * min(t), 1e3 * max(t), len(t)) for name, t in times.items()}
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

@@ -3,23 +3,24 @@
     python -m benchmarks.train --config=configs/gla.py:tiny [--mixers=gla,attention] [--optimizer=adamw] [--depths=4,24]
 
 For each mixer: tokens/s of the jitted training step (optimizer included, batches ready in memory), model FLOP/s
-(three times the forward pass, `zoo.flops`; recomputation does not count), and its share of the matrix rate measured
-in the same run. Steps of the mixers are interleaved, so that a slow phase of the machine meets all of them; medians
-are printed, with the spread. `--depths` adds the compile time of the step at those numbers of layers, the compilation
-cache off.
+(three times the forward pass, `zoo.flops`; recomputation does not count), and its share of the rate of a square matmul
+in the model's dtype. Steps of the mixers and matmuls are interleaved, so that a slow phase of the machine meets all of
+them; medians are printed, with the spread. `--depths` adds the compile time of the step at those numbers of layers,
+the compilation cache off.
 """
 
 import contextlib
 import copy
-import statistics
+import math
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks import record
+from benchmarks import measure, record
 from zoo import config as zoo_config
 from zoo import flops, sharding
 from zoo.training import command_line, step
@@ -29,6 +30,8 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps a mixer.", lower_bound=1
 _DEPTHS = flags.DEFINE_list("depths", [], "Numbers of layers whose compile time is measured.")
 _OPTIMIZER = flags.DEFINE_enum("optimizer", None, zoo_config.OPTIMIZERS, "Default: the config's.")
 _CONFIG = flags.DEFINE_string("config", "configs/gla.py:tiny", "FILE.py:SIZE or a run's config.json.")
+
+MATMUL_WIDTH = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
 def _batch(config: zoo_config.Config) -> dict[str, np.ndarray]:
@@ -43,29 +46,25 @@ class _Run:
         self.config = config
         programs = step.build(config, mesh)
         self.state, self.batch, self.train = programs.init(), programs.put(_batch(config)), programs.train
-        self.seconds: list[float] = []
 
-    def step(self) -> None:
-        start = time.perf_counter()
+    def step(self) -> dict:
         self.state, metrics = self.train(self.state, self.batch)
-        jax.block_until_ready((self.state, metrics))
-        self.seconds.append(time.perf_counter() - start)
+        return self.state.step, metrics
 
 
-def _row(name: str, run: _Run, peak: float) -> dict:
-    train, seconds = run.config.train, sorted(run.seconds)
+def _row(name: str, run: _Run, timing: measure.Timing, matmul_rate: float) -> dict:
+    train, median = run.config.train, 1e-3 * timing.median_ms
     tokens = train.batch_size * train.context_length
-    median = statistics.median(seconds)
     per_token = flops.train_flops_per_token(run.config.model, train.context_length)
     return {
         "mixer": name,
         "parameters": flops.num_parameters(run.config.model),
-        "milliseconds": 1e3 * median,
-        "fastest": 1e3 * seconds[0],
-        "slowest": 1e3 * seconds[-1],
+        "milliseconds": timing.median_ms,
+        "fastest": timing.min_ms,
+        "slowest": timing.max_ms,
         "tokens_per_second": tokens / median,
         "model_gflops": tokens * per_token / median / 1e9,
-        "share_of_matmul_rate": tokens * per_token / median / peak,
+        "share_of_matmul_rate": tokens * per_token / median / matmul_rate,
     }
 
 
@@ -102,17 +101,14 @@ def main(argv: list[str]) -> None:
         config.model.mixer = name
         zoo_config.validate(config)
         runs[name] = _Run(config, mesh)
-    for run in runs.values():  # compile, and once more to warm up
-        run.step(), run.step()
-        run.seconds.clear()
-    peak = flops.peak_flops(mesh.devices.flat[0], base.model.dtype) * mesh.size
-    for _ in range(_STEPS.value):
-        for run in runs.values():
-            run.step()
-    rows = [_row(name, run, peak) for name, run in runs.items()]
+    multiply, operations = measure.matmul(MATMUL_WIDTH[mesh.devices.flat[0].platform], jnp.dtype(base.model.dtype))
+    functions = {name: run.step for name, run in runs.items()} | {"matmul": multiply}
+    timings = measure.interleaved(functions, rounds=_STEPS.value, seconds_each=math.inf)
+    matmul_rate = mesh.size * operations / (1e-3 * timings["matmul"].median_ms)
+    rows = [_row(name, run, timings[name], matmul_rate) for name, run in runs.items()]
     sequences = f"{base.train.batch_size} x {base.train.context_length} tokens a step"
     print(f"{_CONFIG.value}: {sequences}, {base.model.dtype}, {base.optimizer.name};")
-    print(f"{_STEPS.value} steps; this machine's matmul rate {peak / 1e9:.1f} GFLOP/s")
+    print(f"{_STEPS.value} steps; this machine's matmul rate {matmul_rate / 1e9:.1f} GFLOP/s")
     print(f"{'mixer':24}{'parameters':>12}{'ms (min-max)':>24}{'tokens/s':>12}{'GFLOP/s':>10}{'share':>8}")
     for row in rows:
         spread = f"{row['milliseconds']:.0f} ({row['fastest']:.0f}-{row['slowest']:.0f})"
@@ -124,7 +120,7 @@ def main(argv: list[str]) -> None:
             for depth in map(int, _DEPTHS.value):
                 compile_seconds[depth] = min(_compile_seconds(base, mesh, depth) for _ in range(3))
                 print(f"compile time of the step at {depth} layers: {compile_seconds[depth]:.2f} s (fastest of 3)")
-    measured = {"config": _CONFIG.value, "optimizer": base.optimizer.name, "matmul_flops": peak, "rows": rows}
+    measured = {"config": _CONFIG.value, "optimizer": base.optimizer.name, "matmul_flops": matmul_rate, "rows": rows}
     record.write(f"train_{base.optimizer.name}", measured | {"compile": compile_seconds})
 
 

@@ -197,9 +197,7 @@ def _prefill(
     return model.logits(hidden[:, -1:])[:, 0], state
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "sampling", "length"), donate_argnames=("state", "logits")
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "length"), donate_argnames=("state", "logits"))
 def _decode(
     graphdef: nnx.GraphDef, parameters: nnx.State, state: State, logits: jax.Array, allowed: jax.Array, keys: jax.Array,
     first: jax.Array, *, sampling: Sampling, length: int,

@@ -18,6 +18,9 @@ from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
 from zoo.layers import MLPS, dropout, embedding, linear, rms_norm
 from zoo.mixers import MIXERS, Sizes
 
+# A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
+UNROLLED_UNITS = 4
+
 State = Mapping[str, Any]  # {"position": int32 [B], "layers": one state a layer of the unit, stacked over units}
 
 
@@ -191,7 +194,8 @@ class LanguageModel(nnx.Module):
 
         layer_states = [None] * len(self.units.blocks) if state is None else state["layers"]
         per_unit = (parameters, jnp.arange(self.num_units), layer_states)
-        x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit)
+        unroll = self.num_units if self.num_units <= UNROLLED_UNITS else 1
+        x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit, unroll=unroll)
         new_state = None if state is None else {"position": positions[:, -1] + 1, "layers": layer_states}
         return self.norm(x), new_state
 

@@ -144,7 +144,7 @@ def test_vocabulary_must_be_resolved():
 
 
 def test_program_size_does_not_grow_with_depth(tokens):
-    """What the compiler is given is the same for 4 and 24 layers, up to the constants of the loop."""
+    """What the compiler is given is the same for 6 and 24 layers, up to the constants of the loop; few are unrolled."""
 
     def lowered(num_layers):
         graphdef, parameters = nnx.split(build(tiny(num_layers=num_layers)))
@@ -155,4 +155,4 @@ def test_program_size_does_not_grow_with_depth(tokens):
 
         return jax.jit(jax.grad(loss)).lower(parameters).as_text()
 
-    assert lowered(24).count("\n") == lowered(4).count("\n")
+    assert lowered(24).count("\n") == lowered(6).count("\n")
