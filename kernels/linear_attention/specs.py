@@ -1,5 +1,7 @@
 """Which form of linear attention a device runs, and the sizes it runs in."""
 
+import dataclasses
+
 from kernels.dispatch import Device
 
 CACHE_FLOATS = 32 * 1024  # of states that a CPU core updates token after token: they stay in its second-level cache
@@ -13,6 +15,8 @@ def order(device: Device, q, v, log_decay) -> list[str]:
     log2(chunk) passes over q and k on top of its matmuls: there it is 2 to 3 times slower. Heads of v that share q and
     k do so in the chunked form only, and with more cores it has the matmuls to use them.
     """
+    if device.platform == "tpu":
+        return ["mosaic_tpu", "chunked"]
     per_key = log_decay is not None and log_decay.ndim == 4
     own_heads = q.shape[-2] == v.shape[-2]
     return ["recurrent", "chunked"] if device.platform == "cpu" and (per_key or own_heads) else ["chunked"]
@@ -31,3 +35,36 @@ def state_block(batch: int, num_heads: int, state_size: int) -> tuple[int, int]:
 
 def largest_divisor(number: int, limit: int) -> int:
     return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Of the TPU kernels: tokens of a chunk and of a grid step, heads of v of a step, chunks of a turn of its loops."""
+
+    chunk: int
+    block: int
+    heads: int
+    unroll: int  # forward
+    unroll_backward: int
+
+
+WIDEST_HEAD = 512  # K and V of the TPU kernels
+STEP_LANES = 512  # of v, or of k if decays are per key, that a step computes: more spills what it gains
+
+
+def tiles(
+    device: Device, time: int, heads: int, groups: int, key_dim: int, value_dim: int, per_key: bool, wanted: int | None
+) -> Tiles:
+    """Tiles of the TPU kernels; K and V padded to multiples of 128. By `python -m benchmarks.tpu_static --sweep`.
+
+    A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere. A step has work for several heads, which
+    hides the latency of one behind the others; of few long chunks two at a time, but not where they spill.
+    """
+    native = 256 if "v6" in device.kind else 128
+    chunk = 128 * -(-wanted // 128) if wanted else min(native, 128 * -(-time // 128))
+    block = max(chunk, min(512, 128 * -(-time // 128)) // chunk * chunk)
+    at_once = max(1, STEP_LANES // max(key_dim, value_dim))
+    shared = heads // groups
+    step_heads = largest_divisor(shared, at_once) if shared > 1 else largest_divisor(heads, at_once)
+    unroll = 2 if chunk == 128 else 1
+    return Tiles(chunk, block, step_heads, unroll, 1 if per_key else unroll)

@@ -1,0 +1,198 @@
+"""A chunk of C tokens of one head whose state decays by one number a key: values in, values out.
+
+With q scaled, b the cumulative sum of g, and r_i the part of it that q_i sees (b_i, or b_i - g_i with a bonus):
+
+    out = A v + (q e^r) S + own v          A_ij = sum_K q_i k_j exp(r_i - b_j) for j < i, own_i = q_i . u k_i (u = 1)
+    S'  = diag(e^total) S + (k e^(total - b))^T v
+
+The pairs (i, j) are split by the highest bit in which i and j differ, their level s, a power of two. At level s
+they lie on both sides of the middle m of a block of 2 s tokens, and
+
+    A_ij = (q_i exp(r_i - b_m)) . (k_j exp(b_m - b_j))
+
+so that each level is a matmul of two matrices with exponents that are not positive, whatever the decays; of its
+result the pairs of that level count. Gradients go the same way. States are kept transposed, S^T [V, K]: decays
+are then rows, which broadcast.
+
+For bfloat16 inputs b is one cumulative sum of clamped log-decays; for float32 ones each exponent is the sum of the
+very log-decays between the tokens, by a matmul with a matrix of ones.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
+
+SUBLANES = 8
+COMPACT = 16  # from this level on, halves of blocks are whole tiles: only the rows that count are multiplied
+
+
+class Decay(NamedTuple):
+    levels: dict[int, Array]  # s -> [C, K]: exp of the sums between a token and the middle of its block
+    read: Array  # e^r, [C, K]
+    write: Array  # [C, K]
+    total: Array  # [1, K]
+
+
+def cumulative_sums(dots: Dots, g: Array, starts: Array | None) -> Array:
+    """b [C, K]; arguments as in `decay`."""
+    i, j = grid_index(g.shape[0])
+    return dots.count((j <= i).astype(dots.dtype), g if starts is None else g + starts)
+
+
+def decay(dots: Dots, g: Array, starts: Array | None, bonus: bool, sums: Array | None) -> Decay:
+    """g [C, K], float32; starts [C, K]: the log-decay that a segment's first token has on top, equal along K; sums: b,
+    not read for float32 inputs."""
+    size = g.shape[0]
+    i, j = grid_index(size)
+    full = g if starts is None else g + starts
+    levels = {}
+    if dots.exact:
+        own = 0.0 if starts is None else starts
+
+        def between(first, last):  # sums over s in (first, last], or (first, last) and the start at `last`
+            inside = (j > first) & ((j < last) if bonus else (j <= last))
+            return dots.nn(inside.astype(jnp.float32), full) + (own if bonus else 0.0)
+
+        for level in level_sizes(size):
+            middle = (i & -2 * level) + level - 1
+            second = (i & level) != 0
+            after = dots.nn(((j > i) & (j <= middle)).astype(jnp.float32), full)
+            levels[level] = jnp.exp(jnp.where(second[:, :1], between(middle, i), after))
+        read = jnp.exp(between(-1, i))
+        write = jnp.exp(dots.nn((j > i).astype(jnp.float32), full))
+        total = read[-1:] if not bonus else jnp.exp(jnp.sum(full, axis=0, keepdims=True))
+        return Decay(levels, read, write, total)
+    seen = sums - g if bonus else sums
+    row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
+    for level in level_sizes(size):
+        if level == 1:
+            exponent = (jnp.zeros_like(g) if starts is None else starts) if bonus else full
+            levels[level] = jnp.exp(jnp.where((row & 1) != 0, exponent, 0.0))
+            continue
+        middle = at_middle(sums, row, level)
+        if bonus:
+            exponent = jnp.minimum(jnp.where((row & level) != 0, seen - middle, middle - sums), 0.0)
+        else:
+            exponent = -jnp.abs(sums - middle)
+        levels[level] = jnp.exp(exponent)
+    last = sums[size - 1 :]
+    return Decay(levels, jnp.exp(jnp.minimum(seen, 0.0)), jnp.exp(jnp.minimum(last - sums, 0.0)), jnp.exp(last))
+
+
+def level_sizes(size):
+    """1, 2, 4, ... below `size`."""
+    return [1 << bit for bit in range((size - 1).bit_length())]
+
+
+def at_middle(sums, row, level):
+    """The sum at the last token of the first half of each block of 2 * level tokens, on all its rows; level > 1."""
+    size, width = sums.shape
+    block = max(2 * level, SUBLANES)
+    blocks = sums.reshape(size // block, block, width)
+    middle = blocks[:, level - 1 : level]
+    if level == 2:
+        second = lax.broadcasted_iota(jnp.int32, blocks.shape, 1) >= 4
+        middle = jnp.where(second, blocks[:, 5:6], middle)
+    return jnp.broadcast_to(middle, blocks.shape).reshape(size, width)
+
+
+def own_scores(q, k, u):
+    return jnp.sum(q * k if u is None else q * (u * k), axis=1, keepdims=True)
+
+
+def scores(dots, levels, q, k):
+    """A [C, C], strictly below the diagonal."""
+    i, j = grid_index(q.shape[0])
+    bits = i ^ j
+    result = jnp.zeros(bits.shape, jnp.float32)
+    for level, e in levels.items():
+        result = jnp.where(bits >= level, level_scores(dots, level, e, q, k), result)
+    return result * jnp.where(i > j, 1.0, 0.0)  # of the profiler: a select before a conversion aborts it
+
+
+def level_scores(dots, level, e, q, k):
+    """[C, C], of which the pairs of this level are scores."""
+    if level < COMPACT:
+        return dots.nt(q * e, k * e)
+    rows = dots.nt(second(q, level) * second(e, level), k * e)
+    return interleave(rows, rows, level)
+
+
+def second(x, level):
+    """The rows in the second halves of the blocks of 2 * level, [C / 2, X]."""
+    return jnp.concatenate([x[start : start + level] for start in range(level, x.shape[0], 2 * level)])
+
+
+def first(x, level):
+    return jnp.concatenate([x[start : start + level] for start in range(0, x.shape[0], 2 * level)])
+
+
+def interleave(x1, x2, level):
+    """The inverse of `first` and `second`."""
+    pairs = [(x1[start : start + level], x2[start : start + level]) for start in range(0, x1.shape[0], level)]
+    return jnp.concatenate([x for pair in pairs for x in pair])
+
+
+def update(dots: Dots, k, v, decay: Decay, state):
+    """S'^T [V, K] from S^T."""
+    return decay.total * state + dots.tn(v, k * decay.write)
+
+
+def forward(dots: Dots, q, k, v, u, decay: Decay, state):
+    """out [C, V], float32. q, k float32, q scaled; u [1, K] or None."""
+    out = dots.nn(scores(dots, decay.levels, q, k), v) + dots.nt(q * decay.read, state)
+    return out + own_scores(q, k, u) * v.astype(jnp.float32)
+
+
+class Gradients(NamedTuple):
+    q: Array  # of the scaled q, [C, K]
+    k: Array  # [C, K]
+    v: Array  # [C, V]
+    reads: Array  # q . dq without the token's own key, [C, K]
+    writes: Array  # k . dk likewise
+    bonus: Array | None  # [1, K]
+    state: Array  # of S^T
+
+
+def backward(dots: Dots, q, k, v, u, d_out, decay: Decay, state, d_end):
+    """state: S^T at the start; d_end: the gradient of S'^T; all float32 but v and d_out."""
+    i, j = grid_index(q.shape[0])
+    bits = jnp.where(i > j, i ^ j, 0)
+    d_scores = dots.nt(d_out, v)
+    attention = jnp.zeros_like(d_scores)
+    dq = decay.read * dots.nn(d_out, state)
+    dk = decay.write * dots.nn(v, d_end)
+    for level, e in decay.levels.items():
+        here = (bits >= level) & (bits < 2 * level)
+        attention = jnp.where(here, level_scores(dots, level, e, q, k), attention)
+        d_level = d_scores * jnp.where(here, 1.0, 0.0)
+        if level < COMPACT:
+            dq += e * dots.nn(d_level, k * e)
+            dk += e * dots.tn(d_level, q * e)
+            continue
+        e1, e2 = first(e, level), second(e, level)
+        d_level = second(d_level, level).astype(dots.dtype)
+        dq2 = e2 * dots.nn(d_level, k * e)
+        dk1 = e1 * dots.nn(first(d_level.T, level), second(q, level) * e2)
+        dq = interleave(first(dq, level), second(dq, level) + dq2, level)
+        dk = interleave(first(dk, level) + dk1, second(dk, level), level)
+    d_out32, v32 = d_out.astype(jnp.float32), v.astype(jnp.float32)
+    own, d_own = own_scores(q, k, u), jnp.sum(v32 * d_out32, axis=1, keepdims=True)
+    dv = dots.tn(attention, d_out) + dots.nt(k * decay.write, d_end) + own * d_out32
+    d_state = decay.total * d_end + dots.tn(d_out, q * decay.read)
+    reads, writes = q * dq, k * dk
+    uk, uq = (k, q) if u is None else (u * k, u * q)
+    d_bonus = None if u is None else jnp.sum(q * k * d_own, axis=0, keepdims=True)
+    return Gradients(dq + uk * d_own, dk + uq * d_own, dv, reads, writes, d_bonus, d_state)
+
+
+def log_decay_gradient(dots: Dots, reads, writes, later, bonus):
+    """dg_t = sum_{s >= t} (reads_s - writes_s) + later, [C, K]; with a bonus s > t for the reads."""
+    i, j = grid_index(reads.shape[0])
+    inclusive = (j >= i).astype(dots.dtype)
+    if not bonus:
+        return dots.count(inclusive, reads - writes) + later
+    return dots.count((j > i).astype(dots.dtype), reads) - dots.count(inclusive, writes) + later
