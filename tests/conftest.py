@@ -4,7 +4,14 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# libtpu compiles for TPUs that are not there, in several processes at a time.
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}.items():
+    os.environ.setdefault(name, value)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sequence-zoo-jax-cache"))
 # Compiling is what the tests wait for: less than half as long without LLVM's optimisations. Not for timings.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -1,17 +1,13 @@
 """The kernels as mixers see them: the same calls, put on the mesh in use.
 
 On a mesh of one device, and for the XLA implementations that the compiler partitions by itself, there is nothing
-to add. Kernels that need their operands local to a device (Pallas), and states passed along the sequence axis, are
-wrapped here, with `zoo.sharding`; mixers never import `kernels`.
+to add. Kernels that need their operands local to a device (Pallas) are wrapped here, with `zoo.sharding`; mixers never
+import `kernels`.
 """
 
-from kernels import (
-    attention,
-    cross_entropy,
-    linear_attention,
-    linear_scan,
-    short_conv,
-)
+import kernels
+from kernels import attention, cross_entropy, linear_scan, short_conv
+from zoo import sharding
 
 __all__ = [
     "attention",
@@ -20,3 +16,27 @@ __all__ = [
     "linear_scan",
     "short_conv",
 ]
+
+
+def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None, segment_ids=None, **options):
+    """`kernels.linear_attention`, with each device's sequences and heads on it; see there."""
+    groups = q.shape[2]
+    # Heads of q and k that several devices' heads of v share are on all of them.
+    shared = None if groups == 1 else "heads"
+    heads = "heads" if groups == 1 or groups % sharding.axis_size("heads") == 0 else None
+    shared = shared and heads
+    decay_axes = {0: (), 1: (heads,), 3: ("batch", None, heads), 4: ("batch", None, heads, None)}
+    arrays = {
+        "q": (q, ("batch", None, shared, None)),
+        "k": (k, ("batch", None, shared, None)),
+        "v": (v, ("batch", None, heads, None)),
+        "log_decay": (log_decay, decay_axes[0 if log_decay is None else log_decay.ndim]),
+        "bonus": (bonus, (heads, None)),
+        "initial_state": (initial_state, ("batch", heads, None, None)),
+        "segment_ids": (segment_ids, ("batch", None)),
+    }
+    return sharding.on_each_device(
+        lambda arrays: kernels.linear_attention(**arrays, **options),
+        arrays,
+        (("batch", None, heads, None), ("batch", heads, None, None)),
+    )

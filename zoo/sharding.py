@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,3 +106,48 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(*logical_axes)))
+
+
+def axis_size(logical_axis: str) -> int:
+    """Devices that a dimension of this name is spread over, on the mesh in use."""
+    mesh, axes = _mesh.get(), dict(RULES)[logical_axis]
+    if mesh is None or axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def on_each_device(
+    function: Callable[[dict[str, jax.Array]], Any],
+    arrays: Mapping[str, tuple[jax.Array | None, tuple[str | None, ...]]],
+    out_axes: Any,
+) -> Any:
+    """`function` of each device's part of `arrays`, for kernels that the compiler cannot partition.
+
+    Args:
+      function: of the arrays by name; no communication inside.
+      arrays: by name, each with the logical axes of its dimensions. A dimension that its devices do not divide is on
+        all of them. None stays None.
+      out_axes: logical axes of the results, in the results' structure.
+    """
+    mesh, given = _mesh.get(), {name: pair for name, pair in arrays.items() if pair[0] is not None}
+    values = {name: array for name, (array, _) in given.items()}
+    if mesh is None or mesh.size == 1:
+        return function(values)
+    sizes: dict[str | None, set[int]] = {}
+    for array, axes in given.values():
+        for size, axis in zip(array.shape, axes, strict=True):
+            sizes.setdefault(axis, set()).add(size)
+    spread = {axis for axis in sizes if axis and all(size % axis_size(axis) == 0 for size in sizes[axis])}
+
+    def spec(axes):
+        return partition_spec(*(axis if axis in spread else None for axis in axes))
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=({name: spec(axes) for name, (_, axes) in given.items()},),
+        out_specs=jax.tree.map(
+            spec, out_axes, is_leaf=lambda x: all(axis is None or isinstance(axis, str) for axis in x)
+        ),
+        check_vma=False,  # what Pallas calls return carries no such types in all versions of jax
+    )(values)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from kernels.dispatch import Device
 
 CACHE_FLOATS = 32 * 1024  # of states that a CPU core updates token after token: they stay in its second-level cache
@@ -53,14 +55,23 @@ STEP_LANES = 512  # of v, or of k if decays are per key, that a step computes: m
 
 
 def tiles(
-    device: Device, time: int, heads: int, groups: int, key_dim: int, value_dim: int, per_key: bool, wanted: int | None
+    device: Device,
+    time: int,
+    heads: int,
+    groups: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype,
+    per_key: bool,
+    wanted: int | None = None,
 ) -> Tiles:
     """Tiles of the TPU kernels; K and V padded to multiples of 128. By `python -m benchmarks.tpu_static --sweep`.
 
-    A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere. A step has work for several heads, which
-    hides the latency of one behind the others; of few long chunks two at a time, but not where they spill.
+    A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere, and for float32, whose matmuls are the
+    cost. A step has work for several heads, which hides the latency of one behind the others; chunks of 128 go two at
+    a time, but not where they spill.
     """
-    native = 256 if "v6" in device.kind else 128
+    native = 256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128
     chunk = 128 * -(-wanted // 128) if wanted else min(native, 128 * -(-time // 128))
     block = max(chunk, min(512, 128 * -(-time // 128)) // chunk * chunk)
     at_once = max(1, STEP_LANES // max(key_dim, value_dim))

@@ -201,7 +201,7 @@ class _Chunk:
         ref[self.rows, head * width : (head + 1) * width] = x.astype(ref.dtype)
 
     def decays(self, dots, sums="compute"):
-        """Of each head of the step. Cumulative sums per key: "compute" them, "keep" them in `refs.sums`, "load" them."""
+        """Of each head of the step. Sums of decays per key: "compute" them, "keep" them in `refs.sums`, "load" them."""
         plan, refs = self.plan, self.refs
         if not plan.per_key:
             return scalar.decays(dots, refs.decay[:, self.lanes], plan.tiles.heads)

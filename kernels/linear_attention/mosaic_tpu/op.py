@@ -67,7 +67,7 @@ def mosaic_tpu(
     per_key = log_decay.shape[-1] > 1 or bonus is not None
     time_wise = per_key or segment_ids is not None
     padded = [dim + -dim % LANES for dim in (key_dim, value_dim)]
-    tiles = _tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, per_key, chunk_size)
+    tiles = _tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, per_key, chunk_size)
     constant = not time_wise and log_decay.shape[1] == 1 and (time % tiles.block == 0)
     plan = launch.Plan(
         batch=batch,
@@ -98,7 +98,7 @@ def mosaic_tpu(
     starts = None if segment_ids is None else segment_starts(segment_ids).astype(jnp.float32)
     if bonus is not None:
         bonus = jnp.pad(bonus.astype(jnp.float32), ((0, 0), (0, padded[0] - key_dim)))[:, None]
-    state = jnp.pad(initial_state, ((0, 0), (0, 0), *((0, p - d) for p, d in zip(padded, (key_dim, value_dim)))))
+    state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, padded[0] - key_dim), (0, padded[1] - value_dim)))
     out, state = attend(
         plan, lanes(q, padded[0]), lanes(k, padded[0]), lanes(v, padded[1]), decay, bonus, state, starts
     )
