@@ -79,3 +79,27 @@ def tiles(
     step_heads = largest_divisor(shared, at_once) if shared > 1 else largest_divisor(heads, at_once)
     unroll = 2 if chunk == 128 else 1
     return Tiles(chunk, block, step_heads, unroll, 1 if per_key else unroll)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The heads of a layer: G of q and k, H of v, widths K and V; `decay` is "fixed", "scalar" or "vector"."""
+
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    decay: str
+    bonus: bool = False
+
+
+SHAPES = {  # of published or preset models
+    "square": Shape(8, 8, 128, 128, "scalar"),
+    "square_per_key": Shape(8, 8, 128, 128, "vector"),
+    "retnet_340m": Shape(4, 4, 256, 512, "fixed"),
+    "gla_340m": Shape(4, 4, 128, 256, "vector"),
+    "gla_1.3b": Shape(4, 4, 256, 512, "vector"),
+    "mamba2_125m": Shape(1, 24, 128, 64, "scalar"),
+    "mamba2_8b": Shape(8, 128, 128, 64, "scalar"),
+    "rwkv6_1.3b": Shape(32, 32, 64, 64, "vector", bonus=True),
+}

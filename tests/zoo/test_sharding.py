@@ -1,5 +1,10 @@
 """The mesh, the rule table, and that every parameter of every family has its logical axes in it."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import numpy as np
 import pytest
@@ -52,3 +57,41 @@ def test_rules_spread_no_two_dimensions_of_a_parameter_over_one_axis():
     for axes in [("embed", "heads"), ("heads", "embed"), ("embed", "mlp"), ("vocab", "embed"), ("rank", "heads")]:
         used = [axis for name in axes for axis in np.atleast_1d(rules[name]) if axis is not None]
         assert len(used) == len(set(used))
+
+
+def test_linear_attention_on_eight_devices_is_that_on_one():
+    """Batch and heads spread, with q and k of their own, shared by all heads, and by some; XLA's form and a kernel."""
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_num_cpu_devices", 8)
+        from kernels.dispatch import use_implementation
+        from zoo import ops, sharding
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+
+        def draw(i, *shape):
+            return jax.random.normal(jax.random.key(i), shape)
+
+        for groups, decay, names in ((4, (2, 9, 4, 3), ("mosaic_tpu", "recurrent")), (1, (4,), ("chunked",)),
+                                     (2, (2, 9, 4), ("chunked",)), (1, (3, 9, 4), ("recurrent",))):
+            batch = decay[0] if len(decay) > 1 else 2
+            args = [draw(0, batch, 9, groups, 3), draw(1, batch, 9, groups, 3), draw(2, batch, 9, 4, 5)]
+            args.append(-jnp.exp(draw(3, *decay)))
+            segment_ids = jnp.repeat(jnp.array([[0, 1, 2]]), 3, axis=1).repeat(batch, 0)
+
+            def run(args):
+                out, pull = jax.vjp(lambda args: ops.linear_attention(*args, segment_ids=segment_ids), args)
+                return out, pull(out)
+
+            for name in names:
+                with use_implementation(name):
+                    alone = jax.jit(run)(args)
+                    with sharding.use_mesh(mesh):
+                        spread = jax.jit(lambda args: run(args))(args)
+                assert len(spread[0][0].sharding.device_set) == 8
+                for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,313 @@
+"""What the kernels cost on TPUs that are not there: `python -m benchmarks.tpu_static [--chips=v5e] [--shapes=square]`.
+
+libtpu compiles the op, forward and backward, for a chip, and its static model counts cycles of each kernel and of
+each XLA operation around it (it simulates the grid, and counts the body of an XLA loop once). Printed, for each of
+`specs.SHAPES` and each chip, per token and head of v: cycles of the forward and the backward kernel and of everything,
+XLA's operations included; what share of them the floors are: the kernel's matmuls at the chip's bfloat16 rate, and its
+operands, each read or written once, at the chip's memory rate; the bytes of VMEM its blocks take; its bundles.
+`chunked` is the same for the XLA form, whose loop over chunks is counted once: a lower bound.
+
+All numbers are static. Against published timings of other kernels they read 0.95 to 1.0 where matmuls bind, 0.7 to
+0.85 where latency or vector operations do: believe a difference of 25%.
+
+    --check   compare with benchmarks/results/tpu_static.json: exit 1 if a kernel takes 10% more cycles than it says
+    --sweep   all tiles of one shape and chip, best first: what `specs.tiles` was chosen by
+
+Needs libtpu (pip install 'jax[tpu]'). No TPU.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+TIME = 4096  # tokens
+CHIPS = {  # topology; clock in Hz and bfloat16 FLOP/s and HBM bytes/s, from the makers' data sheets
+    "v5e": ("v5e:2x2", 1.5e9, 197e12, 0.82e12),
+    "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2.765e12),
+    "v6e": ("v6e:2x2", 1.75e9, 918e12, 1.64e12),
+}
+RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_static.json"
+LIMIT = 1.1  # of the stored cycles
+MARK = "STATIC "
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    chip: str
+    shape: str
+    implementation: str = "mosaic_tpu"
+    tiles: tuple[int, ...] | None = None
+    profile: bool = True  # the profiler aborts on some programs: then bundles only
+
+
+def measure(job: Job) -> dict:
+    """Cycles by kernel and in all, in a process of its own: libtpu reads its flags once, and may abort."""
+    for profile in (True, False):
+        payload = json.dumps(dataclasses.asdict(dataclasses.replace(job, profile=profile)))
+        command = [sys.executable, "-m", "benchmarks.tpu_static", "--child", payload]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        if lines:
+            return json.loads(lines[0].removeprefix(MARK))
+    raise RuntimeError(f"{job} does not compile:\n{done.stderr[-2000:]}")
+
+
+def child(job: Job) -> dict:
+    with tempfile.TemporaryDirectory() as dump:
+        profile = f"--xla_jf_dump_static_llo_profile_to={dump}/cycles " if job.profile else ""
+        text = f"--xla_jf_dump_to={dump}/text --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        os.environ.update(
+            LIBTPU_INIT_ARGS=profile + text,
+            JAX_PLATFORMS="cpu",
+            TPU_SKIP_MDS_QUERY="1",
+            TPU_ACCELERATOR_TYPE="v5litepod-4",
+            TPU_WORKER_HOSTNAMES="localhost",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            JAX_ENABLE_COMPILATION_CACHE="false",
+        )
+        from kernels.linear_attention import specs
+
+        for folder in ("cycles", "text"):
+            os.mkdir(f"{dump}/{folder}")
+        shape = specs.SHAPES[job.shape]
+        tokens = TIME * shape.heads
+        program, args = _program(job, shape)
+        compiled = program.lower(*args).compile()
+        cycles, bundles = _cycles(pathlib.Path(dump, "cycles")), _bundles(pathlib.Path(dump, "text"))
+        result = {"memory": compiled.memory_analysis().temp_size_in_bytes}
+        if cycles:
+            result["all"] = sum(cycles.values()) / tokens
+        for name, costs in _kernel_costs(program, args).items():
+            kernel = name.rsplit("_", 1)[1]
+            _, clock, flops, bandwidth = CHIPS[job.chip]
+            spent = [value for op, value in cycles.items() if name in op]
+            result[kernel] = {
+                "cycles": spent[0] / tokens if spent else None,
+                "matmul_floor": costs["flops"] / (flops / clock) / tokens,
+                "memory_floor": costs["bytes"] / (bandwidth / clock) / tokens,
+                "vmem_bytes": costs["vmem"],
+                "bundles": next((value for op, value in bundles.items() if name in op), None),
+            }
+        return result
+
+
+def _program(job, shape):
+    """The op, forward and backward, on operands as projections leave them: [B, T, heads * width]."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from kernels import dispatch, linear_attention
+    from kernels.linear_attention import mosaic_tpu, specs
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip][0]).devices[0]
+    tiles = specs.Tiles(*job.tiles) if job.tiles else None
+    g, h, k, v = shape.groups, shape.heads, shape.key_dim, shape.value_dim
+    widths = {"q": (g, k), "k": (g, k), "v": (h, v)}
+    decay = {"fixed": (h,), "scalar": (1, TIME, h), "vector": (1, TIME, h * k)}[shape.decay]
+
+    def run(arrays, d_out):
+        def op(arrays):
+            heads = {name: arrays[name].reshape(1, TIME, *width) for name, width in widths.items()}
+            log_decay = arrays["log_decay"]
+            log_decay = log_decay.reshape(1, TIME, h, k) if shape.decay == "vector" else log_decay
+            bonus = {"bonus": arrays["bonus"]} if shape.bonus else {}
+            with dispatch.use_device(device), mosaic_tpu.use(tiles=tiles):
+                out, _ = linear_attention(
+                    *heads.values(), log_decay, **bonus, implementation=job.implementation
+                )  # fmt: skip
+            return out.reshape(1, TIME, h * v)
+
+        out, pull = jax.vjp(op, arrays)
+        return out, pull(d_out)[0]
+
+    def operand(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    arrays = {name: operand((1, TIME, heads * width)) for name, (heads, width) in widths.items()}
+    arrays["log_decay"] = operand(decay, jnp.float32)
+    if shape.bonus:
+        arrays["bonus"] = operand((h, k), jnp.float32)
+    return jax.jit(run), (arrays, operand((1, TIME, h * v)))
+
+
+def _cycles(folder):
+    found = {}
+    for path in folder.glob("*textproto"):
+        text = path.read_text(errors="replace")
+        name, cycles = re.search(r'hlo_op_name: "([^"]*)"', text), re.search(r"estimated_cycles: (\d+)", text)
+        if name and cycles:
+            found[name[1]] = int(cycles[1])
+    return found
+
+
+def _bundles(folder):
+    found = {}
+    for path in folder.glob("*schedule-analysis_final_bundles*"):
+        name = re.match(r"\d+-(.*?)-\d+-schedule", path.name)
+        bundles = re.search(r"total scheduled bundles:\s*(\d+)", path.read_text())
+        if name and bundles:
+            found[name[1]] = int(bundles[1])
+    return found
+
+
+def _kernel_costs(program, args):
+    """Matmul FLOPs, operand bytes and VMEM bytes of each Pallas call, read from the traced program."""
+    import jax
+
+    costs = {}
+    for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
+        if equation.primitive.name != "pallas_call":
+            continue
+        kernel, mapping = equation.params["jaxpr"], equation.params["grid_mapping"]
+        steps = 1
+        for size in mapping.grid:
+            steps *= size
+        flops = sum(_dot_flops(inner) * times for inner, times in _equations(kernel))
+        blocks = [_bytes(ref.aval) for ref in kernel.invars]
+        pipelined = len(mapping.block_mappings)
+        costs[equation.params["name"]] = {
+            "flops": flops * steps,
+            "bytes": sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars)),
+            "vmem": 2 * sum(blocks[:pipelined]) + sum(blocks[pipelined:]),
+        }
+    return costs
+
+
+def _equations(jaxpr, times=1):
+    """All equations with how often each runs; both sides of a branch."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        if equation.primitive.name == "pallas_call":
+            continue
+        inner_times = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner, inner_times)
+
+
+def _dot_flops(equation):
+    if equation.primitive.name != "dot_general":
+        return 0
+    ((contracted, _), _), out = equation.params["dimension_numbers"], equation.outvars[0].aval
+    depth = 1
+    for axis in contracted:
+        depth *= equation.invars[0].aval.shape[axis]
+    return 2 * out.size * depth
+
+
+def _bytes(aval):
+    return aval.size * aval.dtype.itemsize
+
+
+HEADER = (
+    f"{'shape':16}{'chip':5}{'implementation':15}{'kernel':10}{'cycles':>8}{'matmul floor':>14}{'HBM floor':>11}"
+    f"{'VMEM MB':>9}{'bundles':>9}{'whole op f+b':>14}"
+)
+
+
+def lines(job, result):
+    whole = f"{result['all']:14.2f}" if "all" in result else f"{'-':>14}"
+    if job.implementation != "mosaic_tpu":
+        yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{'':61}{whole}"
+    for kernel in ("forward", "backward"):
+        if row := result.get(kernel):
+            cycles = row["cycles"]
+            shares = [f"{row[name] / cycles:.0%}" if cycles else "-" for name in ("matmul_floor", "memory_floor")]
+            yield (
+                f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10}{cycles or float('nan'):8.2f}"
+                f"{shares[0]:>14}{shares[1]:>11}{row['vmem_bytes'] / 1e6:9.1f}{row['bundles'] or 0:9d}{whole}"
+            )
+
+
+def run(jobs):
+    """(job, result), in the order of `jobs`, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield from zip(jobs, pool.map(measure, jobs), strict=True)
+
+
+def check(stored: dict, jobs: list[Job]) -> list[str]:
+    """What takes more cycles than `stored` says, by more than LIMIT."""
+    problems = []
+    for job, result in run(jobs):
+        for kernel in ("forward", "backward"):
+            before, now = stored[f"{job.shape} {job.chip}"][kernel]["cycles"], result[kernel]["cycles"]
+            print(f"{job.shape} {job.chip} {kernel}: {now:.2f} cycles a token and head, stored {before:.2f}")
+            if now > LIMIT * before:
+                problems.append(f"{job.shape} {job.chip} {kernel}: {now:.2f} cycles, {now / before:.2f} of the stored")
+    return problems
+
+
+def sweep(chip: str, shape: str) -> None:
+    jobs = []
+    for chunk, block, heads, unroll in itertools.product((128, 256), (256, 512, 1024), (1, 2, 4, 8), (1, 2)):
+        if block >= chunk * unroll:
+            jobs.append(Job(chip, shape, tiles=(chunk, block, heads, unroll, unroll)))
+    rows = []
+    for job in jobs:
+        try:
+            result = measure(job)
+            rows.append((result["forward"]["cycles"], result["backward"]["cycles"], job.tiles[:4]))
+            print(*rows[-1], flush=True)
+        except RuntimeError as error:
+            print(job.tiles[:4], "does not compile:", str(error).strip().splitlines()[-1][:100])
+    for index, name in enumerate(("forward", "backward")):
+        print(f"\n{name}: cycles, (chunk, block, heads, unroll)")
+        for row in sorted((row for row in rows if row[index]), key=lambda row: row[index])[:5]:
+            print(f"{row[index]:8.2f}  {row[2]}")
+
+
+def main():
+    from kernels.linear_attention import specs
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", default=",".join(CHIPS))
+    parser.add_argument("--shapes", default=",".join(specs.SHAPES))
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(MARK + json.dumps(child(Job(**json.loads(args.child)))))
+        return
+    chips, shapes = args.chips.split(","), args.shapes.split(",")
+    for given, known in ((chips, CHIPS), (shapes, specs.SHAPES)):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    if args.sweep:
+        if len(chips) != 1 or len(shapes) != 1:
+            parser.error("--sweep needs one chip and one shape: --chips=v5e --shapes=square")
+        return sweep(chips[0], shapes[0])
+    jobs = [Job(chip, shape) for shape in shapes for chip in chips]
+    if args.check:
+        problems = check(json.loads(RESULTS.read_text())["results"], jobs)
+        sys.exit("\n".join(problems) if problems else 0)
+    stored = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    print(HEADER)
+    both = [dataclasses.replace(job, implementation=name) for job in jobs for name in ("mosaic_tpu", "chunked")]
+    for job, result in run(both):
+        print("\n".join(lines(job, result)), flush=True)
+        key = f"{job.shape} {job.chip}"
+        if job.implementation == "mosaic_tpu":
+            stored[key] = result
+        else:
+            stored[key]["chunked_all"] = result.get("all")
+    from benchmarks import record
+
+    RESULTS.write_text(json.dumps(record.environment() | {"tokens": TIME, "results": stored}, indent=1) + "\n")
+    print(f"written to {RESULTS.relative_to(RESULTS.parent.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
