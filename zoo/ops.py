@@ -8,6 +8,7 @@ wrapped here, with `zoo.sharding`; mixers never import `kernels`.
 from kernels import (
     attention,
     cross_entropy,
+    fast_weights,
     linear_attention,
     linear_scan,
     short_conv,
@@ -16,6 +17,7 @@ from kernels import (
 __all__ = [
     "attention",
     "cross_entropy",
+    "fast_weights",
     "linear_attention",
     "linear_scan",
     "short_conv",

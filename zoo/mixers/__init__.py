@@ -2,6 +2,7 @@
 
 from zoo.mixers.attention import Attention
 from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.dfw import DFW
 from zoo.mixers.gated_retention import GatedRetention
 from zoo.mixers.gateloop import GateLoop
 from zoo.mixers.gla import GLA
@@ -23,6 +24,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "hgrn2": HGRN2,
     "rwkv6": RWKV6,
     "gateloop": GateLoop,
+    "dfw": DFW,
 }
 
 __all__ = ["MIXERS", "Mixer", "Sizes"]

@@ -1,7 +1,7 @@
-"""mLSTM: matrix memory with an exponential input gate (Beck et al. 2024, arXiv:2405.04517), as in xLSTM 7B (2503.13427).
+"""mLSTM: matrix memory, exponential input gate (Beck et al. 2024, arXiv:2405.04517), as in xLSTM 7B (2503.13427).
 
-    S_t = f_t S_{t-1} + i_t k_t v_t^T          f_t = sigmoid(cap(x_t W_f + b_f)), i_t = exp(cap(x_t W_i + b_i)), scalars
-    n_t = f_t n_{t-1} + i_t k_t                cap(z) = 15 tanh(z / 15)
+    S_t = f_t S_{t-1} + i_t k_t v_t^T          f_t = sigmoid(cap(x_t W_f + b_f)), i_t = exp(cap(x_t W_i + b_i))
+    n_t = f_t n_{t-1} + i_t k_t                cap(z) = 15 tanh(z / 15), one gate a head
     o_t = S_t^T q_t / max(|n_t . q_t|, 1)      y_t = W_o (norm(o_t) * sigmoid(x_t W_r)),   q_t = x_t W_q / sqrt(K)
 
 Everything is kept divided by exp(m_t), so that no exponential overflows: m_t = max(log f_t + m_{t-1}, log i_t) makes a
