@@ -41,7 +41,7 @@ def test_gateloop_is_a_recurrence_with_a_complex_gate():
     mixer, x = build("gateloop"), inputs()
     project, weights = double(mixer, x)
     q, k, v, phase = map(project, ("q", "k", "v", "phase"))
-    gate = sigmoid(project("magnitude", weights["magnitude_bias"])) * np.exp(1j * phase)
+    gate = sigmoid(project("magnitude", weights["magnitude_bias"])) * np.exp(2j * np.pi * phase)
     state, o = np.zeros((BATCH, mixer.heads, q.shape[-1], v.shape[-1]), complex), np.zeros(v.shape)
     for t in range(TIME):
         state = gate[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
@@ -117,10 +117,10 @@ def test_gates_saturated_both_ways_are_finite_in_value_and_gradient(family, gate
 
 
 def test_the_phase_of_gateloop_is_exact_after_many_tokens():
-    phase = np.random.default_rng(0).normal(2.0, 1.0, (1, 100_000, 1)).astype(np.float32)
+    phase = np.random.default_rng(0).normal(0.3, 0.2, (1, 100_000, 1)).astype(np.float32)
     expected = np.cumsum(phase.astype(np.float64), axis=1)
     error = np.asarray(cumulative_phase(jnp.asarray(phase), None), np.float64) - expected
-    assert np.abs(np.exp(1j * error) - 1).max() < 1e-4  # float32 sums without the modulus: up to 0.1
+    assert np.abs(np.exp(2j * np.pi * error) - 1).max() < 1e-4  # a sum that grows is off by 0.05
 
 
 def model_of(mixer, num_layers):

@@ -1,6 +1,6 @@
 """GateLoop: linear attention with a complex gate (Katsch 2023, arXiv:2311.01927).
 
-    S_t = diag(a_t) S_{t-1} + k_t v_t^T        a_t = sigmoid(x_t W_a + b) exp(i x_t W_theta)
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        a_t = sigmoid(x_t W_a + b) exp(2 pi i x_t W_theta)
     o_t = Re(S_t^T q_t) / sqrt(K)              y_t = W_o (norm(o_t) * silu(x_t W_g))
 
 The phases need no complex state: with Phi_t the sum of the phases up to t, S_t = e^{i Phi_t} (a real recurrence of keys
@@ -8,12 +8,11 @@ turned by -Phi), and so
 
     Re(S_t^T q_t) = [q cos Phi, q sin Phi]_t^T R_t,   R_t = diag(|a_t|, |a_t|) R_{t-1} + [k cos Phi, k sin Phi]_t v_t^T
 
-Phi is summed modulo 2 pi, so that it is as exact after a million tokens as after ten.
-State: R, float32 [batch, heads, 2 K, V], and Phi, float32 [batch, heads, K].
+Phi is summed modulo 2 pi, in turns (modulo 1, which is exact), so that it does not lose digits as it grows.
+State: R, float32 [batch, heads, 2 K, V], and Phi, in turns, float32 [batch, heads, K].
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +37,12 @@ def _widths(config: GateLoopConfig, d_model: int) -> tuple[int, int, int]:
     return heads, int(config.expand_k * d_model), int(config.expand_v * d_model)
 
 
-def _wrap(angle: jax.Array) -> jax.Array:
-    """The same angle within [-pi, pi]. 2 pi is taken off in two parts: float32's own is off by 2e-7, each time."""
-    turns = jnp.round(jax.lax.stop_gradient(angle) / (2 * math.pi))
-    return (angle - turns * 6.28125) - turns * (2 * math.pi - 6.28125)
-
-
 def cumulative_phase(phase: jax.Array, initial: jax.Array | None) -> jax.Array:
-    """The sums of `phase` [B, T, ...] over time, modulo 2 pi, on top of `initial` [B, ...]."""
+    """The sums of `phase` [B, T, ...] over time, modulo 1, in [-1/2, 1/2], on top of `initial` [B, ...]."""
     if initial is not None:
         phase = phase.at[:, 0].add(initial)
-    return jax.lax.associative_scan(lambda a, b: _wrap(a + b), _wrap(phase), axis=1)
+    wrap = lambda turns: turns - jnp.round(jax.lax.stop_gradient(turns))  # noqa: E731
+    return jax.lax.associative_scan(lambda a, b: wrap(a + b), wrap(phase), axis=1)
 
 
 class GateLoop(Mixer):
@@ -66,7 +60,8 @@ class GateLoop(Mixer):
         # Keys of a head start with memories of 3 to 400 tokens: sigmoid(1) ... sigmoid(6).
         bias = jnp.tile(jnp.linspace(1.0, 6.0, self.key_width), self.heads)
         self.magnitude_bias = nnx.Param(bias, out_sharding=("norm",), decay=False)
-        self.phase = linear(d, d_k, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
+        turn = 1 / (2 * jnp.pi)  # a radian: phases start with a standard deviation of one
+        self.phase = linear(d, d_k, ("embed", "heads"), init_scale=turn, decay=False, dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
@@ -81,11 +76,12 @@ class GateLoop(Mixer):
         log_decay = checkpoint_name(jax.nn.log_sigmoid(magnitude).reshape(heads_k), "gateloop_log_decay")
         phase = checkpoint_name(self.phase(x).astype(jnp.float32).reshape(heads_k), "gateloop_phase")
         # Only differences of Phi within a segment count: it may run on over the boundaries of packed documents.
-        angle = cumulative_phase(phase, initial["Phi"])
-        turn = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # [B, T, H, 2 K]
+        turns = cumulative_phase(phase, initial["Phi"])
+        angle = 2 * jnp.pi * turns
+        rotation = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # [B, T, H, 2 K]
         o, final_r = ops.linear_attention(
-            (turn * jnp.tile(q, 2)).astype(q.dtype),
-            (turn * jnp.tile(k, 2)).astype(k.dtype),
+            (rotation * jnp.tile(q, 2)).astype(q.dtype),
+            (rotation * jnp.tile(k, 2)).astype(k.dtype),
             v,
             jnp.tile(log_decay, 2),
             initial_state=initial["R"],
@@ -94,7 +90,7 @@ class GateLoop(Mixer):
         )
         o = self.norm(o).reshape(*x.shape[:2], -1)
         y = self.out(o * jax.nn.silu(self.output_gate(x)))
-        return y, None if state is None else {"R": final_r, "Phi": angle[:, -1]}
+        return y, None if state is None else {"R": final_r, "Phi": turns[:, -1]}
 
     def init_state(self, batch_size, max_length, dtype):
         return {
