@@ -41,7 +41,7 @@ def test_gateloop_is_a_recurrence_with_a_complex_gate():
     mixer, x = build("gateloop"), inputs()
     project, weights = double(mixer, x)
     q, k, v, phase = map(project, ("q", "k", "v", "phase"))
-    gate = sigmoid(project("magnitude", weights["magnitude_bias"])) * np.exp(2j * np.pi * phase)
+    gate = sigmoid(project("magnitude", weights["magnitude_bias"])) * np.exp(1j * phase)
     state, o = np.zeros((BATCH, mixer.heads, q.shape[-1], v.shape[-1]), complex), np.zeros(v.shape)
     for t in range(TIME):
         state = gate[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]

@@ -1,6 +1,6 @@
 """GateLoop: linear attention with a complex gate (Katsch 2023, arXiv:2311.01927).
 
-    S_t = diag(a_t) S_{t-1} + k_t v_t^T        a_t = sigmoid(x_t W_a + b) exp(2 pi i x_t W_theta)
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        a_t = sigmoid(x_t W_a + b) exp(i x_t W_theta)
     o_t = Re(S_t^T q_t) / sqrt(K)              y_t = W_o (norm(o_t) * silu(x_t W_g))
 
 The phases need no complex state: with Phi_t the sum of the phases up to t, S_t = e^{i Phi_t} (a real recurrence of keys
@@ -38,7 +38,7 @@ def _widths(config: GateLoopConfig, d_model: int) -> tuple[int, int, int]:
 
 
 def cumulative_phase(phase: jax.Array, initial: jax.Array | None) -> jax.Array:
-    """The sums of `phase` [B, T, ...] over time, modulo 1, in [-1/2, 1/2], on top of `initial` [B, ...]."""
+    """The sums of `phase` [B, T, ...], in turns, over time, modulo 1, in [-1/2, 1/2], on top of `initial` [B, ...]."""
     if initial is not None:
         phase = phase.at[:, 0].add(initial)
     wrap = lambda turns: turns - jnp.round(jax.lax.stop_gradient(turns))  # noqa: E731
@@ -60,8 +60,7 @@ class GateLoop(Mixer):
         # Keys of a head start with memories of 3 to 400 tokens: sigmoid(1) ... sigmoid(6).
         bias = jnp.tile(jnp.linspace(1.0, 6.0, self.key_width), self.heads)
         self.magnitude_bias = nnx.Param(bias, out_sharding=("norm",), decay=False)
-        turn = 1 / (2 * jnp.pi)  # a radian: phases start with a standard deviation of one
-        self.phase = linear(d, d_k, ("embed", "heads"), init_scale=turn, decay=False, dtype=dtype, rngs=rngs)
+        self.phase = linear(d, d_k, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
@@ -76,7 +75,7 @@ class GateLoop(Mixer):
         log_decay = checkpoint_name(jax.nn.log_sigmoid(magnitude).reshape(heads_k), "gateloop_log_decay")
         phase = checkpoint_name(self.phase(x).astype(jnp.float32).reshape(heads_k), "gateloop_phase")
         # Only differences of Phi within a segment count: it may run on over the boundaries of packed documents.
-        turns = cumulative_phase(phase, initial["Phi"])
+        turns = cumulative_phase(phase / (2 * jnp.pi), initial["Phi"])
         angle = 2 * jnp.pi * turns
         rotation = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # [B, T, H, 2 K]
         o, final_r = ops.linear_attention(
