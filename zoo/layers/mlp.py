@@ -55,7 +55,7 @@ class ChannelMixing(nnx.Module):
         self.key_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)
         self.receptance_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)
         self.key = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.receptance = linear(d_model, d_model, ("embed", None), dtype=dtype, rngs=rngs)
+        self.receptance = linear(d_model, d_model, ("embed", "width"), dtype=dtype, rngs=rngs)
         self.value = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: jax.Array | None = None):

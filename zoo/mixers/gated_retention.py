@@ -45,7 +45,7 @@ class GatedRetention(Mixer):
         self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.gate = linear(d, self.heads, ("embed", None), decay=False, dtype=dtype, rngs=rngs)
+        self.gate = linear(d, self.heads, ("embed", "gates"), decay=False, dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)

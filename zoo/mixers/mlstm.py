@@ -68,8 +68,8 @@ class MLSTM(Mixer):
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         gate = {"init_scale": 0.1, "decay": False, "dtype": dtype, "rngs": rngs}
-        self.input_gate = linear(d, self.heads, ("embed", None), **gate)
-        self.forget_gate = linear(d, self.heads, ("embed", None), **gate)
+        self.input_gate = linear(d, self.heads, ("embed", "gates"), **gate)
+        self.forget_gate = linear(d, self.heads, ("embed", "gates"), **gate)
         # Heads start with memories of 20 to 400 tokens, as in the paper.
         vector = {"out_sharding": ("norm",), "decay": False}
         self.input_bias = nnx.Param(jnp.full((self.heads,), config.input_gate_bias, jnp.float32), **vector)

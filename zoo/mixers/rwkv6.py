@@ -58,10 +58,10 @@ class RWKV6(Mixer):
         steep = 1.0 - channel ** (0.5 * rest)
         mix = jnp.stack([steep, ramp, ramp, ramp - 0.3 * place, steep])
         self.shared_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)  # mu
-        self.mix = nnx.Param(mix, out_sharding=(None, "norm"), decay=False)  # mu_z
+        self.mix = nnx.Param(mix, out_sharding=("gates", "norm"), decay=False)  # mu_z
         self.mix_down = linear(d, MIXTURES * config.mix_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
         self.mix_up = linear(
-            config.mix_rank, MIXTURES * d, ("rank", None), init_scale=0.1, decay=False, dtype=dtype, rngs=rngs
+            config.mix_rank, MIXTURES * d, ("rank", "width"), init_scale=0.1, decay=False, dtype=dtype, rngs=rngs
         )
         self.r = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
@@ -75,7 +75,7 @@ class RWKV6(Mixer):
         zigzag = (jnp.arange(d_k) + 1) % 3 - 1
         bonus = place * (1.0 - key) + 0.1 * zigzag
         self.decay_bias = nnx.Param(-6.0 + 5.0 * key ** (0.7 + 1.3 * place), out_sharding=("norm",), decay=False)
-        self.bonus = nnx.Param(bonus.reshape(self.heads, -1), out_sharding=(None, "norm"), decay=False)  # u
+        self.bonus = nnx.Param(bonus.reshape(self.heads, -1), out_sharding=("gates", "norm"), decay=False)  # u
         self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, bias=True)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
