@@ -5,6 +5,7 @@ Each op's docstring, in its `api.py`, is its definition. Letters in shapes: `ker
 
 from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
+from kernels.fast_weights import fast_weights, fast_weights_step
 from kernels.linear_attention import linear_attention, linear_attention_step
 from kernels.linear_scan import linear_scan, linear_scan_step
 from kernels.short_conv import short_conv, short_conv_step
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "cross_entropy",
+    "fast_weights",
+    "fast_weights_step",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",

@@ -21,7 +21,8 @@ from zoo.mixers import MIXERS, Sizes
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
 UNROLLED_UNITS = 4
 
-State = Mapping[str, Any]  # {"position": int32 [B], "layers": one state a layer of the unit, stacked over units}
+# {"position": int32 [B], "layers": {"mixer": ..., "mlp": ...} for each layer of the unit, stacked over units}
+State = Mapping[str, Any]
 
 
 class Block(nnx.Module):
@@ -40,17 +41,26 @@ class Block(nnx.Module):
             mlp = MLPS["swiglu" if config.mlp == "none" else config.mlp]
             self.mlp = mlp(config.d_model, d_ff, init_scale=sizes.output_scale, dtype=sizes.dtype, rngs=rngs)
 
-    def __call__(self, x, *, segment_ids, positions, state, dropout_key):
+    def __call__(self, x, *, segment_ids, positions, state, dropout_key, depth):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        before = {"mixer": None, "mlp": None} if state is None else state
+        after = dict(before)
         if self.has_mixer:
-            y, state = self.mixer(self.mixer_norm(x), segment_ids=segment_ids, positions=positions, state=state)
+            of_depth = {} if depth is None else {"depth": depth}
+            y, after["mixer"] = self.mixer(
+                self.mixer_norm(x), segment_ids=segment_ids, positions=positions, state=before["mixer"], **of_depth
+            )
             x = x + dropout(y, self.dropout, keys[0])
         if self.has_mlp:
-            x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[1])
-        return sharding.constrain(x, "batch", "time", None), state
+            y, after["mlp"] = self.mlp(self.mlp_norm(x), segment_ids=segment_ids, state=before["mlp"])
+            x = x + dropout(y, self.dropout, keys[1])
+        return sharding.constrain(x, "batch", "time", None), None if state is None else after
 
     def init_state(self, batch_size, max_length, dtype):
-        return self.mixer.init_state(batch_size, max_length, dtype) if self.has_mixer else None
+        return {
+            "mixer": self.mixer.init_state(batch_size, max_length, dtype) if self.has_mixer else None,
+            "mlp": self.mlp.init_state(batch_size, dtype) if self.has_mlp else None,
+        }
 
 
 class Unit(nnx.Module):
@@ -63,11 +73,11 @@ class Unit(nnx.Module):
             for i, layer in enumerate(layers)
         )
 
-    def __call__(self, x, *, segment_ids, positions, states, dropout_key):
+    def __call__(self, x, *, segment_ids, positions, states, dropout_key, depths):
         new_states = []
-        for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+        for i, (block, state, depth) in enumerate(zip(self.blocks, states, depths, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            x, state = block(x, segment_ids=segment_ids, positions=positions, state=state, dropout_key=key)
+            x, state = block(x, segment_ids=segment_ids, positions=positions, state=state, dropout_key=key, depth=depth)
             new_states.append(state)
         return x, new_states
 
@@ -89,7 +99,7 @@ class LanguageModel(nnx.Module):
         self.remat = config.remat
         families = [layer for layer in dict.fromkeys(layers) if layer != MLP_LAYER]
         self.saved_names = tuple(name for family in families for name in MIXERS[family].saved_names)
-        self.num_units = config.num_layers // len(layers)
+        self.pattern, self.num_units = tuple(layers), config.num_layers // len(layers)
         dtype = jnp.dtype(config.dtype)
         # Each layer adds two branches to the residual stream: start with a sum of variance about one (GPT-2).
         branches = 2 * config.num_layers
@@ -186,15 +196,16 @@ class LanguageModel(nnx.Module):
         graphdef, parameters = nnx.split(self.units)
 
         def unit(x, per_unit):
-            parameters, index, states = per_unit
+            parameters, index, depths, states = per_unit
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
             return nnx.merge(graphdef, parameters)(
-                x, segment_ids=segment_ids, positions=positions, states=states, dropout_key=key
+                x, segment_ids=segment_ids, positions=positions, states=states, dropout_key=key, depths=depths
             )
 
         layer_states = [None] * len(self.units.blocks) if state is None else state["layers"]
-        per_unit = (parameters, jnp.arange(self.num_units), layer_states)
-        unroll = self.num_units if self.num_units <= UNROLLED_UNITS else 1
+        per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(), layer_states)
+        # Unrolled, the compiler would find what is computed again already computed, and keep it.
+        unroll = self.num_units if self.num_units <= UNROLLED_UNITS and self.remat == "none" else 1
         x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit, unroll=unroll)
         new_state = None if state is None else {"position": positions[:, -1] + 1, "layers": layer_states}
         return self.norm(x), new_state
@@ -205,6 +216,20 @@ class LanguageModel(nnx.Module):
         layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]
         stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_units, *leaf.shape)), layers)
         return {"position": jnp.zeros((batch_size,), jnp.int32), "layers": stacked}
+
+    def _over_depth(self) -> list[jax.Array | None]:
+        """What the layers of each block get of the whole depth, [units, ...]: see `Mixer.over_depth`."""
+        found = [None] * len(self.pattern)
+        for family in dict.fromkeys(self.pattern):
+            if family == MLP_LAYER:
+                continue
+            places = [i for i, layer in enumerate(self.pattern) if layer == family]
+            layer_index = jnp.arange(self.num_units)[:, None] * len(self.pattern) + jnp.asarray(places)
+            mixers = [self.units.blocks[i].mixer for i in places]
+            values = MIXERS[family].over_depth(mixers, layer_index, self.num_units * len(self.pattern))
+            for place, i in enumerate(places):
+                found[i] = None if values is None else values[:, place]
+        return found
 
     def _head(self) -> Float[Array, "D vocab"]:
         weight = self.embed.embedding[...].T if self.tied else self.head.kernel[...]

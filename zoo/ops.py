@@ -6,12 +6,13 @@ import `kernels`.
 """
 
 import kernels
-from kernels import attention, cross_entropy, linear_scan, short_conv
+from kernels import attention, cross_entropy, fast_weights, linear_scan, short_conv
 from zoo import sharding
 
 __all__ = [
     "attention",
     "cross_entropy",
+    "fast_weights",
     "linear_attention",
     "linear_scan",
     "short_conv",

@@ -32,6 +32,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("mlp", "tensor"),  # the MLP's inner width
     ("vocab", "tensor"),  # entries of the vocabulary
     ("norm", None),  # scales, biases and other vectors: small, on every device
+    ("gates", None),  # one gate a head, and the few mixtures of a token shift
+    ("width", None),  # the model's width, where both sides of a projection are that wide
     ("rank", None),  # the narrow side of low-rank projections
     ("positions", None),  # learned positions
 )

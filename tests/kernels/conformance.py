@@ -10,6 +10,8 @@ import numpy as np
 
 from kernels import (
     attention,
+    fast_weights,
+    fast_weights_step,
     linear_attention,
     linear_attention_step,
     linear_scan,
@@ -17,6 +19,7 @@ from kernels import (
     short_conv,
     short_conv_step,
 )
+from kernels.fast_weights.api import IMPLEMENTATIONS as FAST_WEIGHTS
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
 from kernels.short_conv.api import IMPLEMENTATIONS as SHORT_CONV
@@ -104,6 +107,34 @@ def _linear_attention(log_decay_dims, *, groups=2, with_bonus=False, heads=2, ke
     )
 
 
+def _fast_weights(heads=2, key_dim=5, value_dim=3):
+    gates = ("key_log_decay", "value_log_decay")
+
+    def inputs(rng, length):
+        return {
+            "q": normal(rng, BATCH, length, heads, key_dim),
+            "k": normal(rng, BATCH, length, heads, key_dim),
+            "v": normal(rng, BATCH, length, heads, value_dim),
+            "key_log_decay": log_gate(rng, BATCH, length, heads, key_dim),
+            "value_log_decay": log_gate(rng, BATCH, length, heads, value_dim),
+            "initial_state": normal(rng, BATCH, heads, key_dim, value_dim),
+        }
+
+    def op(inputs, segment_ids, implementation):
+        return fast_weights(**inputs, segment_ids=segment_ids, chunk_size=CHUNK, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in FAST_WEIGHTS if name != "reference"),
+        over_time=("q", "k", "v", *gates),
+        gates=gates,
+        state="initial_state",
+        step=lambda inputs, state: fast_weights_step(**inputs, state=state),
+        float32_inputs=(*gates, "initial_state"),
+    )
+
+
 def _linear_scan(x_normal, complex_decay, over_time, chunk_size=None, channels=4):
     def inputs(rng, length):
         shape = (BATCH, length, channels) if over_time else (channels,)
@@ -172,6 +203,7 @@ CASES = {
     "linear_attention-vector": _linear_attention("BTHK"),
     "linear_attention-scalar-bonus": _linear_attention("BTH", with_bonus=True),
     "linear_attention-vector-bonus": _linear_attention("BTHK", groups=1, with_bonus=True),
+    "fast_weights": _fast_weights(),
     "linear_scan-real": _linear_scan(normal, complex_decay=False, over_time=True),
     "linear_scan-real-chunks": _linear_scan(normal, complex_decay=False, over_time=True, chunk_size=CHUNK),
     "linear_scan-fixed": _linear_scan(normal, complex_decay=False, over_time=False),

@@ -98,9 +98,10 @@ def test_no_gradient_comes_from_the_future(name, implementation):
 def test_extreme_decays_are_exact(name, implementation, packed):
     inputs = CASES[name].make()
     rng = np.random.default_rng(3)
-    log_decay = inputs["log_decay"]
-    kind = rng.integers(0, 3, log_decay.shape)  # forget all, keep all, or the gate drawn
-    inputs["log_decay"] = jnp.select([kind == 0, kind == 1], [log_decay * 0 - 1e4, log_decay * 0], log_decay)
+    for gate in CASES[name].gates:
+        log_decay = inputs[gate]
+        kind = rng.integers(0, 3, log_decay.shape)  # forget all, keep all, or the gate drawn
+        inputs[gate] = jnp.select([kind == 0, kind == 1], [log_decay * 0 - 1e4, log_decay * 0], log_decay)
     segment_ids = random_segments() if packed else None
     actual = results(name, implementation, inputs, segment_ids)
     assert jax.tree.all(jax.tree.map(lambda x: np.isfinite(x).all(), actual))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention, cross_entropy, linear_attention, linear_scan, short_conv
+from kernels import attention, cross_entropy, fast_weights, linear_attention, linear_scan, short_conv
 from tests.kernels.conformance import CASES, error_ratio, random_segments
 
 SEGMENTS = np.asarray(random_segments())
@@ -41,6 +41,20 @@ def test_linear_attention(name):
                 read = before + np.outer(x["bonus"][h] * k, v) if "bonus" in x else state
                 expected[b, t, h] = 0.7 * q @ read
             states[b, h] = state
+    assert error_ratio(out, expected) < 1e-6
+    assert error_ratio(final_state, states) < 1e-6
+
+
+def test_fast_weights():
+    inputs = CASES["fast_weights"].make()
+    out, final_state = fast_weights(**inputs, segment_ids=random_segments(), scale=0.7, implementation="reference")
+    x = double(inputs)
+    expected, states = np.zeros(x["v"].shape), x["initial_state"].copy()
+    for b, t, h in np.ndindex(*x["v"].shape[:3]):
+        gate = np.exp(np.add.outer(x["key_log_decay"][b, t, h], x["value_log_decay"][b, t, h]))
+        before = 0 if starts(b, t) else gate * states[b, h]
+        states[b, h] = before + np.outer(x["k"][b, t, h], x["v"][b, t, h])
+        expected[b, t, h] = 0.7 * x["q"][b, t, h] @ states[b, h]
     assert error_ratio(out, expected) < 1e-6
     assert error_ratio(final_state, states) < 1e-6
 

@@ -12,8 +12,17 @@ from zoo.mixers import MIXERS, Sizes
 D_MODEL = 32
 VARIANTS = {
     "attention": [{"qk_norm": True, "num_kv_heads": 2}, {"window": 5}],
-    "linear_attention": [{"feature_map": "taylor2", "key_width": 4}, {"feature_map": "identity"}],
+    "linear_attention": [
+        {"feature_map": "taylor2", "key_width": 4},
+        {"feature_map": "identity"},
+        {"feature_map": "exp"},
+        {"feature_map": "relu", "normalise": False},
+    ],
     "retnet": [{"num_heads": 2, "expand_k": 0.5}],
+    "lightning": [{"num_heads": 2, "head_dim": 8}],
+    "gated_retention": [{"num_heads": 2, "expand_v": 2.0, "gate_temperature": 1.0}],
+    "mlstm": [{"num_heads": 2, "gate_soft_cap": 0.0, "expand_k": 1.0}],
+    "rwkv6": [{"num_heads": 2, "expand_k": 0.5, "mix_rank": 4, "decay_rank": 8}],
     "gla": [{"num_heads": 2, "gate_temperature": 1.0}],
 }
 CASES = {

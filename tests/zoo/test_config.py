@@ -36,9 +36,7 @@ def test_sizes_are_what_their_names_say_with_a_vocabulary_of_50k(size, about):
     assert num_parameters(config.model) == pytest.approx(about, rel=0.06)
 
 
-@pytest.mark.parametrize(
-    "mixer", ["attention", "linear_attention", "retnet", "gla", "gla,gla,attention", "gla,mlp,attention"]
-)
+@pytest.mark.parametrize("mixer", [*MIXERS, "gla,gla,attention", "gla,mlp,attention"])
 @pytest.mark.parametrize("size", SIZES)
 def test_swapping_the_mixer_by_the_flag_keeps_the_size(mixer, size):
     config = config_of("gla", size)
@@ -85,6 +83,12 @@ BAD = {
     "attention's heads": ({"model.mixer": "attention", "model.attention.num_heads": 5}, "5 heads do not divide"),
     "odd rotary width": ({"model.mixer": "retnet", "model.retnet.num_heads": 256}, "rotary needs an even one"),
     "feature map": ({"model.mixer": "linear_attention", "model.linear_attention.feature_map": "cos"}, "got 'cos'"),
+    "gate's temperature": (
+        {"model.mixer": "gated_retention", "model.gated_retention.gate_temperature": 0.0},
+        "model.gated_retention.gate_temperature: got 0.0, expected more than 0",
+    ),
+    "mix rank": ({"model.mixer": "rwkv6", "model.rwkv6.mix_rank": 0}, "model.rwkv6.mix_rank: got 0"),
+    "gate's cap": ({"model.mixer": "mlstm", "model.mlstm.gate_soft_cap": -1.0}, "gate_soft_cap: got -1.0"),
     "sequence length 0": ({"train.context_length": 0}, "train.context_length: got 0, expected at least 1 token"),
     "batch 0": ({"train.batch_size": 0}, "train.batch_size: got 0, expected at least 1 sequence"),
     "microbatches": ({"train.accumulate_steps": 3}, "8 sequences do not split into 3 microbatches"),

@@ -41,6 +41,8 @@ PATTERNS = {
     "hybrid": {"mixer": "gla,attention"},
     "mlp as a layer": {"mixer": "gla,mlp", "mlp": "none"},
     "learned positions": {"mixer": "attention", "positions": "learned", "max_positions": 2 * TIME},
+    "channel mixing": {"mixer": "rwkv6", "mlp": "channel_mixing", "d_ff": 32},
+    "hgrn2 over the depth": {"mixer": "hgrn2,lightning", "num_layers": 4},
     "untied, soft cap": {"tie_embeddings": False, "logit_softcap": 5.0},
 }
 
@@ -60,10 +62,10 @@ def test_prefill_and_decoding_equal_the_full_pass(settings, tokens):
     assert state["position"].tolist() == [TIME] * BATCH
 
 
-@pytest.mark.parametrize("mixer", ["gla,attention", "retnet", "linear_attention"])
+@pytest.mark.parametrize("mixer", ["gla,attention", "retnet", "linear_attention", "mlstm,rwkv6"])
 def test_left_padding_leaves_no_trace(mixer, tokens):
     """A prompt padded on the left (segment 0) prefills to the state of the prompt alone."""
-    model = build(tiny(mixer=mixer))
+    model = build(tiny(mixer=mixer, mlp="channel_mixing" if "rwkv6" in mixer else "swiglu", d_ff=32))
     call = jitted(model)
     padding = 3
     alone, state_alone = call(tokens[:, padding:], state=model.init_state(BATCH, 2 * TIME))

@@ -1,4 +1,8 @@
-"""The channel-mixing half of a block."""
+"""The channel-mixing half of a block.
+
+An MLP is `(x, segment_ids, state) -> (y, state)`, as a mixer is; one that looks at the token alone has no state
+(`init_state` gives None) and returns what it was given.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +10,7 @@ from flax import nnx
 
 from zoo import sharding
 from zoo.layers.linear import linear
+from zoo.layers.token_shift import token_shift
 
 
 class SwiGLU(nnx.Module):
@@ -19,13 +24,58 @@ class SwiGLU(nnx.Module):
         self.up = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: None = None):
         inner = jax.nn.silu(self.gate(x)) * self.up(x)
-        return self.down(sharding.constrain(inner, "batch", "time", "mlp"))
+        return self.down(sharding.constrain(inner, "batch", "time", "mlp")), state
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype) -> None:
+        return None
 
     @staticmethod
     def num_parameters(d_model: int, d_ff: int) -> int:
         return 3 * d_model * d_ff
 
+    @staticmethod
+    def width(d_model: int, parameters: float) -> float:
+        """The d_ff of that many parameters."""
+        return parameters / (3 * d_model)
 
-MLPS = {"swiglu": SwiGLU}  # `model.mlp`; "none" leaves the block without one
+
+class ChannelMixing(nnx.Module):
+    """RWKV's channel mixing (Peng et al. 2024, arXiv:2404.05892), with xk and xr between x_t and x_{t-1}:
+
+        y = sigmoid(W_r xr) * W_v relu(W_k xk)^2        xk = x_t + mu_k (x_{t-1} - x_t), xr likewise
+
+    x, y: [B, T, d_model]; the inner width is d_ff. State: the last token's x, [batch, d_model].
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, init_scale: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.d_model = d_model
+        ramp = 1.0 - jnp.arange(d_model) / d_model  # from channels that see the previous token to those that do not
+        self.key_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)
+        self.receptance_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)
+        self.key = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.receptance = linear(d_model, d_model, ("embed", "width"), dtype=dtype, rngs=rngs)
+        self.value = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: jax.Array | None = None):
+        shifted, last = token_shift(x, segment_ids, state)
+        delta = shifted - x
+        key = self.key(x + delta * self.key_mix[...].astype(x.dtype))
+        inner = sharding.constrain(jnp.square(jax.nn.relu(key)), "batch", "time", "mlp")
+        receptance = self.receptance(x + delta * self.receptance_mix[...].astype(x.dtype))
+        return jax.nn.sigmoid(receptance) * self.value(inner), None if state is None else last
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch_size, self.d_model), dtype)
+
+    @staticmethod
+    def num_parameters(d_model: int, d_ff: int) -> int:
+        return 2 * d_model * d_ff + d_model**2 + 2 * d_model
+
+    @staticmethod
+    def width(d_model: int, parameters: float) -> float:
+        return (parameters - d_model**2 - 2 * d_model) / (2 * d_model)
+
+
+MLPS = {"swiglu": SwiGLU, "channel_mixing": ChannelMixing}  # `model.mlp`; "none" leaves the block without one

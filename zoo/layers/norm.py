@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""Norms: root-mean-square (Zhang & Sennrich 2019, arXiv:1910.07467) and mean-and-variance a head (2016, 1607.06450)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,3 +12,22 @@ def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) ->
     """
     scale_init = nnx.with_partitioning(jax.nn.initializers.ones, ("norm",), decay=False)
     return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_init=scale_init, rngs=rngs)
+
+
+class HeadLayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + epsilon) over each head, then a scale (and a bias) for each channel of each head.
+
+    [B, T, heads, width] -> [B, T, heads * width], statistics in float32.
+    """
+
+    def __init__(self, heads: int, width: int, *, epsilon: float, dtype: jnp.dtype, bias: bool = False):
+        self.epsilon, self.dtype = epsilon, dtype
+        self.scale = nnx.Param(jnp.ones((heads * width,)), out_sharding=("norm",), decay=False)
+        self.bias = nnx.Param(jnp.zeros((heads * width,)), out_sharding=("norm",), decay=False) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon)
+        x = x.reshape(*x.shape[:-2], -1) * self.scale[...]
+        return (x if self.bias is None else x + self.bias[...]).astype(self.dtype)

@@ -2,15 +2,29 @@
 
 from zoo.mixers.attention import Attention
 from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.dfw import DFW
+from zoo.mixers.gated_retention import GatedRetention
+from zoo.mixers.gateloop import GateLoop
 from zoo.mixers.gla import GLA
+from zoo.mixers.hgrn2 import HGRN2
+from zoo.mixers.lightning import Lightning
 from zoo.mixers.linear_attention import LinearAttention
+from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.retnet import RetNet
+from zoo.mixers.rwkv6 import RWKV6
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "linear_attention": LinearAttention,
     "retnet": RetNet,
+    "lightning": Lightning,
+    "gated_retention": GatedRetention,
+    "mlstm": MLSTM,
     "gla": GLA,
+    "hgrn2": HGRN2,
+    "rwkv6": RWKV6,
+    "gateloop": GateLoop,
+    "dfw": DFW,
 }
 
 __all__ = ["MIXERS", "Mixer", "Sizes"]

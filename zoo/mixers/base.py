@@ -39,7 +39,7 @@ class Mixer(nnx.Module):
     saved_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
-        """`layer_index` counts from 0 and may be traced (the depth is stacked): use it in arrays only."""
+        """`layer_index` counts from 0 and may be traced (the depth is stacked): use it in initial values only."""
         raise NotImplementedError
 
     def __call__(
@@ -61,6 +61,23 @@ class Mixer(nnx.Module):
             and no state is returned.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def over_depth(mixers: list["Mixer"], layer_index: Int[Array, "N P"], num_layers: int) -> jax.Array | None:
+        """What the family's layers must know of one another, or of their place in the depth; None (most) for nothing.
+
+        Called once a forward pass, before the depth is scanned. The family stands at P places of the model's
+        repeating unit, which stands N times.
+
+        Args:
+          mixers: one a place, their parameters stacked: [N, ...].
+          layer_index: of each layer, counted over all families.
+          num_layers: of the model.
+
+        Returns:
+          [N, P, ...]: each layer's entry is handed to its `__call__` as `depth`. A mixer without a model gets none.
+        """
+        return None
 
     def init_state(self, batch_size: int, max_length: int, dtype: jnp.dtype) -> State:
         """The state before the first token. `max_length` (tokens) bounds caches; recurrent states ignore it."""

@@ -5,8 +5,8 @@
 
 phi is elu + 1, relu, exp, the identity, or the second-order Taylor map of exp (Arora et al. 2024, arXiv:2402.18668):
 phi(x) = [1, x / K^(1/4), x_i x_j c_ij / sqrt(2 K) for i <= j], c_ii = 1, c_ij = sqrt(2), so that with s = q.k / sqrt(K)
-phi(q).phi(k) = 1 + s + s^2/2. The identity is not positive, so it has no normaliser z: a norm per head stands in its
-place, as it does with `normalise=False`.
+phi(q).phi(k) = 1 + s + s^2/2. The identity is not positive, so it has no normaliser z: a norm per head, of
+S_t^T phi(q_t) / sqrt(phi(K)), stands in its place, as it does with `normalise=False`.
 
 State: S, float32 [batch, heads, phi(K), V], and z, float32 [batch, heads * phi(K)] with the normaliser.
 """
@@ -90,7 +90,8 @@ class LinearAttention(Mixer):
         k = checkpoint_name(k, "linear_attention_k")
         v = checkpoint_name(v, "linear_attention_v")
         initial = {"S": None, "z": None} if state is None else state
-        o, final_s = ops.linear_attention(q, k, v, initial_state=initial["S"], segment_ids=segment_ids, scale=1.0)
+        scale = 1.0 if self.has_normaliser else self.features**-0.5
+        o, final_s = ops.linear_attention(q, k, v, initial_state=initial["S"], segment_ids=segment_ids, scale=scale)
         final_state = {"S": final_s}
         if self.has_normaliser:
             flat = k.astype(jnp.float32).reshape(batch, time, self.heads * self.features)

@@ -1,0 +1,9 @@
+"""HGRN2 in every layer. Sizes: configs/hgrn2.py:tiny, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "hgrn2"
+    return config

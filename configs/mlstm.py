@@ -1,0 +1,9 @@
+"""mLSTM in every layer. Sizes: configs/mlstm.py:tiny, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "mlstm"
+    return config

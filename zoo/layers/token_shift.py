@@ -1,0 +1,21 @@
+"""The previous token's features (RWKV; Peng et al. 2023, arXiv:2305.13048)."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.array_typing import Array, Float, Int
+
+
+def token_shift(
+    x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, last: Float[Array, "B D"] | None
+) -> tuple[jax.Array, jax.Array]:
+    """(x_{t-1} at each t, and x_T, to be the `last` of the next call). Zero before a segment's first token.
+
+    `last` belongs to the segment of token 0; None is zero.
+    """
+    before = jnp.zeros_like(x[:, 0]) if last is None else last.astype(x.dtype)
+    shifted = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        shifted = jnp.where(starts[..., None], 0, shifted)
+    return shifted, x[:, -1]

@@ -1,0 +1,88 @@
+"""Gated retention (Sun et al. 2024, arXiv:2405.05254): RetNet whose decay is the token's.
+
+    S_t = gamma_t S_{t-1} + k_t v_t^T          gamma_t = sigmoid(x_t W_gamma)^(1/tau), a scalar a head
+    o_t = S_t^T q_t / sqrt(K)                  y_t = W_o (norm(o_t) * silu(x_t W_g))
+
+q and k are turned by rotary positions; the norm is per head. State: S, float32 [batch, heads, K, V].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo import ops
+from zoo.layers import linear, rms_norm, rotary
+from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
+
+
+@dataclasses.dataclass
+class GatedRetentionConfig:
+    num_heads: int = 0  # 0: one for each 256 of d_model, at least 4
+    expand_k: float = 1.0  # K * num_heads / d_model
+    expand_v: float = 1.0  # V * num_heads / d_model
+    gate_temperature: float = 16.0  # tau: larger forgets more slowly
+    rope_base: float = 10_000.0
+
+
+def _widths(config: GatedRetentionConfig, d_model: int) -> tuple[int, int, int]:
+    """(heads, K * heads, V * heads)."""
+    heads = heads_or_default(config.num_heads, d_model, 256)
+    return heads, int(config.expand_k * d_model), int(config.expand_v * d_model)
+
+
+class GatedRetention(Mixer):
+    config_class = GatedRetentionConfig
+    saved_names = ("gated_retention_q", "gated_retention_k", "gated_retention_v")
+
+    def __init__(self, config: GatedRetentionConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype = sizes.d_model, sizes.dtype
+        self.heads, d_k, d_v = _widths(config, d)
+        self.key_width, self.value_width = d_k // self.heads, d_v // self.heads
+        self.temperature, self.rope_base = config.gate_temperature, config.rope_base
+        self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.gate = linear(d, self.heads, ("embed", "gates"), decay=False, dtype=dtype, rngs=rngs)
+        self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        positions = positions_or_default(positions, x)
+        heads_k = (*x.shape[:2], self.heads, self.key_width)
+        heads_v = (*x.shape[:2], self.heads, self.value_width)
+        q = checkpoint_name(rotary(self.q(x).reshape(heads_k), positions, self.rope_base), "gated_retention_q")
+        k = checkpoint_name(rotary(self.k(x).reshape(heads_k), positions, self.rope_base), "gated_retention_k")
+        v = checkpoint_name(self.v(x).reshape(heads_v), "gated_retention_v")
+        log_decay = jax.nn.log_sigmoid(self.gate(x).astype(jnp.float32)) / self.temperature  # [B, T, H]
+        o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
+        o = self.norm(o).reshape(*x.shape[:2], -1)
+        y = self.out(o * jax.nn.silu(self.output_gate(x)))
+        return y, None if state is None else final_state
+
+    def init_state(self, batch_size, max_length, dtype):
+        return jnp.zeros((batch_size, self.heads, self.key_width, self.value_width), jnp.float32)
+
+    @staticmethod
+    def check(config, d_model):
+        heads, d_k, d_v = _widths(config, d_model)
+        problems = check_heads({"num_heads": heads}, "expand_k * d_model", d_k)
+        problems += check_heads({"num_heads": heads}, "expand_v * d_model", d_v)
+        if not problems and d_k // heads % 2:
+            problems.append(f"num_heads: a key width of {d_k // heads} is odd; rotary needs an even one")
+        if config.gate_temperature <= 0:
+            problems.append(f"gate_temperature: got {config.gate_temperature}, expected more than 0")
+        return problems
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        heads, d_k, d_v = _widths(config, d_model)
+        return d_model * (2 * d_k + 3 * d_v + heads) + d_v // heads
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        heads, d_k, d_v = _widths(config, d_model)
+        return 2 * d_model * (2 * d_k + 3 * d_v + heads) + 4 * d_k * d_v / heads

@@ -1,0 +1,133 @@
+"""RWKV-6, "Finch": time mixing (Peng et al. 2024, arXiv:2404.05892).
+
+    S_t = diag(w_t) S_{t-1} + k_t v_t^T        w_t = exp(-exp(d_t)), d_t = b_d + tanh(x^w_t W_1) W_2
+    o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t  y_t = W_o (norm(o_t) * silu(x^g_t W_g))
+
+r, k, v, the decay and the output gate each see their own mixture of the token and the one before it, and how much of
+each is the data's: with D = x_{t-1} - x_t, for z in r, w, k, v, g
+
+    x^z_t = x_t + D (mu_z + tanh((x_t + D mu) A_z) B_z)
+
+The norm is per head, mean and variance. The other half of the layer is `model.mlp=channel_mixing` (configs/rwkv6.py).
+State: S, float32 [batch, heads, K, V], and the last token's x, [batch, d_model].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo import ops
+from zoo.layers import HeadLayerNorm, linear, token_shift
+from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+
+MIXTURES = 5  # r, w, k, v, g
+
+
+@dataclasses.dataclass
+class RWKV6Config:
+    num_heads: int = 0  # 0: one for each 64 of d_model, at least 4
+    expand_k: float = 1.0  # K * num_heads / d_model
+    expand_v: float = 1.0  # V * num_heads / d_model
+    mix_rank: int = 32  # width of x A_z
+    decay_rank: int = 64  # width of x W_1
+
+
+def _widths(config: RWKV6Config, d_model: int) -> tuple[int, int, int]:
+    """(heads, K * heads, V * heads)."""
+    heads = heads_or_default(config.num_heads, d_model, 64)
+    return heads, int(config.expand_k * d_model), int(config.expand_v * d_model)
+
+
+class RWKV6(Mixer):
+    config_class = RWKV6Config
+    saved_names = ("rwkv6_r", "rwkv6_k", "rwkv6_v", "rwkv6_log_decay")
+
+    def __init__(self, config: RWKV6Config, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype = sizes.d_model, sizes.dtype
+        self.heads, d_k, d_v = _widths(config, d)
+        self.key_width, self.value_width = d_k // self.heads, d_v // self.heads
+        self.dtype, self.d_model, self.mix_rank = dtype, d, config.mix_rank
+        # Initial values as in the authors' code: channels see the past on a ramp, upper layers more of it.
+        place = layer_index / max(sizes.num_layers - 1, 1)  # 0 in the first layer, 1 in the last
+        rest = 1.0 - layer_index / sizes.num_layers
+        channel = jnp.arange(d) / d
+        ramp = 1.0 - channel**rest
+        steep = 1.0 - channel ** (0.5 * rest)
+        mix = jnp.stack([steep, ramp, ramp, ramp - 0.3 * place, steep])
+        self.shared_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)  # mu
+        self.mix = nnx.Param(mix, out_sharding=("gates", "norm"), decay=False)  # mu_z
+        self.mix_down = linear(d, MIXTURES * config.mix_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+        self.mix_up = linear(
+            config.mix_rank, MIXTURES * d, ("rank", "width"), init_scale=0.1, decay=False, dtype=dtype, rngs=rngs
+        )
+        self.r = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.decay_down = linear(d, config.decay_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+        self.decay_up = linear(
+            config.decay_rank, d_k, ("rank", "heads"), init_scale=0.1, decay=False, dtype=jnp.float32, rngs=rngs
+        )
+        key = jnp.arange(d_k) / max(d_k - 1, 1)
+        zigzag = (jnp.arange(d_k) + 1) % 3 - 1
+        bonus = place * (1.0 - key) + 0.1 * zigzag
+        self.decay_bias = nnx.Param(-6.0 + 5.0 * key ** (0.7 + 1.3 * place), out_sharding=("norm",), decay=False)
+        self.bonus = nnx.Param(bonus.reshape(self.heads, -1), out_sharding=("gates", "norm"), decay=False)  # u
+        self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, bias=True)
+        self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        initial = {"S": None, "last": None} if state is None else state
+        shifted, last = token_shift(x, segment_ids, initial["last"])
+        r, w, k, v, g = self._mixtures(x, shifted - x)
+        heads_k = (*x.shape[:2], self.heads, self.key_width)
+        r = checkpoint_name(self.r(r).reshape(heads_k), "rwkv6_r")
+        k = checkpoint_name(self.k(k).reshape(heads_k), "rwkv6_k")
+        v = checkpoint_name(self.v(v).reshape(*x.shape[:2], self.heads, self.value_width), "rwkv6_v")
+        d = self.decay_bias[...] + self.decay_up(jnp.tanh(self.decay_down(w)).astype(jnp.float32))
+        log_decay = checkpoint_name(-jnp.exp(jnp.minimum(d, 20.0)).reshape(heads_k), "rwkv6_log_decay")
+        o, final_s = ops.linear_attention(
+            r, k, v, log_decay, bonus=self.bonus[...], initial_state=initial["S"], segment_ids=segment_ids, scale=1.0
+        )
+        y = self.out(self.norm(o) * jax.nn.silu(self.output_gate(g)))
+        return y, None if state is None else {"S": final_s, "last": last}
+
+    def _mixtures(self, x, delta):
+        """x^z for r, w, k, v, g."""
+        inner = jnp.tanh(self.mix_down(x + delta * self.shared_mix[...].astype(x.dtype)))
+        inner = inner.reshape(*x.shape[:2], MIXTURES, self.mix_rank)
+        up = self.mix_up.kernel[...].astype(x.dtype).reshape(self.mix_rank, MIXTURES, self.d_model)
+        mix = jnp.einsum("btzr,rzd->zbtd", inner, up) + self.mix[...].astype(x.dtype)[:, None, None]
+        return x + delta * mix
+
+    def init_state(self, batch_size, max_length, dtype):
+        return {
+            "S": jnp.zeros((batch_size, self.heads, self.key_width, self.value_width), jnp.float32),
+            "last": jnp.zeros((batch_size, self.d_model), dtype),
+        }
+
+    @staticmethod
+    def check(config, d_model):
+        heads, d_k, d_v = _widths(config, d_model)
+        problems = check_heads({"num_heads": heads}, "expand_k * d_model", d_k)
+        problems += check_heads({"num_heads": heads}, "expand_v * d_model", d_v)
+        for name in ("mix_rank", "decay_rank"):
+            if getattr(config, name) < 1:
+                problems.append(f"{name}: got {getattr(config, name)}, expected at least 1")
+        return problems
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        _, d_k, d_v = _widths(config, d_model)
+        low_rank = 2 * MIXTURES * config.mix_rank * d_model + config.decay_rank * (d_model + d_k)
+        vectors = (1 + MIXTURES) * d_model + 2 * d_k + 2 * d_v  # mu, mu_z; decay bias, bonus; norm
+        return d_model * (2 * d_k + 3 * d_v) + low_rank + vectors
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        heads, d_k, d_v = _widths(config, d_model)
+        low_rank = 2 * MIXTURES * config.mix_rank * d_model + config.decay_rank * (d_model + d_k)
+        return 2 * d_model * (2 * d_k + 3 * d_v) + 2 * low_rank + 4 * d_k * d_v / heads
