@@ -18,10 +18,11 @@ Needs libtpu (pip install 'jax[tpu]'). No TPU.
 """
 
 import argparse
-import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -46,27 +47,31 @@ class Job:
     shape: str
     implementation: str = "mosaic_tpu"
     tiles: tuple[int, ...] | None = None
-    profile: bool = True  # the profiler aborts on some programs: then bundles only
+    whole: bool = True  # the op with XLA's part too, after the kernels alone
 
 
 def measure(job: Job) -> dict:
-    """Cycles by kernel and in all, in a process of its own: libtpu reads its flags once, and may abort."""
-    for profile in (True, False):
-        payload = json.dumps(dataclasses.asdict(dataclasses.replace(job, profile=profile)))
-        command = [sys.executable, "-m", "benchmarks.tpu_static", "--child", payload]
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        if lines:
-            return json.loads(lines[0].removeprefix(MARK))
-    raise RuntimeError(f"{job} does not compile:\n{done.stderr[-2000:]}")
+    """Costs by kernel, and of all, in a process of its own: libtpu reads its flags once, and its profiler may abort.
+
+    What was counted before an abort, or before ten minutes, is returned; kernels without cycles are left out.
+    """
+    command = [sys.executable, "-m", "benchmarks.tpu_static", "--child", json.dumps(dataclasses.asdict(job))]
+    with tempfile.TemporaryFile("w+") as out:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=600)
+        out.seek(0)
+        found = [json.loads(line.removeprefix(MARK)) for line in out if line.startswith(MARK)]
+    return {name: value for part in found for name, value in part.items()}
 
 
-def child(job: Job) -> dict:
+def child(job: Job) -> None:
+    """Prints each cost as it is known."""
     with tempfile.TemporaryDirectory() as dump:
-        profile = f"--xla_jf_dump_static_llo_profile_to={dump}/cycles " if job.profile else ""
-        text = f"--xla_jf_dump_to={dump}/text --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        for folder in ("cycles", "text"):
+            os.mkdir(f"{dump}/{folder}")
         os.environ.update(
-            LIBTPU_INIT_ARGS=profile + text,
+            LIBTPU_INIT_ARGS=f"--xla_jf_dump_static_llo_profile_to={dump}/cycles --xla_jf_dump_to={dump}/text "
+            "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final",
             JAX_PLATFORMS="cpu",
             TPU_SKIP_MDS_QUERY="1",
             TPU_ACCELERATOR_TYPE="v5litepod-4",
@@ -74,30 +79,57 @@ def child(job: Job) -> dict:
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
             JAX_ENABLE_COMPILATION_CACHE="false",
         )
+        import jax
+
         from kernels.linear_attention import specs
 
-        for folder in ("cycles", "text"):
-            os.mkdir(f"{dump}/{folder}")
         shape = specs.SHAPES[job.shape]
         tokens = TIME * shape.heads
+        _, clock, flops, bandwidth = CHIPS[job.chip]
         program, args = _program(job, shape)
-        compiled = program.lower(*args).compile()
-        cycles, bundles = _cycles(pathlib.Path(dump, "cycles")), _bundles(pathlib.Path(dump, "text"))
-        result = {"memory": compiled.memory_analysis().temp_size_in_bytes}
-        if cycles:
-            result["all"] = sum(cycles.values()) / tokens
-        for name, costs in _kernel_costs(program, args).items():
-            kernel = name.rsplit("_", 1)[1]
-            _, clock, flops, bandwidth = CHIPS[job.chip]
-            spent = [value for op, value in cycles.items() if name in op]
-            result[kernel] = {
-                "cycles": spent[0] / tokens if spent else None,
+        sharding = jax.tree.leaves(args)[0].sharding
+        for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
+            if equation.primitive.name != "pallas_call":
+                continue
+            name = equation.params["name"]
+            _clear(dump)
+            _alone(equation, sharding).compile()
+            counted = _cycles(pathlib.Path(dump, "cycles"))
+            operation = max(counted, key=counted.get)  # there is no other but copies
+            cycles, bundles = counted[operation], _bundles(pathlib.Path(dump, "text"))[operation]
+            costs = _kernel_costs(equation)
+            row = {
+                "cycles": cycles / tokens,
                 "matmul_floor": costs["flops"] / (flops / clock) / tokens,
                 "memory_floor": costs["bytes"] / (bandwidth / clock) / tokens,
                 "vmem_bytes": costs["vmem"],
-                "bundles": next((value for op, value in bundles.items() if name in op), None),
+                "bundles": bundles,
             }
-        return result
+            print(MARK + json.dumps({name.rsplit("_", 1)[1]: row}), flush=True)
+        if job.whole:
+            _clear(dump)
+            program.lower(*args).compile()
+            print(
+                MARK + json.dumps({"whole": sum(_cycles(pathlib.Path(dump, "cycles")).values()) / tokens}), flush=True
+            )
+
+
+def _clear(dump):
+    for path in (*pathlib.Path(dump, "cycles").iterdir(), *pathlib.Path(dump, "text").iterdir()):
+        path.unlink()
+
+
+def _alone(equation, sharding):
+    """The lowered program of one Pallas call, its operands in HBM: XLA would keep small ones in VMEM."""
+    import jax
+    from jax.experimental.pallas import tpu as pltpu
+
+    def run(*operands):
+        operands = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
+        return equation.primitive.bind(*operands, **equation.params)
+
+    avals = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, sharding=sharding) for x in equation.invars]
+    return jax.jit(run).lower(*avals)
 
 
 def _program(job, shape):
@@ -161,27 +193,16 @@ def _bundles(folder):
     return found
 
 
-def _kernel_costs(program, args):
-    """Matmul FLOPs, operand bytes and VMEM bytes of each Pallas call, read from the traced program."""
-    import jax
-
-    costs = {}
-    for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
-        if equation.primitive.name != "pallas_call":
-            continue
-        kernel, mapping = equation.params["jaxpr"], equation.params["grid_mapping"]
-        steps = 1
-        for size in mapping.grid:
-            steps *= size
-        flops = sum(_dot_flops(inner) * times for inner, times in _equations(kernel))
-        blocks = [_bytes(ref.aval) for ref in kernel.invars]
-        pipelined = len(mapping.block_mappings)
-        costs[equation.params["name"]] = {
-            "flops": flops * steps,
-            "bytes": sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars)),
-            "vmem": 2 * sum(blocks[:pipelined]) + sum(blocks[pipelined:]),
-        }
-    return costs
+def _kernel_costs(equation):
+    """Matmul FLOPs, operand bytes and VMEM bytes of a Pallas call."""
+    kernel, mapping = equation.params["jaxpr"], equation.params["grid_mapping"]
+    blocks = [_bytes(ref.aval) for ref in kernel.invars]
+    pipelined = len(mapping.block_mappings)
+    return {
+        "flops": math.prod(mapping.grid) * sum(_dot_flops(inner) * times for inner, times in _equations(kernel)),
+        "bytes": sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars)),
+        "vmem": 2 * sum(blocks[:pipelined]) + sum(blocks[pipelined:]),
+    }
 
 
 def _equations(jaxpr, times=1):
@@ -219,29 +240,26 @@ HEADER = (
 
 
 def lines(job, result):
-    whole = f"{result['all']:14.2f}" if "all" in result else f"{'-':>14}"
+    whole = f"{result['whole']:14.2f}" if "whole" in result else f"{'-':>14}"
     if job.implementation != "mosaic_tpu":
         yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{'':61}{whole}"
+        return
     for kernel in ("forward", "backward"):
         if row := result.get(kernel):
-            cycles = row["cycles"]
-            shares = [f"{row[name] / cycles:.0%}" if cycles else "-" for name in ("matmul_floor", "memory_floor")]
+            shares = [f"{row[name] / row['cycles']:.0%}" for name in ("matmul_floor", "memory_floor")]
             yield (
-                f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10}{cycles or float('nan'):8.2f}"
-                f"{shares[0]:>14}{shares[1]:>11}{row['vmem_bytes'] / 1e6:9.1f}{row['bundles'] or 0:9d}{whole}"
+                f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10}{row['cycles']:8.2f}"
+                f"{shares[0]:>14}{shares[1]:>11}{row['vmem_bytes'] / 1e6:9.1f}{row['bundles']:9d}{whole}"
             )
-
-
-def run(jobs):
-    """(job, result), in the order of `jobs`, two at a time."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield from zip(jobs, pool.map(measure, jobs), strict=True)
+        else:
+            yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10} not counted: the profiler aborted"
 
 
 def check(stored: dict, jobs: list[Job]) -> list[str]:
     """What takes more cycles than `stored` says, by more than LIMIT."""
     problems = []
-    for job, result in run(jobs):
+    for job in jobs:
+        result = measure(dataclasses.replace(job, whole=False))
         for kernel in ("forward", "backward"):
             before, now = stored[f"{job.shape} {job.chip}"][kernel]["cycles"], result[kernel]["cycles"]
             print(f"{job.shape} {job.chip} {kernel}: {now:.2f} cycles a token and head, stored {before:.2f}")
@@ -257,15 +275,15 @@ def sweep(chip: str, shape: str) -> None:
             jobs.append(Job(chip, shape, tiles=(chunk, block, heads, unroll, unroll)))
     rows = []
     for job in jobs:
-        try:
-            result = measure(job)
+        result = measure(dataclasses.replace(job, whole=False))
+        if len(result) == 2:
             rows.append((result["forward"]["cycles"], result["backward"]["cycles"], job.tiles[:4]))
             print(*rows[-1], flush=True)
-        except RuntimeError as error:
-            print(job.tiles[:4], "does not compile:", str(error).strip().splitlines()[-1][:100])
+        else:
+            print(job.tiles[:4], "does not compile, or is not counted")
     for index, name in enumerate(("forward", "backward")):
         print(f"\n{name}: cycles, (chunk, block, heads, unroll)")
-        for row in sorted((row for row in rows if row[index]), key=lambda row: row[index])[:5]:
+        for row in sorted(rows, key=lambda row: row[index])[:5]:
             print(f"{row[index]:8.2f}  {row[2]}")
 
 
@@ -281,7 +299,7 @@ def main():
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(MARK + json.dumps(child(Job(**json.loads(args.child)))))
+        child(Job(**json.loads(args.child)))
         return
     chips, shapes = args.chips.split(","), args.shapes.split(",")
     for given, known in ((chips, CHIPS), (shapes, specs.SHAPES)):
@@ -295,18 +313,19 @@ def main():
     if args.check:
         problems = check(json.loads(RESULTS.read_text())["results"], jobs)
         sys.exit("\n".join(problems) if problems else 0)
+    from benchmarks import record
+
     stored = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
     print(HEADER)
-    for job, result in run([dataclasses.replace(job, implementation=args.implementation) for job in jobs]):
+    for job in jobs:
+        job = dataclasses.replace(job, implementation=args.implementation)
+        result, key = measure(job), f"{job.shape} {job.chip}"
         print("\n".join(lines(job, result)), flush=True)
-        key = f"{job.shape} {job.chip}"
         if job.implementation == "mosaic_tpu":
             stored[key] = {**stored.get(key, {}), **result}
         else:
-            stored.setdefault(key, {})["chunked"] = result.get("all")
-    from benchmarks import record
-
-    RESULTS.write_text(json.dumps(record.environment() | {"tokens": TIME, "results": stored}, indent=1) + "\n")
+            stored.setdefault(key, {})["chunked"] = result.get("whole")
+        RESULTS.write_text(json.dumps(record.environment() | {"tokens": TIME, "results": stored}, indent=1) + "\n")
     print(f"written to {RESULTS.relative_to(RESULTS.parent.parent.parent)}")
 
 
