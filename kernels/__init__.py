@@ -7,6 +7,7 @@ from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
 from kernels.linear_attention import linear_attention, linear_attention_step
 from kernels.linear_scan import linear_scan, linear_scan_step
+from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.short_conv import short_conv, short_conv_step
 
 # Another package on PyPI imports as `kernels` too, and libraries compare its version with what they need (>= 0.18).
@@ -20,6 +21,8 @@ __all__ = [
     "linear_attention_step",
     "linear_scan",
     "linear_scan_step",
+    "selective_scan",
+    "selective_scan_step",
     "short_conv",
     "short_conv_step",
 ]

@@ -10,6 +10,7 @@ from kernels import (
     cross_entropy,
     linear_attention,
     linear_scan,
+    selective_scan,
     short_conv,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "cross_entropy",
     "linear_attention",
     "linear_scan",
+    "selective_scan",
     "short_conv",
 ]

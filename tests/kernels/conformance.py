@@ -14,11 +14,14 @@ from kernels import (
     linear_attention_step,
     linear_scan,
     linear_scan_step,
+    selective_scan,
+    selective_scan_step,
     short_conv,
     short_conv_step,
 )
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
+from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 from kernels.short_conv.api import IMPLEMENTATIONS as SHORT_CONV
 
 BATCH = 2
@@ -128,6 +131,32 @@ def _linear_scan(x_normal, complex_decay, over_time, chunk_size=None, channels=4
     )
 
 
+def _selective_scan(with_skip, channels=6, state_size=3, chunk_size=CHUNK):
+    def inputs(rng, length):
+        arrays = {
+            "x": normal(rng, BATCH, length, channels),
+            "dt": jnp.exp(normal(rng, BATCH, length, channels) - 1),
+            "A": -jnp.exp(normal(rng, channels, state_size)),
+            "B": normal(rng, BATCH, length, state_size),
+            "C": normal(rng, BATCH, length, state_size),
+            "initial_state": normal(rng, BATCH, channels, state_size),
+        }
+        return arrays | ({"D": normal(rng, channels)} if with_skip else {})
+
+    def op(inputs, segment_ids, implementation):
+        return selective_scan(**inputs, segment_ids=segment_ids, chunk_size=chunk_size, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in SELECTIVE_SCAN if name != "reference"),
+        over_time=("x", "dt", "B", "C"),
+        state="initial_state",
+        step=lambda inputs, state: selective_scan_step(**inputs, state=state),
+        float32_inputs=("dt", "A", "D", "initial_state"),
+    )
+
+
 def _short_conv(taps, activation, with_bias, channels=4):
     def inputs(rng, length):
         arrays = {
@@ -177,6 +206,8 @@ CASES = {
     "linear_scan-fixed": _linear_scan(normal, complex_decay=False, over_time=False),
     "linear_scan-complex": _linear_scan(complex_normal, complex_decay=True, over_time=True),
     "linear_scan-complex-fixed-chunks": _linear_scan(normal, complex_decay=True, over_time=False, chunk_size=CHUNK),
+    "selective_scan": _selective_scan(with_skip=False),
+    "selective_scan-skip": _selective_scan(with_skip=True),
     "short_conv-2": _short_conv(2, None, with_bias=False),
     "short_conv-4-silu": _short_conv(4, "silu", with_bias=True),
     "attention-causal": _attention(),
