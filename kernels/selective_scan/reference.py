@@ -15,8 +15,8 @@ def reference(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
     def step(h, inputs):
         x, dt, B, C, start = inputs  # [B, D], [B, D], [B, N], [B, N], [B]
         h = jnp.where(start[:, None, None], 0, h)
-        h = jnp.exp(dt[..., None] * A) * h + (dt * x)[..., None] * B[:, None, :]  # [B, D, N]
-        return h, jnp.sum(h * C[:, None, :], -1) + skip * x
+        h = jnp.exp(dt[..., None] * A) * h + jnp.einsum("bd,bn->bdn", dt * x, B, precision="highest")
+        return h, jnp.einsum("bdn,bn->bd", h, C, precision="highest") + skip * x
 
     inputs = tuple(array.astype(jnp.float32).swapaxes(0, 1) for array in (x, dt, B, C))
     final_state, y = lax.scan(step, initial_state, (*inputs, starts.T))

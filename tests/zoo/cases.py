@@ -15,6 +15,8 @@ VARIANTS = {
     "linear_attention": [{"feature_map": "taylor2", "key_width": 4}, {"feature_map": "identity"}],
     "retnet": [{"num_heads": 2, "expand_k": 0.5}],
     "gla": [{"num_heads": 2, "gate_temperature": 1.0}],
+    "mamba": [{"expand": 1, "state_dim": 3, "conv_width": 2, "dt_rank": 5}],
+    "mamba2": [{"head_dim": 8, "state_dim": 4, "groups": 2}],
 }
 CASES = {
     "-".join([name, *(f"{key}={value}" for key, value in settings.items())]): (name, settings)
