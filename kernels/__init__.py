@@ -5,6 +5,7 @@ Each op's docstring, in its `api.py`, is its definition. Letters in shapes: `ker
 
 from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
+from kernels.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
 from kernels.linear_attention import linear_attention, linear_attention_step
 from kernels.linear_scan import linear_scan, linear_scan_step
 from kernels.selective_scan import selective_scan, selective_scan_step
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "cross_entropy",
+    "diagonal_ssm",
+    "diagonal_ssm_step",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",

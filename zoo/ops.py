@@ -8,6 +8,7 @@ wrapped here, with `zoo.sharding`; mixers never import `kernels`.
 from kernels import (
     attention,
     cross_entropy,
+    diagonal_ssm,
     linear_attention,
     linear_scan,
     selective_scan,
@@ -17,6 +18,7 @@ from kernels import (
 __all__ = [
     "attention",
     "cross_entropy",
+    "diagonal_ssm",
     "linear_attention",
     "linear_scan",
     "selective_scan",

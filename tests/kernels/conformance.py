@@ -10,6 +10,8 @@ import numpy as np
 
 from kernels import (
     attention,
+    diagonal_ssm,
+    diagonal_ssm_step,
     linear_attention,
     linear_attention_step,
     linear_scan,
@@ -19,6 +21,7 @@ from kernels import (
     short_conv,
     short_conv_step,
 )
+from kernels.diagonal_ssm.api import IMPLEMENTATIONS as DIAGONAL_SSM
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
 from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
@@ -157,6 +160,31 @@ def _selective_scan(with_skip, channels=6, state_size=3, chunk_size=CHUNK):
     )
 
 
+def _diagonal_ssm(with_skip, channels=4, state_size=3, chunk_size=CHUNK):
+    def inputs(rng, length):
+        arrays = {
+            "x": normal(rng, BATCH, length, channels),
+            "log_a": log_gate(rng, channels, state_size) + 1j * normal(rng, channels, state_size),
+            "b": complex_normal(rng, channels, state_size),
+            "c": complex_normal(rng, channels, state_size),
+            "initial_state": complex_normal(rng, BATCH, channels, state_size),
+        }
+        return arrays | ({"d": normal(rng, channels)} if with_skip else {})
+
+    def op(inputs, segment_ids, implementation):
+        return diagonal_ssm(**inputs, segment_ids=segment_ids, chunk_size=chunk_size, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in DIAGONAL_SSM if name != "reference"),
+        over_time=("x",),
+        state="initial_state",
+        step=lambda inputs, state: diagonal_ssm_step(**inputs, state=state),
+        float32_inputs=("d",),
+    )
+
+
 def _short_conv(taps, activation, with_bias, channels=4):
     def inputs(rng, length):
         arrays = {
@@ -208,6 +236,8 @@ CASES = {
     "linear_scan-complex-fixed-chunks": _linear_scan(normal, complex_decay=True, over_time=False, chunk_size=CHUNK),
     "selective_scan": _selective_scan(with_skip=False),
     "selective_scan-skip": _selective_scan(with_skip=True),
+    "diagonal_ssm": _diagonal_ssm(with_skip=False),
+    "diagonal_ssm-skip": _diagonal_ssm(with_skip=True),
     "short_conv-2": _short_conv(2, None, with_bias=False),
     "short_conv-4-silu": _short_conv(4, "silu", with_bias=True),
     "attention-causal": _attention(),
