@@ -14,7 +14,8 @@ def reference(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
 
     def step(h, inputs):
         x, start = inputs  # [B, D], [B]
-        h = a * jnp.where(start[:, None, None], 0, h) + b * x[..., None]  # [B, D, N]
+        write = [jnp.einsum("bd,dn->bdn", x, part, precision="highest") for part in (b.real, b.imag)]
+        h = a * jnp.where(start[:, None, None], 0, h) + lax.complex(*write)
         read = jnp.einsum("bdn,dn->bd", h.real, c.real, precision="highest")
         read -= jnp.einsum("bdn,dn->bd", h.imag, c.imag, precision="highest")
         return h, 2 * read + skip * x

@@ -1,5 +1,6 @@
 """What mixers and the model share: projections, norms, rotary, MLPs, dropout."""
 
+from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dropout import dropout
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import MLPS, SwiGLU
@@ -10,6 +11,8 @@ from zoo.layers.step_size import step_size_bias
 
 __all__ = [
     "MLPS",
+    "DiagonalSSM",
+    "DiagonalSSMConfig",
     "GatedRMSNorm",
     "ShortConv",
     "SwiGLU",
