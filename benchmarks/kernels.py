@@ -122,6 +122,18 @@ def selective_scan_by_associative_scan(x, dt, A, B, C):
     return jnp.einsum("btdn,btn->btd", states, C)
 
 
+def diagonal_ssm_cases(shape, state_size=32):
+    """S4D at the model's width: 64 real numbers of state a channel."""
+    batch, time, heads, _, value_dim = shape
+    channels = heads * value_dim
+    dt = 10 ** jax.random.uniform(jax.random.key(0), (channels, 1), minval=-3, maxval=-1)
+    log_a = dt * (-0.5 + 1j * jnp.pi * jnp.arange(state_size))
+    b = c = log_a / jnp.abs(log_a)
+    functions = implementations(kernels.diagonal_ssm, "chunked", first_result=True)
+    arrays = (normal(1, batch, time, channels), log_a, b, c)
+    yield Case("diagonal_ssm", f"N {state_size} complex", shape, functions, arrays)
+
+
 def attention_cases(shape):
     batch, time, heads, key_dim, value_dim = shape
     q, k, v = (normal(i, *shape[:3], dim) for i, dim in enumerate((key_dim, key_dim, value_dim)))
@@ -171,6 +183,7 @@ CASES = {
     "linear_attention": linear_attention_cases,
     "linear_scan": linear_scan_cases,
     "selective_scan": selective_scan_cases,
+    "diagonal_ssm": diagonal_ssm_cases,
     "attention": attention_cases,
     "short_conv": short_conv_cases,
     "cross_entropy": cross_entropy_cases,
