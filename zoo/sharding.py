@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("vocab", "tensor"),  # entries of the vocabulary
     ("norm", None),  # scales, biases and other vectors: small, on every device
     ("rank", None),  # the narrow side of low-rank projections
+    ("state", None),  # entries of a channel's state, taps of its convolution
     ("positions", None),  # learned positions
 )
 

@@ -51,7 +51,7 @@ class DiagonalSSM(nnx.Module):
         def rows(values):
             return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (channels, self.size))
 
-        matrix = {"out_sharding": ("heads", None), "decay": False}
+        matrix = {"out_sharding": ("heads", "state"), "decay": False}
         log_dt = jnp.log(log_uniform(rngs.params(), (channels,), config.dt_min, config.dt_max))
         self.log_dt = nnx.Param(log_dt, out_sharding=("heads",), decay=False)
         self.log_rate = nnx.Param(rows(np.log(rate)), **matrix)  # Re A = -exp(log_rate)

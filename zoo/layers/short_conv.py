@@ -18,7 +18,7 @@ class ShortConv(nnx.Module):
         self.channels, self.width, self.dtype, self.plain = channels, width, dtype, plain
         bound = width**-0.5
         taps = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
-        self.weight = nnx.Param(taps, out_sharding=("heads", None), decay=False)
+        self.weight = nnx.Param(taps, out_sharding=("heads", "state"), decay=False)
         if not plain:
             self.bias = nnx.Param(jnp.zeros((channels,)), out_sharding=("heads",), decay=False)
 

@@ -53,7 +53,7 @@ class Mamba(Mixer):
         dt_bias = step_size_bias(rngs.params(), (self.channels,), config.dt_min, config.dt_max)
         self.dt_bias = nnx.Param(dt_bias, out_sharding=("heads",), decay=False)
         A = jnp.broadcast_to(jnp.arange(1.0, n + 1), (self.channels, n))
-        self.A_log = nnx.Param(jnp.log(A), out_sharding=("heads", None), decay=False)
+        self.A_log = nnx.Param(jnp.log(A), out_sharding=("heads", "state"), decay=False)
         self.D = nnx.Param(jnp.ones((self.channels,)), out_sharding=("heads",), decay=False)
         self.out = linear(self.channels, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 

@@ -50,7 +50,7 @@ class Mamba2(Mixer):
         conv_channels = self.channels + 2 * self.key_width
         self.in_xBC = linear(d, conv_channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.in_dt = linear(d, self.heads, ("embed", None), decay=False, dtype=dtype, rngs=rngs)
+        self.in_dt = linear(d, self.heads, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
         self.conv = ShortConv(conv_channels, config.conv_width, dtype=dtype, rngs=rngs)
         vector = {"out_sharding": ("norm",), "decay": False}
         self.dt_bias = nnx.Param(step_size_bias(rngs.params(), (self.heads,), config.dt_min, config.dt_max), **vector)
