@@ -100,6 +100,40 @@ def linear_scan_cases(shape):
         )
 
 
+def selective_scan_cases(shape, state_size=16):
+    """Mamba's inner width, twice the model's."""
+    batch, time, heads, _, value_dim = shape
+    channels = 2 * heads * value_dim
+    x, B, C = normal(0, batch, time, channels), normal(1, batch, time, state_size), normal(2, batch, time, state_size)
+    dt = jax.nn.softplus(normal(3, *x.shape) - 4)
+    A = -jnp.broadcast_to(jnp.arange(1.0, state_size + 1), (channels, state_size))
+    functions = implementations(kernels.selective_scan, "chunked", first_result=True)
+    if 4 * batch * time * channels * state_size <= STATES_LIMIT:
+        functions["associative_scan"] = selective_scan_by_associative_scan
+    yield Case("selective_scan", f"D {channels}, N {state_size}", shape, functions, (x, dt, A, B, C))
+
+
+def selective_scan_by_associative_scan(x, dt, A, B, C):
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    decay, written = jnp.exp(dt[..., None] * A), (dt * x)[..., None] * B[..., None, :]
+    _, states = jax.lax.associative_scan(combine, (decay, written), axis=1)
+    return jnp.einsum("btdn,btn->btd", states, C)
+
+
+def diagonal_ssm_cases(shape, state_size=32):
+    """S4D at the model's width: 64 real numbers of state a channel."""
+    batch, time, heads, _, value_dim = shape
+    channels = heads * value_dim
+    dt = 10 ** jax.random.uniform(jax.random.key(0), (channels, 1), minval=-3, maxval=-1)
+    log_a = dt * (-0.5 + 1j * jnp.pi * jnp.arange(state_size))
+    b = c = log_a / jnp.abs(log_a)
+    functions = implementations(kernels.diagonal_ssm, "chunked", first_result=True)
+    arrays = (normal(1, batch, time, channels), log_a, b, c)
+    yield Case("diagonal_ssm", f"N {state_size} complex", shape, functions, arrays)
+
+
 def attention_cases(shape):
     batch, time, heads, key_dim, value_dim = shape
     q, k, v = (normal(i, *shape[:3], dim) for i, dim in enumerate((key_dim, key_dim, value_dim)))
@@ -148,6 +182,8 @@ def implementations(op, *names, reference=True, first_result=False, **options):
 CASES = {
     "linear_attention": linear_attention_cases,
     "linear_scan": linear_scan_cases,
+    "selective_scan": selective_scan_cases,
+    "diagonal_ssm": diagonal_ssm_cases,
     "attention": attention_cases,
     "short_conv": short_conv_cases,
     "cross_entropy": cross_entropy_cases,

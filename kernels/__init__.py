@@ -5,9 +5,11 @@ Each op's docstring, in its `api.py`, is its definition. Letters in shapes: `ker
 
 from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
+from kernels.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
 from kernels.fast_weights import fast_weights, fast_weights_step
 from kernels.linear_attention import linear_attention, linear_attention_step
 from kernels.linear_scan import linear_scan, linear_scan_step
+from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.short_conv import short_conv, short_conv_step
 
 # Another package on PyPI imports as `kernels` too, and libraries compare its version with what they need (>= 0.18).
@@ -19,10 +21,14 @@ __all__ = [
     "cross_entropy",
     "fast_weights",
     "fast_weights_step",
+    "diagonal_ssm",
+    "diagonal_ssm_step",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",
     "linear_scan_step",
+    "selective_scan",
+    "selective_scan_step",
     "short_conv",
     "short_conv_step",
 ]

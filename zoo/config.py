@@ -57,7 +57,9 @@ ModelConfig = dataclasses.make_dataclass(
 
 @dataclasses.dataclass
 class DataConfig:
-    source: str = "stdlib"  # `stdlib`, or paths and globs of txt, jsonl, parquet (.gz, .zst), comma-separated
+    source: str = (
+        "stdlib"  # `stdlib`; paths and globs of txt, jsonl, parquet (.gz, .zst); or a task of zoo.data.synthetic
+    )
     weights: str = ""  # one number a source, comma-separated; empty: by their number of tokens
     tokenizer: str = "bytes"  # `bytes`, or the path of a tokenizer.json
     text_field: str = "text"  # the field of jsonl, the column of parquet

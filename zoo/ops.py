@@ -6,15 +6,17 @@ import `kernels`.
 """
 
 import kernels
-from kernels import attention, cross_entropy, fast_weights, linear_scan, short_conv
+from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, linear_scan, selective_scan, short_conv
 from zoo import sharding
 
 __all__ = [
     "attention",
     "cross_entropy",
+    "diagonal_ssm",
     "fast_weights",
     "linear_attention",
     "linear_scan",
+    "selective_scan",
     "short_conv",
 ]
 

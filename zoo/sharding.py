@@ -35,6 +35,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("gates", None),  # one gate a head, and the few mixtures of a token shift
     ("width", None),  # the model's width, where both sides of a projection are that wide
     ("rank", None),  # the narrow side of low-rank projections
+    ("state", None),  # entries of a channel's state, taps of its convolution
     ("positions", None),  # learned positions
 )
 

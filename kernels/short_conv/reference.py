@@ -16,7 +16,7 @@ def reference(x, weight, bias, *, activation, initial_state, segment_ids):
         x, start = inputs  # [B, D], [B]
         state = jnp.where(start[:, None, None], 0, state)
         window = jnp.concatenate([state, x[:, None]], 1)  # [B, W, D]
-        y = jnp.sum(window * weight.T, axis=1)
+        y = jnp.einsum("bwd,dw->bd", window, weight, precision="highest")
         return window[:, 1:], y if bias is None else y + bias.astype(jnp.float32)
 
     inputs = (x.astype(jnp.float32).swapaxes(0, 1), starts.T)

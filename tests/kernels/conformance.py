@@ -10,18 +10,24 @@ import numpy as np
 
 from kernels import (
     attention,
+    diagonal_ssm,
+    diagonal_ssm_step,
     fast_weights,
     fast_weights_step,
     linear_attention,
     linear_attention_step,
     linear_scan,
     linear_scan_step,
+    selective_scan,
+    selective_scan_step,
     short_conv,
     short_conv_step,
 )
+from kernels.diagonal_ssm.api import IMPLEMENTATIONS as DIAGONAL_SSM
 from kernels.fast_weights.api import IMPLEMENTATIONS as FAST_WEIGHTS
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
+from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 from kernels.short_conv.api import IMPLEMENTATIONS as SHORT_CONV
 
 BATCH = 2
@@ -159,6 +165,57 @@ def _linear_scan(x_normal, complex_decay, over_time, chunk_size=None, channels=4
     )
 
 
+def _selective_scan(with_skip, channels=6, state_size=3, chunk_size=CHUNK):
+    def inputs(rng, length):
+        arrays = {
+            "x": normal(rng, BATCH, length, channels),
+            "dt": jnp.exp(normal(rng, BATCH, length, channels) - 1),
+            "A": -jnp.exp(normal(rng, channels, state_size)),
+            "B": normal(rng, BATCH, length, state_size),
+            "C": normal(rng, BATCH, length, state_size),
+            "initial_state": normal(rng, BATCH, channels, state_size),
+        }
+        return arrays | ({"D": normal(rng, channels)} if with_skip else {})
+
+    def op(inputs, segment_ids, implementation):
+        return selective_scan(**inputs, segment_ids=segment_ids, chunk_size=chunk_size, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in SELECTIVE_SCAN if name != "reference"),
+        over_time=("x", "dt", "B", "C"),
+        state="initial_state",
+        step=lambda inputs, state: selective_scan_step(**inputs, state=state),
+        float32_inputs=("dt", "A", "D", "initial_state"),
+    )
+
+
+def _diagonal_ssm(with_skip, channels=4, state_size=3, chunk_size=CHUNK):
+    def inputs(rng, length):
+        arrays = {
+            "x": normal(rng, BATCH, length, channels),
+            "log_a": log_gate(rng, channels, state_size) + 1j * normal(rng, channels, state_size),
+            "b": complex_normal(rng, channels, state_size),
+            "c": complex_normal(rng, channels, state_size),
+            "initial_state": complex_normal(rng, BATCH, channels, state_size),
+        }
+        return arrays | ({"d": normal(rng, channels)} if with_skip else {})
+
+    def op(inputs, segment_ids, implementation):
+        return diagonal_ssm(**inputs, segment_ids=segment_ids, chunk_size=chunk_size, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        tuple(name for name in DIAGONAL_SSM if name != "reference"),
+        over_time=("x",),
+        state="initial_state",
+        step=lambda inputs, state: diagonal_ssm_step(**inputs, state=state),
+        float32_inputs=("d",),
+    )
+
+
 def _short_conv(taps, activation, with_bias, channels=4):
     def inputs(rng, length):
         arrays = {
@@ -209,6 +266,10 @@ CASES = {
     "linear_scan-fixed": _linear_scan(normal, complex_decay=False, over_time=False),
     "linear_scan-complex": _linear_scan(complex_normal, complex_decay=True, over_time=True),
     "linear_scan-complex-fixed-chunks": _linear_scan(normal, complex_decay=True, over_time=False, chunk_size=CHUNK),
+    "selective_scan": _selective_scan(with_skip=False),
+    "selective_scan-skip": _selective_scan(with_skip=True),
+    "diagonal_ssm": _diagonal_ssm(with_skip=False),
+    "diagonal_ssm-skip": _diagonal_ssm(with_skip=True),
     "short_conv-2": _short_conv(2, None, with_bias=False),
     "short_conv-4-silu": _short_conv(4, "silu", with_bias=True),
     "attention-causal": _attention(),

@@ -24,7 +24,13 @@ VARIANTS = {
     "mlstm": [{"num_heads": 2, "gate_soft_cap": 0.0, "expand_k": 1.0}],
     "rwkv6": [{"num_heads": 2, "expand_k": 0.5, "mix_rank": 4, "decay_rank": 8}],
     "gla": [{"num_heads": 2, "gate_temperature": 1.0}],
+    "s4d": [{"init": "inv", "state_dim": 6}, {"init": "real", "discretization": "bilinear", "state_dim": 4}],
+    "h3": [{"head_dim": 4, "state_dim": 8, "shift_width": 3}],
+    "mamba": [{"expand": 1, "state_dim": 3, "conv_width": 2, "dt_rank": 5}],
+    "mamba2": [{"head_dim": 8, "state_dim": 4, "groups": 2}],
 }
+# Outputs at one place of a linear, time-invariant family see fixed lags, whatever the tokens are: it finds no marker.
+TIME_INVARIANT = ("s4d",)
 CASES = {
     "-".join([name, *(f"{key}={value}" for key, value in settings.items())]): (name, settings)
     for name in MIXERS

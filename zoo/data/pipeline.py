@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from zoo.data import cache, corpora, packing
+from zoo.data import cache, corpora, packing, synthetic
 from zoo.data import tokenizer as tokenizers
 from zoo.data.streams import Stream, content_hash
 from zoo.data.tokenizer import Tokenizer
@@ -54,17 +54,19 @@ class TrainingDataset:
 
 
 def training_dataset(config: "Config", process_index: int = 0, process_count: int = 1) -> TrainingDataset:
-    """The training split of data.source, tokenized on first use.
+    """The training split of data.source, tokenized on first use, or a synthetic task's endless fresh rows.
 
     Raises:
       UsageError: a setting of `data` that cannot be used, text that cannot be read, too little of it.
     """
-    sources, weights, tokenizer = _settings(config)
     length, batch_size = config.train.context_length, config.train.batch_size
     if batch_size % process_count:
         raise UsageError(
             f"train.batch_size: {batch_size} sequences do not spread over {process_count} processes; use a multiple"
         )
+    if task := synthetic.find(config):
+        return _synthetic_dataset(config, task, process_index, process_count)
+    sources, weights, tokenizer = _settings(config)
     streams = [_streams(config, source, tokenizer)["train"] for source in sources]
     for source, stream in zip(sources, streams, strict=True):
         if stream.num_targets < length:
@@ -87,6 +89,19 @@ def training_dataset(config: "Config", process_index: int = 0, process_count: in
         tokens_per_epoch=sum(stream.num_targets for stream in streams),
         fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint, weights),
         _batches=batches,
+        _read_threads=config.data.read_threads,
+    )
+
+
+def _synthetic_dataset(config: "Config", task: synthetic.Task, process_index: int, process_count: int):
+    def batch(step):
+        rows = slice(process_index, None, process_count)
+        return {name: array[rows] for name, array in synthetic.training_batch(task, config, step).items()}
+
+    return TrainingDataset(
+        tokens_per_epoch=config.train.steps * config.train.batch_size * config.train.context_length,
+        fingerprint=content_hash(str(task), config.train.seed),
+        _batches=grain.MapDataset.range(2**31 - 1).map(batch),
         _read_threads=config.data.read_threads,
     )
 
@@ -127,7 +142,7 @@ class ValidationBatches:
 
 def validation_batches(
     config: "Config", context_length: int | None = None, source: str | None = None, max_batches: int = 0
-) -> ValidationBatches:
+) -> ValidationBatches | synthetic.ValidationRows:
     """The validation split, or all text of another source, each token predicted once.
 
     Args:
@@ -143,6 +158,8 @@ def validation_batches(
     Raises:
       UsageError: as `training_dataset`.
     """
+    if task := synthetic.find(config, source or config.data.validation_source or None, context_length):
+        return synthetic.validation_rows(task, config, max_batches)
     tokenizer = _settings(config)[2]
     length = config.train.context_length if context_length is None else context_length
     if length < 1:
@@ -167,6 +184,18 @@ def corpus_info(config: "Config") -> dict[str, Any]:
     Raises:
       UsageError: as `training_dataset`.
     """
+    if task := synthetic.find(config):
+        rows = synthetic.validation_rows(task, config, 0)
+        tokens = config.train.steps * config.train.batch_size * config.train.context_length
+        return {
+            "source": config.data.source,
+            "fingerprint": content_hash(rows.fingerprint)[:16],
+            "train_tokens": tokens,
+            "validation_tokens": rows.num_tokens,
+            "train_bytes": 0,
+            "validation_bytes": 0,
+            "gzip_bits_per_byte": 0.0,
+        }
     sources, weights, tokenizer = _settings(config)
     train = [_streams(config, source, tokenizer)["train"] for source in sources]
     validation = _validation_streams(config, None, tokenizer)
@@ -187,7 +216,8 @@ def check(config: "Config") -> None:
     Raises:
       UsageError: the first problem found.
     """
-    _settings(config)
+    if synthetic.find(config) is None:
+        _settings(config)
 
 
 def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:

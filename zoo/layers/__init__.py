@@ -1,21 +1,29 @@
 """What mixers and the model share: projections, norms, rotary, token shift, MLPs, dropout."""
 
+from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dropout import dropout
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import MLPS, ChannelMixing, SwiGLU
-from zoo.layers.norm import HeadLayerNorm, rms_norm
+from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, rms_norm
 from zoo.layers.rotary import rotary
+from zoo.layers.short_conv import ShortConv
+from zoo.layers.step_size import step_size_bias
 from zoo.layers.token_shift import token_shift
 
 __all__ = [
     "MLPS",
     "ChannelMixing",
+    "DiagonalSSM",
+    "DiagonalSSMConfig",
+    "GatedRMSNorm",
     "HeadLayerNorm",
+    "ShortConv",
     "SwiGLU",
     "dropout",
     "embedding",
     "linear",
     "rms_norm",
     "rotary",
+    "step_size_bias",
     "token_shift",
 ]

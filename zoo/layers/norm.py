@@ -31,3 +31,17 @@ class HeadLayerNorm(nnx.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon)
         x = x.reshape(*x.shape[:-2], -1) * self.scale[...]
         return (x if self.bias is None else x + self.bias[...]).astype(self.dtype)
+
+
+class GatedRMSNorm(nnx.Module):
+    """norm(x * silu(z)) * scale, over each of `groups` parts of the last axis; statistics in float32 (Mamba-2's)."""
+
+    def __init__(self, width: int, *, groups: int, epsilon: float, dtype: jnp.dtype):
+        self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+        self.scale = nnx.Param(jnp.ones((width,)), out_sharding=("norm",), decay=False)
+
+    def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        parts = x.reshape(*x.shape[:-1], self.groups, -1)
+        parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, -1, keepdims=True) + self.epsilon)
+        return (parts.reshape(x.shape) * self.scale[...]).astype(self.dtype)

@@ -6,12 +6,16 @@ from zoo.mixers.dfw import DFW
 from zoo.mixers.gated_retention import GatedRetention
 from zoo.mixers.gateloop import GateLoop
 from zoo.mixers.gla import GLA
+from zoo.mixers.h3 import H3
 from zoo.mixers.hgrn2 import HGRN2
 from zoo.mixers.lightning import Lightning
 from zoo.mixers.linear_attention import LinearAttention
+from zoo.mixers.mamba import Mamba
+from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
+from zoo.mixers.s4d import S4D
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -25,6 +29,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv6": RWKV6,
     "gateloop": GateLoop,
     "dfw": DFW,
+    "s4d": S4D,
+    "h3": H3,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
 }
 
 __all__ = ["MIXERS", "Mixer", "Sizes"]

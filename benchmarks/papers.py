@@ -1,0 +1,209 @@
+"""Published set-ups, run again: `python -m benchmarks.papers h3 | mamba_copying | mamba_induction [--seeds=3]`.
+
+h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training and 500 test rows, 2 layers of width 32,
+  400 and 200 epochs. Differences from the released code: RMS norms, and a gated MLP of the same parameters.
+mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying 8 tokens from 128
+  (published: 16 from 4096), induction heads trained at 64 and tested up to 4096 (published: 256 and 2^20), on fresh
+  data, 2 layers of width 64 without MLPs.
+
+The test rows choose nothing: the last step's weights are tested, once. Medians over seeds, with the range.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks import record
+from zoo.config import Config, OptimizerConfig
+from zoo.data.synthetic import Batch, Task
+from zoo.model import LanguageModel
+from zoo.training.optimizer import make_optimizer
+
+TRAIN_ROWS, TEST_ROWS = 5000, 500
+
+
+@dataclasses.dataclass
+class Setup:
+    """One model on one task."""
+
+    task: Task
+    mixer: str
+    published: str  # accuracy in per cent
+    steps: int
+    batch_size: int
+    optimizer: OptimizerConfig
+    rows: int = 0  # of a training set that is passed over again and again; 0: fresh data
+    d_model: int = 32
+    d_ff: int = 0  # 0: no MLP
+    embedding_dropout: float = 0.0
+    test_lengths: tuple[int, ...] = ()  # beside the task's own
+    settings: dict = dataclasses.field(default_factory=dict)  # of the mixer
+
+
+def h3_setups() -> Iterator[Setup]:
+    published = {"attention": ("100.0", "100.0"), "h3": ("100.0", "99.8"), "s4d": ("35.6", "86.0")}
+    tasks = [
+        (Task("induction_heads", vocab_size=20, length=30), 400, "cosine"),
+        (Task("associative_recall", vocab_size=10, length=20), 200, "linear"),
+    ]
+    for number, (task, epochs, decay) in enumerate(tasks):
+        for mixer, figures in published.items():
+            steps = epochs * (TRAIN_ROWS // 32)
+            yield Setup(
+                task,
+                mixer,
+                figures[number],
+                steps,
+                32,
+                OptimizerConfig(
+                    learning_rate=5e-4, schedule=decay, warmup_steps=0, final_fraction=0.0, b2=0.999, clip_norm=0.0
+                ),
+                rows=TRAIN_ROWS,
+                d_ff=88,
+                embedding_dropout=0.1,
+                settings={"num_heads": 1} if mixer == "attention" else {"state_dim": 64},
+            )
+
+
+def mamba_copying_setups() -> Iterator[Setup]:
+    task = Task("selective_copying", vocab_size=16, length=128, copies=8)
+    optimizer = OptimizerConfig(learning_rate=2e-3, warmup_steps=200, final_fraction=0.0)
+    for mixer, published in {"mamba": "99.8", "s4d": "18.3"}.items():
+        yield Setup(task, mixer, published, 4000, 32, optimizer, d_model=64)
+
+
+def mamba_induction_setups() -> Iterator[Setup]:
+    task = Task("induction_heads", vocab_size=18, length=64)  # 16 regular tokens
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
+    lengths = tuple(2**i for i in range(7, 13))
+    yield Setup(task, "mamba", "100", 12_000, 8, optimizer, d_model=64, test_lengths=lengths)
+
+
+SETUPS = {"h3": h3_setups, "mamba_copying": mamba_copying_setups, "mamba_induction": mamba_induction_setups}
+
+
+def make_model(setup: Setup, seed: int) -> LanguageModel:
+    config = Config().model
+    config.mixer, config.num_layers, config.d_model = setup.mixer, 2, setup.d_model
+    config.vocab_size, config.tie_embeddings = setup.task.vocab_size, True
+    config.mlp, config.d_ff = ("swiglu", setup.d_ff) if setup.d_ff else ("none", 0)
+    config.positions = "learned" if setup.mixer == "attention" else "none"
+    config.max_positions = setup.task.context_length
+    config.dropout = setup.embedding_dropout
+    for field, value in setup.settings.items():
+        setattr(getattr(config, setup.mixer), field, value)
+    with nnx.use_eager_sharding(False):
+        model = LanguageModel(config, rngs=nnx.Rngs(seed))
+    for block in model.units.blocks:
+        block.dropout = 0.0  # these set-ups drop embeddings alone
+    return model
+
+
+def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
+    """Train, then test: accuracy in per cent by the length of the task, seconds of training."""
+    graphdef, params = nnx.split(make_model(setup, seed))
+    optimizer = make_optimizer(setup.optimizer, setup.steps, params)
+
+    def loss(params, batch, key):
+        key = key if setup.embedding_dropout else None
+        model = nnx.merge(graphdef, params)
+        losses = model.token_losses(batch["tokens"], batch["targets"], batch["weights"], dropout_key=key)
+        return losses.sum() / batch["weights"].sum()
+
+    def step(state, batch):
+        params, opt, key = state
+        key, dropout_key = jax.random.split(key)
+        value, gradient = jax.value_and_grad(loss)(params, batch, dropout_key)
+        if setup.optimizer.clip_norm:
+            scale = jnp.minimum(1.0, setup.optimizer.clip_norm / (optax.tree.norm(gradient) + 1e-12))
+            gradient = jax.tree.map(lambda g: g * scale, gradient)
+        updates, opt = optimizer.update(gradient, opt, params)
+        return (optax.apply_updates(params, updates), opt, key), value
+
+    train = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
+    state = params, optimizer.init(params), jax.random.key(seed)
+    batches = stacks(setup, seed, steps_at_once)
+    started, done = time.perf_counter(), 0
+    while done < setup.steps:
+        stack = next(batches)
+        state, losses = train(state, stack)
+        done += len(stack["tokens"])
+    final_loss = float(losses.mean())
+    seconds = time.perf_counter() - started
+    accuracy = accuracy_of(graphdef)
+    results = {"seconds": seconds, "loss": final_loss}
+    for length in (setup.task.length, *setup.test_lengths):
+        task = dataclasses.replace(setup.task, length=length)
+        pieces = max(1, length // 256)  # rows at once: memory stays the same
+        rows = task.rows(np.random.default_rng([seed, 2]), TEST_ROWS)
+        parts = [task.batch(part, answers_only=True) for part in np.array_split(rows, pieces)]
+        right, asked = (sum(x) for x in zip(*(accuracy(state[0], part) for part in parts), strict=True))
+        results[f"accuracy_{length}"] = 100 * float(right) / float(asked)
+    return results
+
+
+def stacks(setup: Setup, seed: int, steps: int) -> Iterator[Batch]:
+    """Batches of `steps` steps, stacked: of fresh rows, or an epoch of a training set, shuffled anew each time."""
+    rng = np.random.default_rng([seed, 1])
+    if setup.rows:
+        rows = setup.task.rows(np.random.default_rng([seed, 0]), setup.rows)
+        steps = setup.rows // setup.batch_size
+    while True:
+        if setup.rows:
+            drawn = rows[rng.permutation(setup.rows)[: steps * setup.batch_size]]
+        else:
+            drawn = setup.task.rows(rng, steps * setup.batch_size)
+        batch = setup.task.batch(drawn, answers_only=not setup.rows)
+        yield {name: array.reshape(steps, setup.batch_size, -1) for name, array in batch.items()}
+
+
+def accuracy_of(graphdef: nnx.GraphDef) -> Callable:
+    @jax.jit
+    def accuracy(params, batch):
+        logits, _ = nnx.merge(graphdef, params)(batch["tokens"])
+        right = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
+        return right.sum(), batch["weights"].sum()
+
+    return accuracy
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper", choices=SETUPS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--mixers", default="", help="some of them, comma-separated; all by default")
+    parser.add_argument("--tasks", default="", help="some of them, comma-separated; all by default")
+    parser.add_argument("--steps", type=int, default=0, help="fewer than the set-up's, for a look")
+    args = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
+    print(f"{'task':20}{'mixer':12}{'length':>8}{'published %':>13}{'median %':>10}{'range':>16}{'seconds':>9}")
+    table = []
+    for setup in SETUPS[args.paper]():
+        if setup.mixer not in (args.mixers or setup.mixer).split(","):
+            continue
+        if setup.task.name not in (args.tasks or setup.task.name).split(","):
+            continue
+        setup.steps = args.steps or setup.steps
+        runs = [run(setup, seed) for seed in range(args.seeds)]
+        seconds = statistics.median(run["seconds"] for run in runs)
+        for length in (setup.task.length, *setup.test_lengths):
+            found = [run[f"accuracy_{length}"] for run in runs]
+            median, span = statistics.median(found), f"{min(found):.1f} - {max(found):.1f}"
+            line = f"{setup.task.name:20}{setup.mixer:12}{length:8}{setup.published:>13}{median:10.1f}{span:>16}"
+            print(f"{line}{seconds:9.0f}", flush=True)
+            table.append({"task": setup.task.name, "mixer": setup.mixer, "length": length, "accuracies": found})
+            table[-1] |= {"published": setup.published, "seconds": seconds, "steps": setup.steps}
+    if not (args.mixers or args.tasks or args.steps):
+        record.write(f"papers_{args.paper}", {"rows": table})
+
+
+if __name__ == "__main__":
+    main()

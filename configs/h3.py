@@ -1,0 +1,9 @@
+"""H3 in every layer. Sizes: configs/h3.py:tiny, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "h3"
+    return config

@@ -1,0 +1,9 @@
+"""S4D in every layer. Sizes: configs/s4d.py:tiny, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "s4d"
+    return config

@@ -1,0 +1,116 @@
+"""The convolution in chunks: a Toeplitz matrix inside each, complex states between them.
+
+A chunk of C tokens that starts from the state h sees, with a = exp(log_a) and t, s = 0 ... C-1,
+
+    y_t = sum_{s <= t} K_{t-s} x_s + 2 Re(c . a^{t+1} h)          K_t = 2 Re(sum_n c_n a_n^t b_n)
+    h'  = a^C h + sum_s a^{C-1-s} b x_s
+
+All three sums are matrix products, one for each channel and over all chunks of all rows at once, in real numbers; only
+the states go from chunk to chunk in a loop. The powers of a are products of a, as the recurrence makes them:
+exp(t log_a) would turn the phase of a fast oscillation by what float32 loses of t times its angle.
+
+In packed rows the products differ from row to row, so there the taps K_0 ... K_{C-1} run as a short convolution that
+stops at the starts of segments and of chunks; a chunk's state reaches its tokens before the first start in it, and
+its own tokens after the last start make the next state.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.segments import segment_starts
+from kernels.short_conv import short_conv
+
+CHUNK_SIZE, PACKED_CHUNK_SIZE = 64, 32  # tokens; the taps of packed rows are not a matrix product
+
+
+def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
+    """y [B, T, D] and the final state; see `diagonal_ssm`."""
+    batch, time, channels = x.shape
+    size = min(chunk_size or (CHUNK_SIZE if segment_ids is None else PACKED_CHUNK_SIZE), time)
+    chunks = math.ceil(time / size)
+    padding = chunks * size - time
+    inputs = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
+    powers = _powers(jnp.exp(log_a), size)  # a^0 ... a^size: [size + 1, D, N]
+    taps = 2 * jnp.real(jnp.sum(powers[:-1] * (b * c), -1))  # [size, D]
+    taps = taps if d is None else taps.at[0].add(d.astype(jnp.float32))
+
+    # [B, chunks, size] masks: tokens that the chunk's first state reaches, and tokens that reach its last.
+    reached = lasting = carries = None
+    if segment_ids is not None:
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padding))).reshape(batch, chunks, size)
+        reached = jnp.cumsum(starts, -1) == 0
+        lasting = jnp.flip(jnp.cumsum(jnp.flip(starts, -1), -1), -1) - starts == 0
+        carries = reached[..., -1]
+
+    by_chunk = inputs.reshape(batch, chunks, size, channels)
+    if segment_ids is None:
+        y = _product("bctd,dut->bcud", by_chunk, _toeplitz(taps.T))
+    else:
+        # A start of a chunk is a start too: number both kinds.
+        own = jnp.cumsum(starts.at[:, :, 0].set(True).reshape(batch, -1), -1, dtype=jnp.int32)
+        y = short_conv(inputs, jnp.flip(taps.T, -1), segment_ids=own)[0].reshape(by_chunk.shape)
+
+    writes = powers[:-1][::-1] * b  # [size, D, N]
+    lasting_inputs = by_chunk if lasting is None else jnp.where(lasting[..., None], by_chunk, 0)
+    written = _product("bctd,tdn->bcdn", lasting_inputs[:, :-1], _parts(writes))  # the last chunk's go nowhere
+    before = _states(written, powers[-1], None if carries is None else carries[:, :-1], initial_state)
+    reads = powers[1:] * c
+    from_state = 2 * _product("bcdn,tdn->bctd", _parts(before), _parts(jnp.conj(reads)))
+    y = y + (from_state if reached is None else jnp.where(reached[..., None], from_state, 0))
+
+    last = size - padding  # tokens of the last chunk
+    ending = lasting_inputs[:, -1, :last]
+    final_state = _complex(_product("btd,tdn->bdn", ending, _parts(writes[size - last :])))
+    carried = powers[last] * before[:, -1]
+    final_state += carried if carries is None else jnp.where(carries[:, -1, None, None], carried, 0)
+    return y.reshape(batch, -1, channels)[:, :time].astype(x.dtype), final_state
+
+
+def _powers(a, count):
+    """a^0 ... a^count, [count + 1, ...], by doubling."""
+    powers, next_power = jnp.ones_like(a)[None], a  # next_power: a^len(powers)
+    while len(powers) <= count:
+        powers = jnp.concatenate([powers, powers * next_power])
+        next_power = next_power * next_power
+    return powers[: count + 1]
+
+
+def _toeplitz(taps):
+    """[D, size] -> [D, size, size], entry [u, t] the tap u - t, 0 above the diagonal.
+
+    Rows of one vector, each shifted by one more: reading rows of 2 size - 1 from rows of 2 size does that, and its
+    transpose is no scatter.
+    """
+    channels, size = taps.shape
+    row = jnp.pad(jnp.flip(taps, -1), ((0, 0), (0, size)))
+    rows = jnp.broadcast_to(row[:, None], (channels, size, 2 * size)).reshape(channels, -1)
+    rows = rows[:, size - 1 : size - 1 + size * (2 * size - 1)]
+    return rows.reshape(channels, size, -1)[..., :size]
+
+
+def _states(written, decay, carries, initial_state):
+    """The state before each chunk, [B, chunks, D, N]; `written` has all chunks but the last."""
+    written = jnp.moveaxis(_complex(written), 1, 0)
+    carries = jnp.ones(written.shape[:2], bool) if carries is None else carries.T
+
+    def step(h, chunk):
+        written, carries = chunk
+        return decay * jnp.where(carries[:, None, None], h, 0) + written, h
+
+    last, before = lax.scan(step, initial_state, (written, carries))
+    return jnp.moveaxis(jnp.concatenate([before, last[None]]), 0, 1)
+
+
+def _product(subscripts, left, right):
+    return jnp.einsum(subscripts, left, right, precision="highest")
+
+
+def _parts(z):
+    """Real and imaginary parts side by side, [..., 2 N]: Re(conj(w) z) is the product of the parts of w and z."""
+    return jnp.concatenate([z.real, z.imag], -1)
+
+
+def _complex(parts):
+    return lax.complex(*jnp.split(parts, 2, -1))

@@ -1,0 +1,23 @@
+"""The recurrence, token by token, in float32."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.segments import segment_starts
+
+
+def reference(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
+    """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here."""
+    del chunk_size
+    starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
+    A, skip = A.astype(jnp.float32), 0.0 if D is None else D.astype(jnp.float32)
+
+    def step(h, inputs):
+        x, dt, B, C, start = inputs  # [B, D], [B, D], [B, N], [B, N], [B]
+        h = jnp.where(start[:, None, None], 0, h)
+        h = jnp.exp(dt[..., None] * A) * h + jnp.einsum("bd,bn->bdn", dt * x, B, precision="highest")
+        return h, jnp.einsum("bdn,bn->bd", h, C, precision="highest") + skip * x
+
+    inputs = tuple(array.astype(jnp.float32).swapaxes(0, 1) for array in (x, dt, B, C))
+    final_state, y = lax.scan(step, initial_state, (*inputs, starts.T))
+    return y.swapaxes(0, 1).astype(x.dtype), final_state

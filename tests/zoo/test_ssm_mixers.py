@@ -1,0 +1,124 @@
+"""S4D and H3 against the recurrence of their papers in float64, and the shapes of the 8B hybrid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import mamba2_hybrid
+from tests.zoo.cases import D_MODEL, error_ratio
+from zoo.config import Config, pattern, validate
+from zoo.flops import num_parameters
+from zoo.layers import DiagonalSSM, DiagonalSSMConfig
+from zoo.mixers import MIXERS, Sizes
+from zoo.model import LanguageModel
+
+TIME = 40
+
+
+def weights(module):
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(variable[...], np.float64) for path, variable in flat}
+
+
+def recurrence(w, x, prefix, discretization, init):
+    """Continuous S4D, sampled: x, y [B, T, D]."""
+    A = -np.exp(w[prefix + "log_rate"]) + (0j if init == "real" else 1j * w[prefix + "frequency"])
+    c = w[prefix + "c_real"] + (0j if init == "real" else 1j * w[prefix + "c_imag"])
+    z = np.exp(w[prefix + "log_dt"])[:, None] * A
+    if discretization == "zoh":
+        a, b = np.exp(z), (np.exp(z) - 1) / A
+    else:
+        a, b = (1 + z / 2) / (1 - z / 2), np.exp(w[prefix + "log_dt"])[:, None] / (1 - z / 2)
+    y, h = np.zeros(x.shape), np.zeros((len(x), *A.shape), complex)
+    for t in range(x.shape[1]):
+        h = a * h + b * x[:, t, :, None]
+        y[:, t] = 2 * np.sum(c * h, -1).real + w[prefix + "D"] * x[:, t]
+    return y
+
+
+def build(name, **settings):
+    config = MIXERS[name].config_class(**settings)
+    with nnx.use_eager_sharding(False):
+        mixer = MIXERS[name](config, Sizes(d_model=D_MODEL, num_layers=2), layer_index=0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, TIME, D_MODEL))
+    return weights(mixer), np.asarray(x, np.float64), mixer(x)[0]
+
+
+@pytest.mark.parametrize("init", ["lin", "inv", "real"])
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+def test_s4d_is_the_recurrence_in_float64(init, discretization):
+    w, x, y = build("s4d", init=init, discretization=discretization, state_dim=16)
+    inner = recurrence(w, x, "ssm.", discretization, init)
+    gelu = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+    assert error_ratio(y, gelu @ w["out.kernel"]) < 1e-5
+
+
+def test_initial_rates_are_the_papers():
+    with nnx.use_eager_sharding(False):
+        made = {
+            init: weights(DiagonalSSM(3, DiagonalSSMConfig(state_dim=8, init=init), rngs=nnx.Rngs(0)))
+            for init in ("lin", "inv", "real")
+        }
+    np.testing.assert_allclose(made["lin"]["frequency"][2], np.pi * np.arange(4), rtol=1e-6)
+    np.testing.assert_allclose(made["inv"]["frequency"][2], 8 / np.pi * (8 / (2 * np.arange(4) + 1) - 1), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(made["lin"]["log_rate"]), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(made["real"]["log_rate"][1]), np.arange(1, 9), rtol=1e-6)
+    for w in made.values():
+        assert (w["log_dt"] >= np.log(1e-3)).all() and (w["log_dt"] <= np.log(1e-1)).all()
+
+
+@pytest.mark.parametrize("head_dim", [1, 4])
+def test_h3_is_its_two_recurrences_in_float64(head_dim):
+    w, x, y = build("h3", head_dim=head_dim, shift_width=5, state_dim=8)
+    heads = D_MODEL // head_dim
+    q, k, v = (x @ w[f"{name}.kernel"] for name in "qkv")
+    shifted = np.zeros_like(k)
+    for t in range(TIME):
+        for lag in range(min(5, t + 1)):
+            shifted[:, t] += w["shift.weight"][:, 4 - lag] * k[:, t - lag]
+    split = (2, TIME, heads, head_dim)
+    q, shifted, v = q.reshape(split), shifted.reshape(split), v.reshape(split)
+    out = np.zeros(split)
+    for i in range(head_dim):
+        for j in range(head_dim):
+            kv = recurrence(w, shifted[..., i] * v[..., j], "ssm.", "zoh", "lin")
+            out[..., j] += q[..., i] * kv
+    assert error_ratio(y, out.reshape(x.shape) @ w["out.kernel"]) < 1e-5
+
+
+def test_the_8b_hybrid_has_the_papers_layers():
+    config = mamba2_hybrid.get_config("8b")
+    validate(config)
+    model, layers = config.model, pattern(config.model)
+    assert (model.num_layers, model.d_model, model.positions) == (56, 4096, "none")
+    share = model.num_layers // len(layers)
+    assert {name: share * layers.count(name) for name in set(layers)} == {"mamba2": 24, "attention": 4, "mlp": 28}
+    with nnx.use_eager_sharding(False):
+        abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+    parameters = nnx.state(abstract, nnx.Param)
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert count == num_parameters(model) and 8.5e9 < count < 8.8e9
+    blocks = abstract.units.blocks
+    attention = blocks[layers.index("attention")].mixer
+    assert (attention.q.kernel.shape, attention.k.kernel.shape) == ((4, 4096, 4096), (4, 4096, 1024))
+    mamba2 = blocks[0].mixer
+    assert mamba2.in_xBC.kernel.shape == (4, 4096, 8192 + 2 * 8 * 128) and mamba2.A_log.shape == (4, 128)
+    tokens = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+    graphdef, state = nnx.split(abstract)
+    hidden, _ = jax.eval_shape(lambda state, tokens: nnx.merge(graphdef, state).hidden(tokens), state, tokens)
+    assert hidden.shape == (1, 8192, 4096)
+
+
+def test_settings_that_cannot_be_are_named():
+    bad = MIXERS["h3"].config_class(init="sin", discretization="euler", state_dim=3, dt_min=1.0, head_dim=5)
+    problems = MIXERS["h3"].check(bad, 32)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "init",
+        "discretization",
+        "state_dim",
+        "dt_min",
+        "head_dim",
+    ]
+    assert Config().model.s4d.init == "lin"

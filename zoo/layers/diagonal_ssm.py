@@ -1,0 +1,107 @@
+"""A diagonal state-space model in continuous time, with its parameters (S4D, Gu et al. 2022, arXiv:2206.11893).
+
+    dh/dt = A h + x,   y = 2 Re(c . h) + D x        sampled with a step dt of its own in each channel:
+
+    zero-order hold   a = exp(dt A)                       b = (a - 1) / A
+    bilinear          a = (1 + dt A / 2) / (1 - dt A / 2)   b = dt / (1 - dt A / 2)
+
+A starts, for n = 0 ... N/2 - 1, at   lin: -1/2 + i pi n   inv: -1/2 + i (N / pi) (N / (2 n + 1) - 1)
+and, for n = 0 ... N - 1, at   real: -(n + 1).   dt starts log-uniform between dt_min and dt_max.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from zoo import ops
+from zoo.layers.step_size import log_uniform
+
+INITS = ("lin", "inv", "real")
+DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+@dataclasses.dataclass
+class DiagonalSSMConfig:
+    state_dim: int = 64  # N, real numbers a channel: pairs make complex ones, except with init=real
+    init: str = "lin"  # lin, inv, real
+    discretization: str = "zoh"  # zoh (zero-order hold), bilinear
+    dt_min: float = 1e-3  # of the initial step sizes
+    dt_max: float = 1e-1
+
+
+class DiagonalSSM(nnx.Module):
+    """x, y: [B, T, channels]. State: h, complex64 [B, channels, N/2] (N with init=real)."""
+
+    def __init__(self, channels: int, config: DiagonalSSMConfig, *, rngs: nnx.Rngs):
+        self.channels, self.size = channels, _state_size(config)
+        self.is_complex, self.discretization = config.init != "real", config.discretization
+        n = np.arange(self.size)
+        if config.init == "real":
+            rate, frequency = n + 1.0, None
+        elif config.init == "lin":
+            rate, frequency = np.full(n.shape, 0.5), np.pi * n
+        else:
+            total = 2 * self.size
+            rate, frequency = np.full(n.shape, 0.5), total / np.pi * (total / (2 * n + 1) - 1)
+
+        def rows(values):
+            return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (channels, self.size))
+
+        matrix = {"out_sharding": ("heads", "state"), "decay": False}
+        log_dt = jnp.log(log_uniform(rngs.params(), (channels,), config.dt_min, config.dt_max))
+        self.log_dt = nnx.Param(log_dt, out_sharding=("heads",), decay=False)
+        self.log_rate = nnx.Param(rows(np.log(rate)), **matrix)  # Re A = -exp(log_rate)
+        deviation = math.sqrt(0.5) if self.is_complex else 1.0
+        self.c_real = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **matrix)
+        if self.is_complex:
+            self.frequency = nnx.Param(rows(frequency), **matrix)  # Im A
+            self.c_imag = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **matrix)
+        self.D = nnx.Param(jnp.ones((channels,)), out_sharding=("heads",), decay=False)
+
+    def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
+        log_a, b, c = self.discrete()
+        return ops.diagonal_ssm(x, log_a, b, c, self.D[...], initial_state=state, segment_ids=segment_ids)
+
+    def discrete(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """log a, b, c, complex64 [channels, size]."""
+        rate, c = -jnp.exp(self.log_rate[...]), self.c_real[...]
+        frequency, c_imag = (self.frequency[...], self.c_imag[...]) if self.is_complex else (0 * rate, 0 * c)
+        A, c = jax.lax.complex(rate, frequency), jax.lax.complex(c, c_imag)
+        dt = jnp.exp(self.log_dt[...])[:, None]
+        if self.discretization == "zoh":
+            return dt * A, jnp.expm1(dt * A) / A, c
+        return jnp.log((1 + dt * A / 2) / (1 - dt * A / 2)), dt / (1 - dt * A / 2), c
+
+    def init_state(self, batch_size: int) -> jax.Array:
+        return jnp.zeros((batch_size, self.channels, self.size), jnp.complex64)
+
+    @staticmethod
+    def check(config: DiagonalSSMConfig) -> list[str]:
+        problems = []
+        if config.init not in INITS:
+            problems.append(f"init: got {config.init!r}, expected one of {', '.join(INITS)}")
+        if config.discretization not in DISCRETIZATIONS:
+            options = ", ".join(DISCRETIZATIONS)
+            problems.append(f"discretization: got {config.discretization!r}, expected one of {options}")
+        if config.state_dim < 1 or (config.init != "real" and config.state_dim % 2):
+            problems.append(f"state_dim: got {config.state_dim}, expected an even number (complex states are pairs)")
+        if not 0 < config.dt_min <= config.dt_max:
+            problems.append(f"dt_min: got {config.dt_min} with dt_max {config.dt_max}, expected 0 < dt_min <= dt_max")
+        return problems
+
+    @staticmethod
+    def num_parameters(channels: int, config: DiagonalSSMConfig) -> int:
+        return channels * (_state_size(config) * (2 if config.init == "real" else 4) + 2)
+
+    @staticmethod
+    def flops_per_token(channels: int, config: DiagonalSSMConfig) -> float:
+        """Write and read of the complex state."""
+        return 8.0 * channels * _state_size(config)
+
+
+def _state_size(config: DiagonalSSMConfig) -> int:
+    return config.state_dim if config.init == "real" else config.state_dim // 2

@@ -1,0 +1,86 @@
+"""H3: two state-space models with products between (Fu et al. 2022, arXiv:2212.14052).
+
+    k'_t = sum_i w_i k_{t-i}               the shift SSM: a state of `shift_width` inputs, a filter of as many taps
+    S_t = SSM(k'_t v_t^T)                  the diagonal SSM, one for a head, on each entry of the [K, K] product
+    y_t = W_o (S_t^T q_t)
+
+With heads of width 1, the paper's default, products are elementwise. State: h, complex64
+[batch, K K, heads, N/2], and the last shift_width - 1 keys.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo.layers import DiagonalSSM, DiagonalSSMConfig, ShortConv, linear
+from zoo.mixers.base import Mixer, Sizes
+
+
+@dataclasses.dataclass
+class H3Config(DiagonalSSMConfig):
+    head_dim: int = 1  # K
+    shift_width: int = 64  # taps
+
+
+class H3(Mixer):
+    config_class = H3Config
+    saved_names = ("h3_q", "h3_k", "h3_v")
+
+    def __init__(self, config: H3Config, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype = sizes.d_model, sizes.dtype
+        self.head_dim, self.heads = config.head_dim, d // config.head_dim
+        self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.k = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.shift = ShortConv(d, config.shift_width, plain=True, dtype=dtype, rngs=rngs)
+        self.ssm = DiagonalSSM(self.heads, config, rngs=rngs)
+        self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        shift_state, ssm_state = (None, None) if state is None else (state["shift"], state["ssm"])
+        batch, time, d = x.shape
+        entries, heads = self.head_dim**2, (batch, time, self.heads, self.head_dim)
+        q, v = checkpoint_name(self.q(x), "h3_q").reshape(heads), checkpoint_name(self.v(x), "h3_v").reshape(heads)
+        k = checkpoint_name(self.k(x), "h3_k")
+        k, shift_state = self.shift(k, segment_ids=segment_ids, state=shift_state)
+        # Each entry of the products is a sequence of its own to the SSM, which the entries of a head share.
+        kv = jnp.einsum("bthi,bthj->bijth", k.reshape(heads), v).reshape(batch * entries, time, self.heads)
+        rows = None if segment_ids is None else jnp.repeat(segment_ids, entries, axis=0)
+        ssm_state = None if ssm_state is None else ssm_state.reshape(batch * entries, *ssm_state.shape[2:])
+        kv, ssm_state = self.ssm(kv, segment_ids=rows, state=ssm_state)
+        kv = kv.reshape(batch, self.head_dim, self.head_dim, time, self.heads)
+        y = self.out(jnp.einsum("bthi,bijth->bthj", q, kv).reshape(batch, time, d))
+        if state is None:
+            return y, None
+        return y, {"shift": shift_state, "ssm": ssm_state.reshape(batch, entries, *ssm_state.shape[1:])}
+
+    def init_state(self, batch_size, max_length, dtype):
+        entries = self.head_dim**2
+        ssm = self.ssm.init_state(batch_size * entries)
+        return {
+            "shift": self.shift.init_state(batch_size, dtype),
+            "ssm": ssm.reshape(batch_size, entries, *ssm.shape[1:]),
+        }
+
+    @staticmethod
+    def check(config, d_model):
+        problems = DiagonalSSM.check(config)
+        if config.head_dim < 1 or d_model % config.head_dim:
+            problems.append(f"head_dim: heads of width {config.head_dim} do not divide d_model = {d_model}")
+        if config.shift_width < 1:
+            problems.append(f"shift_width: got {config.shift_width}, expected at least 1")
+        return problems
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        shift = ShortConv.num_parameters(d_model, config.shift_width, plain=True)
+        return 4 * d_model**2 + shift + DiagonalSSM.num_parameters(d_model // config.head_dim, config)
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        products = 4 * d_model * config.head_dim
+        ssm = DiagonalSSM.flops_per_token(d_model * config.head_dim, config)
+        return 8 * d_model**2 + 2 * config.shift_width * d_model + products + ssm

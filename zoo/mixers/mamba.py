@@ -1,0 +1,109 @@
+"""Mamba: a selective state-space model, S6 (Gu & Dao 2023, arXiv:2312.00752).
+
+    x_t, z_t = W_in u_t,   x = silu(conv(x))            dt_t = softplus(W_dt W_r x_t + b)    B_t, C_t = W_B x_t, W_C x_t
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t            y_t = W_out ((C_t . h_t + D x_t) * silu(z_t))
+
+A = -exp(A_log) is diagonal and starts at -1, ..., -N in each channel (S4D-Real); softplus(b) starts log-uniform between
+dt_min and dt_max. State: h, float32 [batch, channels, N], and the last conv_width - 1 inputs of the convolution.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo import ops
+from zoo.layers import ShortConv, linear, step_size_bias
+from zoo.mixers.base import Mixer, Sizes
+
+
+@dataclasses.dataclass
+class MambaConfig:
+    expand: float = 2.0  # channels / d_model
+    state_dim: int = 16  # N
+    conv_width: int = 4  # taps
+    dt_rank: int = 0  # width of W_r x; 0: a sixteenth of d_model
+    dt_min: float = 1e-3  # of the initial step sizes
+    dt_max: float = 1e-1
+
+
+def _widths(config: MambaConfig, d_model: int) -> tuple[int, int]:
+    """(channels, dt_rank)."""
+    return int(config.expand * d_model), config.dt_rank or math.ceil(d_model / 16)
+
+
+class Mamba(Mixer):
+    config_class = MambaConfig
+    saved_names = ("mamba_x", "mamba_dt", "mamba_z")
+
+    def __init__(self, config: MambaConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype, n = sizes.d_model, sizes.dtype, config.state_dim
+        self.channels, self.rank = _widths(config, d)
+        self.state_dim = n
+        self.in_x = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.conv = ShortConv(self.channels, config.conv_width, dtype=dtype, rngs=rngs)
+        self.select = linear(self.channels, self.rank + 2 * n, ("heads", "rank"), dtype=dtype, rngs=rngs)  # dt, B, C
+        bound = self.rank**-0.5
+        dt_up = jax.random.uniform(rngs.params(), (self.rank, self.channels), minval=-bound, maxval=bound)
+        self.dt_up = nnx.Param(dt_up, out_sharding=("rank", "heads"), decay=False)
+        dt_bias = step_size_bias(rngs.params(), (self.channels,), config.dt_min, config.dt_max)
+        self.dt_bias = nnx.Param(dt_bias, out_sharding=("heads",), decay=False)
+        A = jnp.broadcast_to(jnp.arange(1.0, n + 1), (self.channels, n))
+        self.A_log = nnx.Param(jnp.log(A), out_sharding=("heads", "state"), decay=False)
+        self.D = nnx.Param(jnp.ones((self.channels,)), out_sharding=("heads",), decay=False)
+        self.out = linear(self.channels, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        conv_state, ssm_state = (None, None) if state is None else (state["conv"], state["ssm"])
+        z = checkpoint_name(self.in_z(x), "mamba_z")
+        x, conv_state = self.conv(self.in_x(x), segment_ids=segment_ids, state=conv_state)
+        x = checkpoint_name(x, "mamba_x")
+        dt, B, C = jnp.split(self.select(x), [self.rank, self.rank + self.state_dim], axis=-1)
+        dt = jnp.matmul(dt, self.dt_up[...].astype(dt.dtype), preferred_element_type=jnp.float32)
+        dt = checkpoint_name(jax.nn.softplus(dt + self.dt_bias[...]), "mamba_dt")
+        y, ssm_state = ops.selective_scan(
+            x, dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], initial_state=ssm_state, segment_ids=segment_ids
+        )
+        y = self.out(y * jax.nn.silu(z))
+        return y, None if state is None else {"conv": conv_state, "ssm": ssm_state}
+
+    def init_state(self, batch_size, max_length, dtype):
+        ssm = jnp.zeros((batch_size, self.channels, self.state_dim), jnp.float32)
+        return {"conv": self.conv.init_state(batch_size, dtype), "ssm": ssm}
+
+    @staticmethod
+    def check(config, d_model):
+        problems = check_steps(config)
+        for field in ("state_dim", "conv_width"):
+            if getattr(config, field) < 1:
+                problems.append(f"{field}: got {getattr(config, field)}, expected at least 1")
+        if _widths(config, d_model)[0] < 1:
+            problems.append(f"expand: got {config.expand}, expected at least one channel, expand * d_model >= 1")
+        if config.dt_rank < 0:
+            problems.append(f"dt_rank: got {config.dt_rank}, expected a width, or 0 for the default")
+        return problems
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        channels, rank = _widths(config, d_model)
+        n = config.state_dim
+        conv = ShortConv.num_parameters(channels, config.conv_width)
+        return 3 * d_model * channels + conv + channels * (rank + 2 * n) + channels * (rank + 1) + channels * (n + 1)
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        channels, rank = _widths(config, d_model)
+        n = config.state_dim
+        projections = 3 * d_model + rank + 2 * n + rank
+        return 2 * channels * (projections + config.conv_width + 2 * n)
+
+
+def check_steps(config) -> list[str]:
+    """Problems with the range of initial step sizes."""
+    if 0 < config.dt_min <= config.dt_max:
+        return []
+    return [f"dt_min: got {config.dt_min} with dt_max {config.dt_max}, expected 0 < dt_min <= dt_max"]

@@ -1,0 +1,118 @@
+"""Mamba-2: the selective state-space model with one decay a head (Dao & Gu 2024, arXiv:2405.21060).
+
+    x_t, B_t, C_t = silu(conv(W_xBC u_t))               dt_t = softplus(W_dt u_t + b)        a_t = exp(dt_t A)
+    S_t = a_t S_{t-1} + B_t (dt_t x_t)^T                o_t = S_t^T C_t + D x_t
+    y_t = W_out norm(o_t * silu(W_z u_t))
+
+It is linear attention with q = C, k = B, v = dt x and a scalar decay; the heads of a group share B and C, and the norm
+is over a group. A starts uniform in [-16, -1], softplus(b) log-uniform between dt_min and dt_max.
+State: S, float32 [batch, heads, N, P], and the last conv_width - 1 inputs of the convolution.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo import ops
+from zoo.layers import GatedRMSNorm, ShortConv, linear, step_size_bias
+from zoo.mixers.base import Mixer, Sizes, check_heads
+from zoo.mixers.mamba import check_steps
+
+
+@dataclasses.dataclass
+class Mamba2Config:
+    expand: float = 2.0  # channels / d_model
+    head_dim: int = 64  # P
+    state_dim: int = 128  # N
+    groups: int = 1  # of heads, which share B and C
+    conv_width: int = 4  # taps
+    dt_min: float = 1e-3  # of the initial step sizes
+    dt_max: float = 1e-1
+
+
+def _widths(config: Mamba2Config, d_model: int) -> tuple[int, int, int]:
+    """(channels, heads, width of B and of C)."""
+    channels = int(config.expand * d_model)
+    return channels, channels // config.head_dim, config.groups * config.state_dim
+
+
+class Mamba2(Mixer):
+    config_class = Mamba2Config
+    saved_names = ("mamba2_xBC", "mamba2_dt", "mamba2_z")
+
+    def __init__(self, config: Mamba2Config, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
+        d, dtype = sizes.d_model, sizes.dtype
+        self.channels, self.heads, self.key_width = _widths(config, d)
+        self.groups, self.state_dim, self.head_dim = config.groups, config.state_dim, config.head_dim
+        conv_channels = self.channels + 2 * self.key_width
+        self.in_xBC = linear(d, conv_channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.in_dt = linear(d, self.heads, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+        self.conv = ShortConv(conv_channels, config.conv_width, dtype=dtype, rngs=rngs)
+        vector = {"out_sharding": ("norm",), "decay": False}
+        self.dt_bias = nnx.Param(step_size_bias(rngs.params(), (self.heads,), config.dt_min, config.dt_max), **vector)
+        A = jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(A), **vector)
+        self.D = nnx.Param(jnp.ones((self.heads,)), **vector)
+        self.norm = GatedRMSNorm(self.channels, groups=self.groups, epsilon=sizes.norm_epsilon, dtype=dtype)
+        self.out = linear(self.channels, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, *, segment_ids=None, positions=None, state=None):
+        conv_state, ssm_state = (None, None) if state is None else (state["conv"], state["ssm"])
+        batch_time = x.shape[:2]
+        z = checkpoint_name(self.in_z(x), "mamba2_z")
+        dt = jax.nn.softplus(self.in_dt(x).astype(jnp.float32) + self.dt_bias[...])
+        dt = checkpoint_name(dt, "mamba2_dt")  # [B, T, H]
+        xBC, conv_state = self.conv(self.in_xBC(x), segment_ids=segment_ids, state=conv_state)
+        xBC = checkpoint_name(xBC, "mamba2_xBC")
+        x, B, C = jnp.split(xBC, [self.channels, self.channels + self.key_width], axis=-1)
+        x = x.reshape(*batch_time, self.heads, self.head_dim)
+        keys = (*batch_time, self.groups, self.state_dim)
+        o, ssm_state = ops.linear_attention(
+            C.reshape(keys),
+            B.reshape(keys),
+            (dt[..., None] * x).astype(x.dtype),
+            -jnp.exp(self.A_log[...]) * dt,
+            initial_state=ssm_state,
+            segment_ids=segment_ids,
+            scale=1.0,
+        )
+        o = o + self.D[...][:, None].astype(x.dtype) * x
+        y = self.out(self.norm(o.reshape(*batch_time, -1), z))
+        return y, None if state is None else {"conv": conv_state, "ssm": ssm_state}
+
+    def init_state(self, batch_size, max_length, dtype):
+        ssm = jnp.zeros((batch_size, self.heads, self.state_dim, self.head_dim), jnp.float32)
+        return {"conv": self.conv.init_state(batch_size, dtype), "ssm": ssm}
+
+    @staticmethod
+    def check(config, d_model):
+        problems = check_steps(config)
+        for field in ("head_dim", "state_dim", "groups", "conv_width"):
+            if getattr(config, field) < 1:
+                problems.append(f"{field}: got {getattr(config, field)}, expected at least 1")
+        if problems:
+            return problems
+        channels, heads, _ = _widths(config, d_model)
+        if heads < 1 or channels % config.head_dim:
+            problems.append(f"head_dim: heads of {config.head_dim} do not divide expand * d_model = {channels}")
+            return problems
+        return check_heads({"groups": config.groups}, "the number of heads", heads)
+
+    @staticmethod
+    def num_parameters(config, d_model):
+        channels, heads, key_width = _widths(config, d_model)
+        projections = d_model * (3 * channels + 2 * key_width + heads)
+        return (
+            projections + ShortConv.num_parameters(channels + 2 * key_width, config.conv_width) + 3 * heads + channels
+        )
+
+    @staticmethod
+    def flops_per_token(config, d_model, context_length):
+        channels, heads, key_width = _widths(config, d_model)
+        projections = 2 * d_model * (3 * channels + 2 * key_width + heads)
+        convolution = 2 * config.conv_width * (channels + 2 * key_width)
+        return projections + convolution + 4 * channels * config.state_dim
