@@ -44,28 +44,29 @@ def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
         lasting = jnp.flip(jnp.cumsum(jnp.flip(starts, -1), -1), -1) - starts == 0
         carries = reached[..., -1]
 
-    by_chunk = inputs.reshape(batch, chunks, size, channels)
+    by_chunk = jnp.moveaxis(inputs.reshape(batch, chunks, size, channels), 3, 0)  # channels first: products of rows
     if segment_ids is None:
-        y = _product("bctd,dut->bcud", by_chunk, _toeplitz(taps.T))
+        y = _product("dbct,dut->dbcu", by_chunk, _toeplitz(taps.T))
     else:
         # A start of a chunk is a start too: number both kinds.
         own = jnp.cumsum(starts.at[:, :, 0].set(True).reshape(batch, -1), -1, dtype=jnp.int32)
-        y = short_conv(inputs, jnp.flip(taps.T, -1), segment_ids=own)[0].reshape(by_chunk.shape)
+        y = short_conv(inputs, jnp.flip(taps.T, -1), segment_ids=own)[0]
+        y = jnp.moveaxis(y.reshape(batch, chunks, size, channels), 3, 0)
 
-    writes = powers[:-1][::-1] * b  # [size, D, N]
-    lasting_inputs = by_chunk if lasting is None else jnp.where(lasting[..., None], by_chunk, 0)
-    written = _product("bctd,tdn->bcdn", lasting_inputs[:, :-1], _parts(writes))  # the last chunk's go nowhere
+    writes = _by_channel(powers[:-1][::-1] * b)  # [D, size, 2 N]
+    lasting_inputs = by_chunk if lasting is None else jnp.where(lasting, by_chunk, 0)
+    written = _product("dbct,dtn->cbdn", lasting_inputs[:, :, :-1], writes)  # the last chunk's go nowhere
     before = _states(written, powers[-1], None if carries is None else carries[:, :-1], initial_state)
-    reads = powers[1:] * c
-    from_state = 2 * _product("bcdn,tdn->bctd", _parts(before), _parts(jnp.conj(reads)))
-    y = y + (from_state if reached is None else jnp.where(reached[..., None], from_state, 0))
+    reads = _by_channel(jnp.conj(powers[1:] * c))
+    from_state = 2 * _product("cbdn,dtn->dbct", _parts(before), reads)
+    y = y + (from_state if reached is None else jnp.where(reached, from_state, 0))
 
     last = size - padding  # tokens of the last chunk
-    ending = lasting_inputs[:, -1, :last]
-    final_state = _complex(_product("btd,tdn->bdn", ending, _parts(writes[size - last :])))
-    carried = powers[last] * before[:, -1]
+    ending = lasting_inputs[:, :, -1, :last]
+    final_state = _complex(_product("dbt,dtn->bdn", ending, writes[:, size - last :]))
+    carried = powers[last] * before[-1]
     final_state += carried if carries is None else jnp.where(carries[:, -1, None, None], carried, 0)
-    return y.reshape(batch, -1, channels)[:, :time].astype(x.dtype), final_state
+    return jnp.moveaxis(y, 0, 3).reshape(batch, -1, channels)[:, :time].astype(x.dtype), final_state
 
 
 def _powers(a, count):
@@ -91,16 +92,20 @@ def _toeplitz(taps):
 
 
 def _states(written, decay, carries, initial_state):
-    """The state before each chunk, [B, chunks, D, N]; `written` has all chunks but the last."""
-    written = jnp.moveaxis(_complex(written), 1, 0)
+    """The state before each chunk, [chunks, B, D, N]; `written` has all chunks but the last."""
     carries = jnp.ones(written.shape[:2], bool) if carries is None else carries.T
 
     def step(h, chunk):
         written, carries = chunk
-        return decay * jnp.where(carries[:, None, None], h, 0) + written, h
+        return decay * jnp.where(carries[:, None, None], h, 0) + _complex(written), h
 
     last, before = lax.scan(step, initial_state, (written, carries))
-    return jnp.moveaxis(jnp.concatenate([before, last[None]]), 0, 1)
+    return jnp.concatenate([before, last[None]])
+
+
+def _by_channel(weights):
+    """Complex [size, D, N] -> real [D, size, 2 N]."""
+    return jnp.moveaxis(_parts(weights), 1, 0)
 
 
 def _product(subscripts, left, right):
