@@ -149,9 +149,18 @@ def abstract(inputs, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), inputs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+SLOW_COMPILES = [("v5p", jnp.float32), ("v6e", jnp.float32)]  # up to half a minute each, and nothing that v5e lacks
+
+
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "chip, dtype",
+    [
+        pytest.param(chip, dtype, marks=[pytest.mark.slow] if (chip, dtype) in SLOW_COMPILES else [])
+        for chip in TOPOLOGIES
+        for dtype in (jnp.bfloat16, jnp.float32)
+    ],
+)
 def test_compiles_ahead_of_time(chip, decay, dtype):
     """Forward and backward, with what else a call may have, at a length that is no multiple of anything."""
     device = devices(chip)[0]
