@@ -9,7 +9,7 @@ from benchmarks import tpu_static
 from tests.kernels.tpu import devices
 
 
-@pytest.mark.parametrize("shape", ["square", "square_per_key"])
+@pytest.mark.parametrize("shape", ["square", pytest.param("square_per_key", marks=pytest.mark.slow)])
 def test_no_kernel_takes_a_tenth_more_cycles_than_stored(shape):
     devices("v5e")
     stored = json.loads(tpu_static.RESULTS.read_text())["results"]

@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 against transformers' models: numbers made by tests/goldens/make_ssm.py."""
+"""Mamba and Mamba-2 against transformers' models: numbers made by tests/goldens/ssm/make.py."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ from tests.zoo.cases import error_ratio
 from zoo.config import Config
 from zoo.model import LanguageModel
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "ssm"
 WIDTH, CHANNELS = 16, 32
 SETTINGS = {
     "mamba": {"state_dim": 4, "dt_rank": 3},

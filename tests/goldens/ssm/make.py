@@ -1,6 +1,7 @@
 """Make mamba.npz and mamba2.npz: two-layer models of transformers, run by its pure torch code on a CPU.
 
-    python -m venv goldens && goldens/bin/pip install torch transformers numpy && goldens/bin/python make_ssm.py
+    python -m venv goldens && goldens/bin/pip install torch transformers numpy
+    goldens/bin/python tests/goldens/ssm/make.py
 
 Each file holds the weights (`w.<name>`), tokens [B, T], hidden [B, T, D] after the final norm, a cotangent of it, the
 gradient of the embedding table (every position has a token of its own, so it is the inputs' gradient), and decoding:
