@@ -6,9 +6,11 @@ from kernels import dispatch
 from kernels.array_typing import Array, Inexact, Int
 from kernels.checks import check_chunk_size, check_rank, check_shape
 from kernels.linear_scan.chunked import chunked
+from kernels.linear_scan.mosaic_tpu import mosaic_tpu
 from kernels.linear_scan.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_tpu": mosaic_tpu}
+ORDER = {"tpu": ["mosaic_tpu", "chunked"]}
 OP = "linear_scan"
 
 
@@ -60,7 +62,7 @@ def linear_scan(
         OP,
         IMPLEMENTATIONS,
         implementation,
-        ["chunked"],
+        ORDER.get(dispatch.device().platform, ["chunked"]),
         x.astype(dtype) if dtype == jnp.complex64 else x,
         log_decay.astype(dtype),
         initial_state=initial_state.astype(dtype),

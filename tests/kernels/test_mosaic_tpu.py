@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from kernels import dispatch, linear_attention
 from kernels.linear_attention import mosaic_tpu
 from kernels.linear_attention.specs import Tiles
+from kernels.mosaic_tpu import use_interpret
 from tests.kernels.conformance import error_ratio, log_gate, normal
 from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, devices
 
@@ -124,7 +125,7 @@ def test_no_races_and_no_uninitialised_memory(decay, bonus):
     inputs = make(decay, time=200, heads=4, groups=2, bonus=bonus)
     segment_ids = segments(1, 200)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with mosaic_tpu.use(interpret=params, tiles=Tiles(128, 128, 1, 1, 1)):
+    with use_interpret(params), mosaic_tpu.use(tiles=Tiles(128, 128, 1, 1, 1)):
         values, gradients = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
         jax.block_until_ready(gradients)
     assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found

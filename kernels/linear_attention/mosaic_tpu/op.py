@@ -12,29 +12,26 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_tpu import launch, scalar
 from kernels.linear_attention.mosaic_tpu.dots import LANES, Dots
+from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 
-_interpret: contextvars.ContextVar[bool | pltpu.InterpretParams] = contextvars.ContextVar("interpret", default=True)
 _tiles: contextvars.ContextVar[specs.Tiles | None] = contextvars.ContextVar("tiles", default=None)
 
 
 @contextlib.contextmanager
-def use(*, interpret: bool | pltpu.InterpretParams | None = None, tiles: specs.Tiles | None = None) -> Iterator[None]:
-    """While tracing: how kernels are interpreted on a CPU, and other tiles than `specs.tiles` chooses."""
-    tokens = [(_interpret, _interpret.set(_interpret.get() if interpret is None else interpret))]
-    tokens.append((_tiles, _tiles.set(tiles)))
+def use(*, tiles: specs.Tiles | None) -> Iterator[None]:
+    """While tracing: other tiles than `specs.tiles` chooses."""
+    token = _tiles.set(tiles)
     try:
         yield
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
+        _tiles.reset(token)
 
 
 def mosaic_tpu(
@@ -54,9 +51,7 @@ def mosaic_tpu(
     Raises:
       NotImplementedError: a GPU, inputs that are neither float32 nor bfloat16, or a head too wide for VMEM.
     """
-    device = dispatch.device()
-    if device.platform == "gpu":
-        raise NotImplementedError("it is a kernel for TPUs")
+    device, how = dispatch.device(), interpret()
     if v.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"inputs are {v.dtype}, expected float32 or bfloat16")
     batch, time, num_heads, value_dim = v.shape
@@ -83,7 +78,7 @@ def mosaic_tpu(
         bonus=bonus is not None,
         starts=per_key and segment_ids is not None,
         constant=constant,
-        interpret=False if device.platform == "tpu" else _interpret.get(),
+        interpret=how,
     )
 
     def lanes(x, width):  # [B, T, heads, X] -> [B, T, heads * width]
