@@ -14,7 +14,8 @@ Backward is the same loop from right to left. With u_t the gradient of h_t throu
     w_t = a_t u_t,   u_t = dh_t + w_{t+1},   w_{T+1} = dS
     dx_t = u_t,      dg_t = w_t h_{t-1},     dh_0 = w_1
 
-and the only thing kept for it is h, the output.
+and what is kept for it is h, the output. Complex decays are kept too: a loop takes exp of real ones as it needs them,
+but the sines and cosines of complex ones cost more than all the rest.
 """
 
 import functools
@@ -46,21 +47,22 @@ def chunked(x, log_decay, *, initial_state, segment_ids, chunk_size):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _scan(x, log_decay, initial_state, starts, chunk_size):
-    return _run(x, log_decay, initial_state, starts, chunk_size, reverse=False)
+    return _forward(x, log_decay, initial_state, starts, chunk_size)[0]
 
 
 def _forward(x, log_decay, initial_state, starts, chunk_size):
-    h, final_state = _run(x, log_decay, initial_state, starts, chunk_size, reverse=False)
-    return (h, final_state), (h, log_decay, initial_state, starts)
+    kept = jnp.exp(log_decay) if jnp.iscomplexobj(log_decay) else log_decay
+    h, final_state = _run(x, kept, initial_state, starts, chunk_size, reverse=False)
+    return (h, final_state), (h, kept, initial_state, starts)
 
 
 def _backward(chunk_size, residuals, gradients):
-    h, log_decay, initial_state, starts = residuals
+    h, kept, initial_state, starts = residuals
     dh, dfinal = gradients
-    dx, dinitial = _run(dh, log_decay, dfinal, starts, chunk_size, reverse=True)
+    dx, dinitial = _run(dh, kept, dfinal, starts, chunk_size, reverse=True)
     previous = jnp.concatenate([initial_state[:, None], h[:, :-1].astype(initial_state.dtype)], 1)
-    dlog_decay = _decay(log_decay, starts) * dx * previous
-    if log_decay.ndim == 1:
+    dlog_decay = _decay(kept, starts) * dx * previous
+    if kept.ndim == 1:
         dlog_decay = dlog_decay.sum((0, 1))
     return dx, dlog_decay, dinitial, None
 
@@ -68,51 +70,50 @@ def _backward(chunk_size, residuals, gradients):
 _scan.defvjp(_forward, _backward)
 
 
-def _decay(log_decay, starts):
-    return jnp.exp(log_decay) if starts is None else jnp.where(starts, 0, jnp.exp(log_decay))
+def _decay(kept, starts):
+    decay = kept if jnp.iscomplexobj(kept) else jnp.exp(kept)
+    return decay if starts is None else jnp.where(starts, 0, decay)
 
 
-def _run(x, log_decay, state, starts, chunk_size, reverse):
+def _run(x, kept, state, starts, chunk_size, reverse):
     """Scan [B, T, D] in chunks from `state`, in either direction: every output, and the state past the end."""
     B, T, D = x.shape
     split = (B, T // chunk_size, chunk_size, -1)
     x = x.reshape(split)  # [B, N, C, D]
-    if log_decay.ndim == 3:
-        log_decay = log_decay.reshape(split)
+    if kept.ndim == 3:
+        kept = kept.reshape(split)
     elif starts is None:
-        log_decay = log_decay[None, None]
+        kept = kept[None, None]
     starts = None if starts is None else starts.reshape(split)
 
     def step(i, state):  # state [B, N, D]
         t = chunk_size - 1 - i if reverse else i
         at = functools.partial(lax.dynamic_index_in_dim, index=t, axis=2, keepdims=False)
-        decay = _decay(at(log_decay) if log_decay.ndim == 4 else log_decay, None if starts is None else at(starts))
+        decay = _decay(at(kept) if kept.ndim == 4 else kept, None if starts is None else at(starts))
         x_t = at(x).astype(state.dtype)
         if reverse:
             u = state + x_t
-            return t, u, decay * u
+            return t, decay, u, decay * u
         h = decay * state + x_t
-        return t, h, h
+        return t, decay, h, h
+
+    def step_alone(i, carry):
+        state, total = carry
+        _, decay, _, state = step(i, state)
+        return state, decay * total
 
     def step_writing(i, carry):
         state, out = carry
-        t, out_t, state = step(i, state)
+        t, _, out_t, state = step(i, state)
         return state, lax.dynamic_update_index_in_dim(out, out_t.astype(out.dtype), t, 2)
 
     if split[1] == 1:
         before = state[:, None]
     else:
         zeros = jnp.zeros(x.shape[:2] + (D,), state.dtype)
-        local = lax.fori_loop(0, chunk_size, lambda i, state: step(i, state)[2], zeros)  # [B, N, D]
-        total = _total_decay(log_decay, starts, chunk_size, local)
+        local, total = lax.fori_loop(0, chunk_size, step_alone, (zeros, zeros + 1))  # [B, N, D]
         combine = lambda carry, chunk: (chunk[0] * carry + chunk[1], carry)  # noqa: E731
         chunks = (jnp.moveaxis(total, 1, 0), jnp.moveaxis(local, 1, 0))
         before = jnp.moveaxis(lax.scan(combine, state, chunks, reverse=reverse)[1], 0, 1)
     state, out = lax.fori_loop(0, chunk_size, step_writing, (before, jnp.zeros_like(x)))
     return out.reshape(B, T, D), state[:, 0 if reverse else -1]
-
-
-def _total_decay(log_decay, starts, chunk_size, like):
-    total = jnp.exp(log_decay.sum(2) if log_decay.ndim == 4 else log_decay * chunk_size)
-    total = jnp.broadcast_to(total, like.shape)
-    return total if starts is None else jnp.where(starts.any(2), 0, total)

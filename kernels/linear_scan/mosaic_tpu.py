@@ -13,7 +13,8 @@ channels. They are scanned in 3 steps: after those of distance d = 1, 2, 4 a tok
 and then the state before the 8 tokens is added, times a_t. Only this waits for the 8 tokens before; the registers of a
 block's other channels fill the wait.
 
-TPU kernels have no complex numbers: complex arrays are two planes, real and imaginary, and XLA makes their decays.
+TPU kernels have no complex numbers: complex arrays are two planes, real and imaginary. The exp of a decay per token is
+taken in the kernel, which waits for memory otherwise; that of a fixed one before it.
 """
 
 import dataclasses
@@ -79,10 +80,8 @@ def _scan(plan, x, log_decay, initial_state):
 
 
 def _forward(plan, x, log_decay, initial_state):
-    # The kernel takes the exp of real decays, which costs nothing there; it is given that of complex ones.
-    decay = jnp.exp(log_decay) if plan.planes == 2 else log_decay
-    h, final_state = _call(plan, x, decay, initial_state)
-    return (h, final_state), (h, decay, initial_state)
+    h, final_state = _call(plan, x, log_decay, initial_state)
+    return (h, final_state), (h, log_decay, initial_state)
 
 
 def _backward(plan, residuals, gradients):
@@ -93,9 +92,9 @@ def _backward(plan, residuals, gradients):
 _scan.defvjp(_forward, _backward)
 
 
-def _call(plan, x, decay, state, residuals=None):
+def _call(plan, x, log_decay, state, residuals=None):
     """h and the final state; with residuals, x and the state being dh and dS: dx, dinitial, dlog_decay."""
-    reverse, per_token = residuals is not None, decay.ndim == 3
+    reverse, per_token = residuals is not None, log_decay.ndim == 3
     columns, blocks = plan.grid
 
     def spec(rows, row_block):
@@ -107,7 +106,7 @@ def _call(plan, x, decay, state, residuals=None):
     turns = plan.block // TURN
     inputs = [
         (x, tokens),
-        (decay, tokens) if per_token else (decay[None, None], fixed),
+        (log_decay, tokens) if per_token else (jnp.exp(log_decay)[None, None], fixed),
         (state[:, None], row),
     ]
     outputs = [(x.shape, x.dtype, tokens), (inputs[2][0].shape, state.dtype, row)]
@@ -115,7 +114,7 @@ def _call(plan, x, decay, state, residuals=None):
         h, _, initial_state = residuals
         # The tokens before a block: those of the left neighbour's last turn.
         inputs += [(h, tokens), (h, spec(TURN, lambda t: jnp.maximum(t * turns - 1, 0))), (initial_state[:, None], row)]
-        outputs.append((x.shape, decay.dtype, tokens) if per_token else (inputs[2][0].shape, decay.dtype, row))
+        outputs.append((x.shape, state.dtype, tokens) if per_token else (inputs[2][0].shape, state.dtype, row))
     results = pl.pallas_call(
         functools.partial(_kernel, plan, reverse, per_token),
         grid=(x.shape[0], columns, blocks),
@@ -159,8 +158,7 @@ def _kernel(plan, reverse, per_token, *refs):
         carried, later, total = carry
         i = turns - 1 - i if reverse else i
         x_t = _load(x, rows(i))
-        a = _load(decay, rows(i)) if per_token else _load(decay, slice(None), shape)
-        a = [jnp.exp(a[0])] if plan.planes == 1 else a
+        a = _exp(_load(decay, rows(i))) if per_token else _load(decay, slice(None), shape)
         inside = row + (block * plan.block + i * TURN) < plan.time
         if plan.ragged:  # tokens past the end, of any bits: input 0 and decay 1 leave the state alone
             x_t = [jnp.where(inside, plane, 0.0) for plane in x_t]
@@ -252,6 +250,11 @@ def _load(refs, rows, shape=None):
 def _store(refs, rows, values):
     for ref, value in zip(refs, values, strict=True):
         ref[rows] = value.astype(ref.dtype)
+
+
+def _exp(a):
+    size = jnp.exp(a[0])
+    return [size] if len(a) == 1 else [size * jnp.cos(a[1]), size * jnp.sin(a[1])]
 
 
 def _times(a, b):
