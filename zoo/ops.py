@@ -6,7 +6,7 @@ import `kernels`.
 """
 
 import kernels
-from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, linear_scan, selective_scan, short_conv
+from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, selective_scan, short_conv
 from zoo import sharding
 
 __all__ = [
@@ -42,4 +42,18 @@ def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None,
         lambda arrays: kernels.linear_attention(**arrays, **options),
         arrays,
         (("batch", None, heads, None), ("batch", heads, None, None)),
+    )
+
+
+def linear_scan(x, log_decay, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.linear_scan`, with each device's sequences and channels on it; see there."""
+    channels = ("batch", None, "heads")
+    arrays = {
+        "x": (x, channels),
+        "log_decay": (log_decay, channels if log_decay.ndim == 3 else ("heads",)),
+        "initial_state": (initial_state, ("batch", "heads")),
+        "segment_ids": (segment_ids, ("batch", None)),
+    }
+    return sharding.on_each_device(
+        lambda arrays: kernels.linear_scan(**arrays, **options), arrays, (channels, ("batch", "heads"))
     )

@@ -92,6 +92,48 @@ def test_linear_attention_on_eight_devices_is_that_on_one():
                 for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
                     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
     """
+    _run(program)
+
+
+def test_linear_scan_on_eight_devices_is_that_on_one():
+    """Batch and channels spread, real and complex; a fixed decay gets the sum of what its sequences' devices give it."""
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_num_cpu_devices", 8)
+        from kernels.dispatch import use_implementation
+        from zoo import ops, sharding
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+
+        def draw(i, *shape):
+            return jax.random.normal(jax.random.key(i), shape)
+
+        for decay, turn, names in (((2, 9, 8), 0, ("mosaic_tpu", "chunked")), ((8,), 1j, ("mosaic_tpu", "chunked")),
+                                   ((3, 9, 8), 1j, ("chunked",)), ((2, 9, 6), 0, ("chunked",))):
+            batch, channels = decay[0] if len(decay) > 1 else 2, decay[-1]
+            log_decay = -jnp.exp(draw(0, *decay)) + turn * draw(1, *decay)
+            args = [draw(2, batch, 9, channels), log_decay, draw(3, batch, channels).astype(log_decay.dtype)]
+            segment_ids = jnp.repeat(jnp.array([[0, 1, 2]]), 3, axis=1).repeat(batch, 0)
+
+            def run(args):
+                def call(x, log_decay, state):
+                    return ops.linear_scan(x, log_decay, initial_state=state, segment_ids=segment_ids)
+
+                out, pull = jax.vjp(call, *args)
+                return out, pull(out)
+
+            for name in names:
+                with use_implementation(name):
+                    alone = jax.jit(run)(args)
+                    with sharding.use_mesh(mesh):
+                        spread = jax.jit(lambda args: run(args))(args)
+                assert len(spread[0][0].sharding.device_set) == 8
+                for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    """
+    _run(program)
+
+
+def _run(program):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
