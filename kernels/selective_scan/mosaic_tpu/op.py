@@ -1,0 +1,136 @@
+"""The call around the kernels: padding, and the layout of what is small.
+
+x, dt and y are taken and left as they lie. A, the states, B and C (N numbers a channel or a token) are transposed, so that
+N is in the sublanes and channels or tokens are in the lanes. N is padded to a multiple of 8 and channels to one of 128:
+with A = B = C = 0 and dt = x = 0 the states of the padding stay zero.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import dispatch
+from kernels.selective_scan.mosaic_tpu import launch
+from kernels.selective_scan.mosaic_tpu.recurrence import LANES, LOG2_E, ROWS
+from kernels.segments import segment_starts
+
+LARGEST_STATE = 128  # N
+STEP_FLOATS = 8 * 1024  # of the states that a step updates: with their rates and gradients they stay in registers
+SLOWEST = -1e-20  # rate of a packed call: exp(dt A) is 1 for each step size in use, and 0 for START_STEP
+
+_interpret: contextvars.ContextVar[bool | pltpu.InterpretParams] = contextvars.ContextVar("interpret", default=True)
+_width: contextvars.ContextVar[int | None] = contextvars.ContextVar("width", default=None)
+
+
+@contextlib.contextmanager
+def use(*, interpret: bool | pltpu.InterpretParams | None = None, width: int | None = None) -> Iterator[None]:
+    """While tracing: how kernels are interpreted on a CPU, and another number of channels a step than chosen."""
+    tokens = [(_interpret, _interpret.set(_interpret.get() if interpret is None else interpret))]
+    tokens.append((_width, _width.set(width)))
+    try:
+        yield
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+def mosaic_tpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None):
+    """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here. Interpreted on a CPU.
+
+    Raises:
+      NotImplementedError: a GPU, x or dt that is neither float32 nor bfloat16, or a state too large for VMEM.
+    """
+    del chunk_size
+    device = dispatch.device()
+    if device.platform == "gpu":
+        raise NotImplementedError("it is a kernel for TPUs")
+    for name, array in (("x", x), ("dt", dt)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(f"{name} is {array.dtype}, expected float32 or bfloat16")
+    batch, time, channels = x.shape
+    numbers = A.shape[1]
+    if numbers > LARGEST_STATE:
+        raise NotImplementedError(f"N {numbers}: states of more than {LARGEST_STATE} numbers a channel")
+    state = numbers + -numbers % ROWS
+    more_channels, more_state = -channels % LANES, state - numbers
+    groups = 2 if "v5p" in device.kind or "TPU v5" == device.kind else 1
+    tiles = (channels + more_channels) // LANES
+    groups = groups if tiles % groups == 0 else 1
+    width = _width.get() or LANES * _largest_divisor(tiles // groups, STEP_FLOATS // (state * LANES))
+    plan = launch.Plan(
+        batch=batch,
+        time=time,
+        channels=channels + more_channels,
+        state=state,
+        width=width,
+        groups=groups,
+        packed=segment_ids is not None,
+        interpret=False if device.platform == "tpu" else _interpret.get(),
+    )
+
+    def by_channel(array):
+        return jnp.pad(array, ((0, 0),) * (array.ndim - 1) + ((0, more_channels),))
+
+    def by_number(array):  # [..., X, N] -> [..., N, X]
+        return jnp.pad(array.astype(jnp.float32).mT, ((0, 0),) * (array.ndim - 2) + ((0, more_state), (0, 0)))
+
+    starts = segment_starts(segment_ids).astype(jnp.float32) if plan.packed else None
+    D = jnp.zeros(channels, jnp.float32) if D is None else D.astype(jnp.float32)
+    y, state = scan(
+        plan,
+        by_channel(x),
+        by_channel(dt),
+        by_channel(by_number(A)),
+        by_number(B),
+        by_number(C),
+        by_channel(D[None]),
+        by_channel(by_number(initial_state)),
+        starts,
+    )
+    return y[..., :channels], state[:, :numbers, :channels].mT
+
+
+def _largest_divisor(number, limit):
+    return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(plan, x, dt, A, B, C, D, initial_state, starts):
+    """x, dt [B, T, D]; A [N, D]; B, C [B, N, T]; D [1, D]; initial_state [B, N, D]; starts [B, T] -> y, final state."""
+    operands = _operands(plan, x, dt, A, B, C, D, starts)
+    return launch.forward(plan, *operands, initial_state, keep_states=False)[:2]
+
+
+def scan_forward(plan, x, dt, A, B, C, D, initial_state, starts):
+    operands = _operands(plan, x, dt, A, B, C, D, starts)
+    y, state, kept = launch.forward(plan, *operands, initial_state, keep_states=True)
+    return (y, state), (x, dt, A, B, C, D, starts, kept)
+
+
+def scan_backward(plan, residuals, cotangents):
+    *arrays, kept = residuals
+    dy, d_final_state = cotangents
+    d = launch.backward(plan, *_operands(plan, *arrays), kept, dy, d_final_state)
+    dB, dC = (d[name].sum(1)[..., : plan.time] for name in ("dB", "dC"))
+    return d["dx"], d["ddt"], d["dA"].sum(0), dB, dC, d["dD"].sum(0), d["d_state"], None
+
+
+scan.defvjp(scan_forward, scan_backward)
+
+
+def _operands(plan, x, dt, A, B, C, D, starts):
+    """As the kernels take them: whole blocks of tokens where these are in the lanes, rates for a power of 2."""
+
+    def over_time(array):
+        return jnp.pad(array, ((0, 0), (0, 0), (0, -plan.time % launch.BLOCK)))
+
+    A2 = A * LOG2_E
+    if plan.packed:
+        A2 = jnp.minimum(A2, SLOWEST)
+        starts = over_time(jnp.broadcast_to(starts[:, None], (plan.batch, ROWS, plan.time)))
+    return x, dt, A2, over_time(B), over_time(C), D, starts
