@@ -6,7 +6,7 @@ import `kernels`.
 """
 
 import kernels
-from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, linear_scan, selective_scan, short_conv
+from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, linear_scan, short_conv
 from zoo import sharding
 
 __all__ = [
@@ -42,4 +42,23 @@ def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None,
         lambda arrays: kernels.linear_attention(**arrays, **options),
         arrays,
         (("batch", None, heads, None), ("batch", heads, None, None)),
+    )
+
+
+def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.selective_scan`, with each device's sequences and channels on it; see there."""
+    arrays = {
+        "x": (x, ("batch", None, "heads")),
+        "dt": (dt, ("batch", None, "heads")),
+        "A": (A, ("heads", None)),
+        "B": (B, ("batch", None, None)),
+        "C": (C, ("batch", None, None)),
+        "D": (D, ("heads",)),
+        "initial_state": (initial_state, ("batch", "heads", None)),
+        "segment_ids": (segment_ids, ("batch", None)),
+    }
+    return sharding.on_each_device(
+        lambda arrays: kernels.selective_scan(**{"D": None} | arrays, **options),
+        arrays,
+        (("batch", None, "heads"), ("batch", "heads", None)),
     )

@@ -2,8 +2,8 @@
 
 The grid is (batch, channel groups, time blocks, channel blocks of a group), the last two in order. x, dt and y stay as
 [B, T, D]: a step sees a block of tokens of some lanes. The states of a group's channels stay in VMEM over the time
-blocks, in the block of the output that becomes the final state. B and C are spread over lanes once a time block, for all
-channel blocks of it.
+blocks, in the block of the output that becomes the final state. B and C are spread over lanes once a time block, for
+all channel blocks of it.
 
 The backward pass goes from right to left. The states at the starts of the time blocks were kept by the forward pass;
 those inside a block are computed again into VMEM. The gradients of B and C add up in VMEM over the channel blocks.
@@ -64,10 +64,13 @@ def forward(plan, x, dt, A2, B, C, D, starts, initial_state, keep_states):
 
 
 def backward(plan, x, dt, A2, B, C, D, starts, kept, dy, d_final_state):
-    """Gradients by name: dA [B, N, D], dD [B, 1, D], and dB, dC [B, groups, N, T padded] are sums still to finish."""
+    """Gradients by name: dA [B, N, D], dD [B, 1, D], and dB, dC [B, groups, blocks, N, 128] are sums still to finish.
+
+    B, C and their gradients are N rows of 128 numbers a block: those of its first token, then of its second, and so on.
+    """
     inputs = {"x": x, "dt": dt, "dy": dy, "A2": A2, "B": B, "C": C, "D": D}
     inputs |= {"kept": kept, "d_final_state": d_final_state}
-    small = (plan.batch, plan.groups, plan.state, plan.blocks * BLOCK)
+    small = (plan.batch, plan.groups, plan.blocks, plan.state, LANES)
     outputs = {
         "dx": (x.shape, x.dtype),
         "ddt": (dt.shape, dt.dtype),
@@ -127,10 +130,10 @@ def _block(plan, name, reverse):
     if name in ("A2", "D"):
         return pl.BlockSpec((plan.state if name == "A2" else 1, plan.width), lambda b, g, n, c: (0, step(g, c)))
     if name in ("B", "C", "starts"):
-        rows = ROWS if name == "starts" else plan.state
-        return pl.BlockSpec((None, rows, BLOCK), lambda b, g, n, c: (b, 0, time(n)))
+        rows = 1 if name == "starts" else plan.state
+        return pl.BlockSpec((None, None, rows, LANES), lambda b, g, n, c: (b, time(n), 0, 0))
     if name in ("dB", "dC"):
-        return pl.BlockSpec((None, None, plan.state, BLOCK), lambda b, g, n, c: (b, g, 0, time(n)))
+        return pl.BlockSpec((None, None, None, plan.state, LANES), lambda b, g, n, c: (b, g, time(n), 0, 0))
     if name == "kept":
         return pl.BlockSpec((None, None, plan.state, plan.width), lambda b, g, n, c: (b, time(n), 0, step(g, c)))
     # States and their kin: of all channels of a group, in place for the whole sequence.
@@ -220,7 +223,7 @@ def _backward_kernel(plan, refs):
     def _():
         for lanes, out in ((refs.dB_lanes, refs.dB), (refs.dC_lanes, refs.dC)):
             for n in range(plan.state):
-                out[n : n + 1, :] = jnp.sum(lanes[_number(plan, n), :].T, axis=0, keepdims=True)
+                out[n : n + 1, :] = jnp.sum(lanes[n * LANES : (n + 1) * LANES, :].T, axis=0, keepdims=True)
 
 
 def _channels(plan):
@@ -239,11 +242,6 @@ def _tokens(i):
 def _state(plan, t):
     """Rows of token t where each has N."""
     return pl.ds(pl.multiple_of(t * plan.state, ROWS), plan.state)
-
-
-def _number(plan, n):
-    """Rows of number n of the state, one a token, where each token has N."""
-    return pl.ds(n, BLOCK, stride=plan.state)
 
 
 def _lanes(plan, ref, t):
@@ -265,9 +263,9 @@ def _spread(plan, refs):
     def _():
         for source, target in ((refs.B, refs.B_lanes), (refs.C, refs.C_lanes)):
             for n in range(plan.state):
-                target[_number(plan, n), :] = jnp.broadcast_to(source[n : n + 1, :], (LANES, BLOCK)).T
+                target[n * LANES : (n + 1) * LANES, :] = jnp.broadcast_to(source[n : n + 1, :], (LANES, LANES)).T
         if plan.packed:
-            refs.start_lanes[...] = jnp.broadcast_to(refs.starts[:1, :], (LANES, BLOCK)).T
+            refs.start_lanes[...] = jnp.broadcast_to(refs.starts[...], (LANES, BLOCK)).T
 
 
 def _load(plan, ref, rows, block):

@@ -1,9 +1,9 @@
 """One token of the recurrence and of its gradient, and sums over the state: the arithmetic of the kernels.
 
-The N numbers of a channel's state lie in the sublanes and W channels in the lanes, h [N, W]. What belongs to a channel
-(dt, u, dy) is a row [1, W] that is the same for all N; what belongs to a number of the state (B, C) is [N, 128], the same
-in every lane. So nothing is moved but in sums over N, and these are put off: `fold` adds the vector registers of a token
-to one, [8, W], and `row_sums` finishes eight tokens together, in 7 additions and 7 rotations instead of 24 and 24.
+The N numbers of a channel's state lie in the sublanes and W channels in the lanes, h [N, W]. What belongs to a
+channel (dt, u, dy) is a row [1, W] that is the same for all N; what belongs to a number of the state (B, C) is
+[N, 128], the same in every lane. So nothing is moved but in sums over N, and these are put off: `fold` adds the vector
+registers of a token to one, [8, W], and `row_sums` finishes eight tokens together, in 7 rotations instead of 24.
 
 Rates come times log2 e, `A2`: a TPU's exponential is one of base 2.
 """
