@@ -1,18 +1,18 @@
 """What the kernels cost on TPUs that are not there: `python -m benchmarks.tpu_static [--chips=v5e] [--shapes=square]`.
 
 libtpu compiles the op, forward and backward, for a chip, and its static model counts cycles of each kernel and of
-each XLA operation around it (it simulates the grid, and counts the body of an XLA loop once). Printed, for each of
-`specs.SHAPES` and each chip, per token and head of v: cycles of the forward and the backward kernel and of everything,
-XLA's operations included; what share of them the floors are: the kernel's matmuls at the chip's bfloat16 rate, and its
-operands, each read or written once, at the chip's memory rate; the bytes of VMEM its blocks take; its bundles.
-`--implementation=chunked` gives the whole op in its XLA form, whose loop over chunks is counted once: a lower bound
-(minutes a shape).
+each XLA operation around it (it simulates the grid; what it says of the body of an XLA loop is multiplied by the
+loop's trip count here). Printed, for each shape of `benchmarks.tpu_static_ops` and each chip, per token and unit of
+the op (a head of v, a channel): cycles of the forward and the backward kernel and of everything, XLA's operations
+included; what share of them the floors are: the kernel's matmuls at the chip's bfloat16 rate, and its operands, each
+read or written once, at the chip's memory rate; the bytes of VMEM its blocks take; its bundles.
+`--implementation=chunked` gives the whole op in its XLA form (minutes for a shape of linear attention).
 
 All numbers are static. Against published timings of other kernels they read 0.95 to 1.0 where matmuls bind, 0.7 to
 0.85 where latency or vector operations do: believe a difference of 25%.
 
     --check   compare with benchmarks/results/tpu_static.json: exit 1 if a kernel takes 10% more cycles than it says
-    --sweep   all tiles of one shape and chip, best first: what `specs.tiles` was chosen by
+    --sweep   all tiles of one shape of linear attention and chip, best first: what `specs.tiles` was chosen by
 
 Needs libtpu (pip install 'jax[tpu]'). No TPU.
 """
@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 
-TIME = 4096  # tokens
 CHIPS = {  # topology; clock in Hz and bfloat16 FLOP/s and HBM bytes/s, from the makers' data sheets
     "v5e": ("v5e:2x2", 1.5e9, 197e12, 0.82e12),
     "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2.765e12),
@@ -81,12 +80,9 @@ def child(job: Job) -> None:
         )
         import jax
 
-        from kernels.linear_attention import specs
-
-        shape = specs.SHAPES[job.shape]
-        tokens = TIME * shape.heads
+        program, args, op = _program(job)
+        units = op.time * op.units
         _, clock, flops, bandwidth = CHIPS[job.chip]
-        program, args = _program(job, shape)
         sharding = jax.tree.leaves(args)[0].sharding
         for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
             if equation.primitive.name != "pallas_call":
@@ -99,19 +95,20 @@ def child(job: Job) -> None:
             cycles, bundles = counted[operation], _bundles(pathlib.Path(dump, "text"))[operation]
             costs = _kernel_costs(equation)
             row = {
-                "cycles": cycles / tokens,
-                "matmul_floor": costs["flops"] / (flops / clock) / tokens,
-                "memory_floor": costs["bytes"] / (bandwidth / clock) / tokens,
+                "cycles": cycles / units,
+                "matmul_floor": costs["flops"] / (flops / clock) / units,
+                "memory_floor": costs["bytes"] / (bandwidth / clock) / units,
                 "vmem_bytes": costs["vmem"],
                 "bundles": bundles,
+                "per": f"token and {op.unit}, of {op.time} tokens",
             }
             print(MARK + json.dumps({name.rsplit("_", 1)[1]: row}), flush=True)
         if job.whole:
             _clear(dump)
-            program.lower(*args).compile()
-            print(
-                MARK + json.dumps({"whole": sum(_cycles(pathlib.Path(dump, "cycles")).values()) / tokens}), flush=True
-            )
+            times = _times(program.lower(*args).compile().as_text())
+            cycles = _cycles(pathlib.Path(dump, "cycles"))
+            whole = sum(count * times.get(name, 1) for name, count in cycles.items())
+            print(MARK + json.dumps({"whole": whole / units}), flush=True)
 
 
 def _clear(dump):
@@ -132,45 +129,50 @@ def _alone(equation, sharding):
     return jax.jit(run).lower(*avals)
 
 
-def _program(job, shape):
-    """The op, forward and backward, on operands as projections leave them: [B, T, heads * width]."""
+def _program(job):
+    """The op, forward and backward, jitted; its abstract operands on the chip; and the op."""
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from kernels import dispatch, linear_attention
-    from kernels.linear_attention import mosaic_tpu, specs
+    from benchmarks import tpu_static_ops
+    from kernels import dispatch
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip][0]).devices[0]
-    tiles = specs.Tiles(*job.tiles) if job.tiles else None
-    g, h, k, v = shape.groups, shape.heads, shape.key_dim, shape.value_dim
-    widths = {"q": (g, k), "k": (g, k), "v": (h, v)}
-    decay = {"fixed": (h,), "scalar": (1, TIME, h), "vector": (1, TIME, h * k)}[shape.decay]
+    op = tpu_static_ops.SHAPES[job.shape](job.implementation, job.tiles)
 
     def run(arrays, d_out):
-        def op(arrays):
-            heads = {name: arrays[name].reshape(1, TIME, *width) for name, width in widths.items()}
-            log_decay = arrays["log_decay"]
-            log_decay = log_decay.reshape(1, TIME, h, k) if shape.decay == "vector" else log_decay
-            bonus = {"bonus": arrays["bonus"]} if shape.bonus else {}
-            with dispatch.use_device(device), mosaic_tpu.use(tiles=tiles):
-                out, _ = linear_attention(
-                    *heads.values(), log_decay, **bonus, implementation=job.implementation
-                )  # fmt: skip
-            return out.reshape(1, TIME, h * v)
+        with dispatch.use_device(device):
+            out, pull = jax.vjp(op.function, arrays)
+            return out, pull(d_out)[0]
 
-        out, pull = jax.vjp(op, arrays)
-        return out, pull(d_out)[0]
-
-    def operand(shape, dtype=jnp.bfloat16):
+    def operand(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-    arrays = {name: operand((1, TIME, heads * width)) for name, (heads, width) in widths.items()}
-    arrays["log_decay"] = operand(decay, jnp.float32)
-    if shape.bonus:
-        arrays["bonus"] = operand((h, k), jnp.float32)
-    return jax.jit(run), (arrays, operand((1, TIME, h * v)))
+    arrays = {name: operand(*array) for name, array in op.arrays.items()}
+    return jax.jit(run), (arrays, operand(*op.out)), op
+
+
+def _times(program):
+    """How often each operation of a compiled program runs: the trip counts of the loops that it is in, multiplied."""
+    operations, loops, limits, computation = {}, {}, {}, None
+    for line in program.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            computation = header[1]
+        elif operation := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
+            operations[operation[1]] = computation
+            if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
+                loops[loop[2]] = computation, loop[1]
+            if limit := re.search(r" = s32\[\]\S* constant\((\d+)\)", line):
+                limits[computation] = int(limit[1])  # of a condition, that a counter from 0 stays below
+
+    def times(computation):
+        if computation not in loops:
+            return 1
+        outside, condition = loops[computation]
+        return limits[condition] * times(outside)
+
+    return {name: times(computation) for name, computation in operations.items()}
 
 
 def _cycles(folder):
@@ -240,7 +242,7 @@ HEADER = (
 
 
 def lines(job, result):
-    whole = f"{result['whole']:14.2f}" if "whole" in result else f"{'-':>14}"
+    whole = f"{result['whole']:14.3f}" if "whole" in result else f"{'-':>14}"
     if job.implementation != "mosaic_tpu":
         yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{'':61}{whole}"
         return
@@ -248,7 +250,7 @@ def lines(job, result):
         if row := result.get(kernel):
             shares = [f"{row[name] / row['cycles']:.0%}" for name in ("matmul_floor", "memory_floor")]
             yield (
-                f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10}{row['cycles']:8.2f}"
+                f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10}{row['cycles']:8.3f}"
                 f"{shares[0]:>14}{shares[1]:>11}{row['vmem_bytes'] / 1e6:9.1f}{row['bundles']:9d}{whole}"
             )
         else:
@@ -262,9 +264,9 @@ def check(stored: dict, jobs: list[Job]) -> list[str]:
         result = measure(dataclasses.replace(job, whole=False))
         for kernel in ("forward", "backward"):
             before, now = stored[f"{job.shape} {job.chip}"][kernel]["cycles"], result[kernel]["cycles"]
-            print(f"{job.shape} {job.chip} {kernel}: {now:.2f} cycles a token and head, stored {before:.2f}")
+            print(f"{job.shape} {job.chip} {kernel}: {now:.3f} cycles, stored {before:.3f}")
             if now > LIMIT * before:
-                problems.append(f"{job.shape} {job.chip} {kernel}: {now:.2f} cycles, {now / before:.2f} of the stored")
+                problems.append(f"{job.shape} {job.chip} {kernel}: {now:.3f} cycles, {now / before:.2f} of the stored")
     return problems
 
 
@@ -288,11 +290,11 @@ def sweep(chip: str, shape: str) -> None:
 
 
 def main():
-    from kernels.linear_attention import specs
+    from benchmarks.tpu_static_ops import SHAPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default=",".join(CHIPS))
-    parser.add_argument("--shapes", default=",".join(specs.SHAPES))
+    parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--implementation", choices=("mosaic_tpu", "chunked"), default="mosaic_tpu")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--sweep", action="store_true")
@@ -302,7 +304,7 @@ def main():
         child(Job(**json.loads(args.child)))
         return
     chips, shapes = args.chips.split(","), args.shapes.split(",")
-    for given, known in ((chips, CHIPS), (shapes, specs.SHAPES)):
+    for given, known in ((chips, CHIPS), (shapes, SHAPES)):
         if unknown := set(given) - set(known):
             parser.error(f"unknown {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
     if args.sweep:
@@ -325,7 +327,7 @@ def main():
             stored[key] = {**stored.get(key, {}), **result}
         else:
             stored.setdefault(key, {})["chunked"] = result.get("whole")
-        RESULTS.write_text(json.dumps(record.environment() | {"tokens": TIME, "results": stored}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(record.environment() | {"results": stored}, indent=1) + "\n")
     print(f"written to {RESULTS.relative_to(RESULTS.parent.parent.parent)}")
 
 

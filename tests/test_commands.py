@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from zoo import compare, generate
+from zoo import compare
 from zoo.checkpoints import Checkpointer
 from zoo.config import preset, to_json
 from zoo.evaluate.__main__ import main as evaluate
+from zoo.generate.__main__ import main as generate
 from zoo.model import LanguageModel
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_any_mixer_trains_resumes_evaluates_and_generates(mixer, text, tmp_path,
     assert result["bits_per_byte"] == pytest.approx(rows[-1]["eval_bits_per_byte"], rel=1e-5)
     assert f"{result['bits_per_byte']:.4f}" in capsys.readouterr().out
 
-    generate.main([f"--workdir={run}", "--prompt=def f(", "--max_tokens=8", "--temperature=0"])
+    generate([f"--workdir={run}", "--prompt=def f(", "--max_tokens=8", "--temperature=0"])
     output = capsys.readouterr()
     assert output.out.startswith("def f(") and output.err.startswith("step 6; prefill: 7 tokens")
 
@@ -143,7 +144,7 @@ def test_a_prompt_file_is_a_prompt(run, tmp_path, capsys, monkeypatch):
     outputs = []
     for source in (f"--prompt_file={tmp_path / 'prompt.txt'}", "--prompt=x = 1", "--prompt_file=-"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x = 1")))
-        generate.main([*common, source])
+        generate([*common, source])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2] and outputs[0].startswith("x = 1")
 
@@ -166,7 +167,7 @@ GENERATE = {
 @pytest.mark.parametrize(("arguments", "message"), GENERATE.values(), ids=GENERATE)
 def test_bad_input_to_generate_exits_with_2(run, arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        generate.main([f"--workdir={run}", *arguments])
+        generate([f"--workdir={run}", *arguments])
     output = capsys.readouterr()
     assert exit.value.code == 2 and message in output.err and output.out == ""
 
@@ -192,3 +193,13 @@ def test_bad_input_to_evaluate_exits_with_2(run, arguments, message, capsys):
         evaluate([f"--workdir={run}", *arguments])
     output = capsys.readouterr()
     assert exit.value.code == 2 and message in output.err and output.out == ""
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(run, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zoo.generate.__main__.generate_measured", stop)
+    with pytest.raises(SystemExit) as exit_:
+        generate([f"--workdir={run}", "--prompt=x", "--max_tokens=8"])
+    assert exit_.value.code == 130 and capsys.readouterr().err.endswith("\ninterrupted\n")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zoo import generate as generation
 from zoo.config import preset
 from zoo.data import tokenizer
 from zoo.errors import UsageError
-from zoo.generate import STEPS_PER_CALL, Sampling, generate, generate_measured, sample
+from zoo.generate import Sampling, generate, generate_measured, sample, sampler
+from zoo.generate.__main__ import Printer
+from zoo.generate.sampler import STEPS_PER_CALL
 from zoo.model import LanguageModel
 
 VOCAB = 64
@@ -125,9 +126,9 @@ def test_only_allowed_ids_are_drawn():
 def test_prompts_of_similar_lengths_share_their_programs():
     model = build("gla")
     generate(model, [prompt(33)], 20)
-    programs = generation._prefill._cache_size(), generation._decode._cache_size()
+    programs = sampler._prefill._cache_size(), sampler._decode._cache_size()
     generate(model, [prompt(64)], 17, seed=1)
-    assert (generation._prefill._cache_size(), generation._decode._cache_size()) == programs
+    assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == programs
 
 
 def test_costs_count_the_prompts_own_tokens_and_the_state():
@@ -232,7 +233,7 @@ def test_bad_settings_are_named(settings, message):
 
 def test_characters_are_printed_when_they_are_whole(capsys):
     prompt, text = "> é".encode()[:-1], "é漢".encode()[1:] + b"\xff\xe6"  # begun in the prompt; no UTF-8; unfinished
-    printer = generation._Printer([list(prompt)], tokenizer.load("bytes"))
+    printer = Printer([list(prompt)], tokenizer.load("bytes"))
     shown = [capsys.readouterr().out]
     for byte in text:
         printer.on_token(0, byte)
@@ -243,7 +244,7 @@ def test_characters_are_printed_when_they_are_whole(capsys):
 
 
 def test_several_texts_are_printed_in_order(capsys):
-    printer = generation._Printer([list(b"one "), list(b"two ")], tokenizer.load("bytes"))
+    printer = Printer([list(b"one "), list(b"two ")], tokenizer.load("bytes"))
     for row, token in ((0, 65), (1, 66), (0, 67)):
         printer.on_token(row, token)
     printer.finish([[65, 67], [66]])

@@ -101,7 +101,8 @@ class Checkpointer:
     def restore(self, abstract_state: Any) -> Checkpoint | None:
         """The newest undamaged checkpoint, its arrays on the shardings of `abstract_state`; None: there is none.
 
-        A damaged one is passed over with a warning and renamed `<step>.damaged`, so that its step can be saved again.
+        A damaged one is passed over with a warning and renamed `<step>.damaged`, so that its step can be saved again;
+        it is kept until that is done.
 
         Raises:
           UsageError: the checkpoint holds other parameters than `abstract_state`.
@@ -159,6 +160,9 @@ class Checkpointer:
             # The digest first: what is half deleted must not look complete.
             (self.directory / str(step) / DIGEST).unlink()
             shutil.rmtree(self.directory / str(step))
+        for aside in self.directory.glob("*.damaged"):
+            if int(aside.stem) <= steps[-1]:  # made again, or passed
+                shutil.rmtree(aside)
 
     def _failed(self, step: int, error: Exception) -> RunError:
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ class Run:
     name: str
     config: Config
     rows: list[metrics.Row]
-    corpus: str  # fingerprint of its text, "unknown" until the run has finished
+    corpus: str  # fingerprint of its text, "unknown" until training has begun
     finished: bool
 
     def last(self, field: str) -> float | None:

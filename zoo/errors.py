@@ -15,7 +15,7 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turn the two errors into one line on stderr and their exit code; any other error keeps its traceback."""
+    """Turn the two errors, and Ctrl-C, into one line on stderr and an exit code; other errors keep their traceback."""
     try:
         yield
     except UsageError as error:
@@ -24,3 +24,6 @@ def exit_with_message() -> Iterator[None]:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells count

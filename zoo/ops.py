@@ -6,7 +6,7 @@ import `kernels`.
 """
 
 import kernels
-from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, selective_scan, short_conv
+from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, short_conv
 from zoo import sharding
 
 __all__ = [
@@ -56,4 +56,23 @@ def linear_scan(x, log_decay, *, initial_state=None, segment_ids=None, **options
     }
     return sharding.on_each_device(
         lambda arrays: kernels.linear_scan(**arrays, **options), arrays, (channels, ("batch", "heads"))
+    )
+
+
+def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.selective_scan`, with each device's sequences and channels on it; see there."""
+    arrays = {
+        "x": (x, ("batch", None, "heads")),
+        "dt": (dt, ("batch", None, "heads")),
+        "A": (A, ("heads", None)),
+        "B": (B, ("batch", None, None)),
+        "C": (C, ("batch", None, None)),
+        "D": (D, ("heads",)),
+        "initial_state": (initial_state, ("batch", "heads", None)),
+        "segment_ids": (segment_ids, ("batch", None)),
+    }
+    return sharding.on_each_device(
+        lambda arrays: kernels.selective_scan(**{"D": None} | arrays, **options),
+        arrays,
+        (("batch", None, "heads"), ("batch", "heads", None)),
     )

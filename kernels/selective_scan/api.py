@@ -6,9 +6,10 @@ from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.checks import check_chunk_size, check_rank, check_shape
 from kernels.selective_scan.chunked import chunked
+from kernels.selective_scan.mosaic_tpu import mosaic_tpu
 from kernels.selective_scan.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_tpu": mosaic_tpu}
 OP = "selective_scan"
 
 
@@ -63,7 +64,7 @@ def selective_scan(
         OP,
         IMPLEMENTATIONS,
         implementation,
-        ["chunked"],
+        ["mosaic_tpu", "chunked"] if dispatch.device().platform == "tpu" else ["chunked"],
         x,
         dt,
         A,

@@ -3,13 +3,19 @@
 import copy
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from benchmarks import tpu_static
-from tests.kernels.tpu import devices
+from tests.kernels.tpu import compile_for_tpu, devices
 
 
-@pytest.mark.parametrize("shape", ["square", pytest.param("square_per_key", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape",
+    ["square", *(pytest.param(name, marks=pytest.mark.slow) for name in ("square_per_key", "mamba_125m"))],
+)
 def test_no_kernel_takes_a_tenth_more_cycles_than_stored(shape):
     devices("v5e")
     stored = json.loads(tpu_static.RESULTS.read_text())["results"]
@@ -24,3 +30,13 @@ def test_the_check_tells_a_slower_kernel(monkeypatch):
     monkeypatch.setattr(tpu_static, "measure", lambda job: slower)
     (problem,) = tpu_static.check(stored, [tpu_static.Job("v5e", "square")])
     assert "backward" in problem and "1.20 of the stored" in problem
+
+
+def test_an_operation_runs_as_often_as_the_loops_around_it():
+    def twice_nested(x):
+        return jax.lax.map(lambda row: jax.lax.fori_loop(0, 7, lambda _, y: jnp.sin(y @ y), row), x)
+
+    device = SingleDeviceSharding(devices("v5e")[0])
+    x = jax.ShapeDtypeStruct((3, 256, 256), jnp.float32, sharding=device)
+    program = compile_for_tpu(jax.jit(twice_nested).lower(x)).as_text()
+    assert set(tpu_static._times(program).values()) == {1, 3, 21}

@@ -113,8 +113,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpointer, capsys
     assert found.step == 1 and equal(found.state, make_state(1))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: checkpoint") and "2 is damaged" in warning and warning.count("\n") == 1
+    assert (checkpointer.directory / "2.damaged").exists()
     save(checkpointer, 2)  # its step comes again
     assert checkpointer.restore(abstract(make_state(0))).step == 2
+    assert not (checkpointer.directory / "2.damaged").exists()
 
 
 def test_all_damaged_restores_to_none(checkpointer):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import checkpoints, data, metrics
+from zoo import checkpoints, compare, data, metrics
 from zoo.errors import RunError, UsageError
 from zoo.training import loop, train
 from zoo.training.signals import StopSignal
@@ -79,6 +79,17 @@ def test_evaluation_is_the_mean_over_the_validation_tokens(run, config):
     row = metrics.read(run)[-1]
     assert row["eval_loss"] == pytest.approx(float(nats / tokens), rel=1e-5)
     assert row["eval_bits_per_byte"] == pytest.approx(float(nats / text_bytes) / np.log(2), rel=1e-5)
+
+
+def test_a_run_that_still_trains_can_be_compared(config, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zoo.training.loop._Loop.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    (found,) = compare.read_runs([str(tmp_path / "run")])
+    assert found.corpus == data.corpus_info(config)["fingerprint"] and not found.finished
 
 
 def test_a_finished_run_started_again_does_nothing(run, config):

@@ -133,6 +133,42 @@ def test_linear_scan_on_eight_devices_is_that_on_one():
     _run(program)
 
 
+def test_the_selective_scan_on_eight_devices_is_that_on_one():
+    """Batch and channels spread; what all sequences share (A, D) and all channels (B, C) gets the sum of its parts."""
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_num_cpu_devices", 8)
+        from kernels.dispatch import use_implementation
+        from zoo import ops, sharding
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+
+        def draw(i, *shape):
+            return jax.random.normal(jax.random.key(i), shape)
+
+        for batch, channels, names in ((2, 8, ("mosaic_tpu", "chunked")), (3, 8, ("chunked",)), (2, 6, ("chunked",))):
+            args = {
+                "x": draw(0, batch, 9, channels), "dt": jnp.exp(draw(1, batch, 9, channels)),
+                "A": -jnp.exp(draw(2, channels, 3)), "B": draw(3, batch, 9, 3), "C": draw(4, batch, 9, 3),
+                "D": draw(5, channels), "initial_state": draw(6, batch, channels, 3),
+            }
+            segment_ids = jnp.repeat(jnp.array([[0, 1, 2]]), 3, axis=1).repeat(batch, 0)
+
+            def run(args):
+                out, pull = jax.vjp(lambda args: ops.selective_scan(**args, segment_ids=segment_ids), args)
+                return out, pull(out)
+
+            for name in names:
+                with use_implementation(name):
+                    alone = jax.jit(run)(args)
+                    with sharding.use_mesh(mesh):
+                        spread = jax.jit(lambda args: run(args))(args)
+                assert len(spread[0][0].sharding.device_set) == 8
+                for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    """
+    _run(program)
+
+
 def _run(program):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}

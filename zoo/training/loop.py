@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import platform
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def train(config: Config, workdir: str | os.PathLike, *, init_from: str = "", pr
       profile_steps: trace that many steps into WORKDIR/profile (jax.profiler); 0: none.
 
     Returns:
-      What WORKDIR/summary.json holds, or {"stopped_at": step} after SIGTERM or Ctrl-C.
+      What WORKDIR/summary.json then holds, or {"stopped_at": step} after SIGTERM or Ctrl-C.
 
     Raises:
       UsageError: what is asked for cannot be done; nothing was compiled.
@@ -63,6 +64,7 @@ def train(config: Config, workdir: str | os.PathLike, *, init_from: str = "", pr
             loop = _Loop(run, mesh, programs, checkpointer, dataset, state, progress)
             stack.callback(loop.close)
             loop.announce(info)
+            _write_summary(run.workdir, {"corpus": info})  # which runs compare, while they still train
             with StopSignal() as stop:
                 loop.run(stop, profile_steps)
                 if stop.name:
@@ -200,7 +202,7 @@ class _Loop:
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "sequence-zoo")},
         }
-        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        _write_summary(self.workdir, summary)
         self.writer.plot()
         self.progress.say(
             f"finished    step {self.step}, validation bits per byte {summary['eval_bits_per_byte']:.4f} "
@@ -309,6 +311,10 @@ class _Loop:
 
     def _seconds(self) -> float:
         return self.seconds + (time.perf_counter() - self.clock_start if self.clock_start is not None else 0.0)
+
+
+def _write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,21 +1,13 @@
-"""Let a trained model write.
-
-    python -m zoo.generate --workdir=runs/gla --prompt="def main(" --max_tokens=200
+"""Prompts in, tokens out.
 
 Prompts are read once, in one call that leaves a state: recurrent matrices, and keys and values where a layer is softmax
 attention. Each new token is then one step from that state, never a second look at the prefix. Prompts of different
 lengths form one batch, padded on the left with a segment of its own, so each continues as if it were alone.
-
-Text goes to stdout as it is made, with several prompts in their order; the costs go to stderr.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
-import os
-import pathlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,8 +17,7 @@ import numpy as np
 from flax import nnx
 
 from kernels.array_typing import Array, Float, Int
-from zoo import checkpoints, data
-from zoo.errors import UsageError, exit_with_message
+from zoo.errors import UsageError
 from zoo.model import LanguageModel, State
 
 # Tokens made on the device before the host looks: on a CPU a tiny model writes 2 to 3 times faster than with 1, and the
@@ -138,7 +129,7 @@ def generate_measured(
       UsageError: no prompt, an empty one, ids outside the vocabulary, a max_tokens below 1, or more tokens than the
         model's learned positions.
     """
-    _check(model, prompts, max_tokens)
+    check_request(model, prompts, max_tokens)
     rows, calls = len(prompts), -(-max_tokens // STEPS_PER_CALL)
     inputs = _pad(prompts)
     capacity = inputs[0].shape[1] + calls * STEPS_PER_CALL
@@ -233,7 +224,8 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.n
     return tokens, segment_ids, positions
 
 
-def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def check_request(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """UsageError if `model` cannot continue `prompts` by `max_tokens` tokens."""
     if max_tokens < 1:
         raise UsageError(f"max_tokens: got {max_tokens}, expected at least 1")
     if not prompts:
@@ -251,106 +243,3 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: i
                 f"prompt {row}: its {len(prompt)} tokens and max_tokens = {max_tokens} exceed the model's "
                 f"{model.max_positions} learned positions; shorten the prompt, or lower max_tokens"
             )
-
-
-# --- The command ------------------------------------------------------------------------------------------------------
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m zoo.generate", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--workdir", required=True, help="the run to load")
-    add("--step", type=int, help="the checkpoint's step; default: the newest")
-    add("--prompt", action="append", default=[], help="may be repeated; empty: begin a document")
-    add("--prompt_file", action="append", default=[], help="its content is a prompt; may be repeated; -: stdin")
-    add("--max_tokens", type=int, default=200, help="tokens to write at most, a prompt")
-    add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that hold this share of probability")
-    add("--seed", type=int, default=0)
-    add(
-        "--stop_at_separator", action=argparse.BooleanOptionalAction, default=True,
-        help="end where the model ends the document; --no-stop_at_separator: it may not, and writes max_tokens",
-    )  # fmt: skip
-    return parser.parse_args(argv)
-
-
-def _prompts(arguments: argparse.Namespace, tokenizer: data.tokenizer.Tokenizer) -> list[list[int]]:
-    """The tokens of each prompt, the separator before them not among them."""
-    texts = [(f"--prompt={prompt}", os.fsencode(prompt)) for prompt in arguments.prompt]
-    for path in arguments.prompt_file:
-        try:
-            content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise UsageError(f"--prompt_file: {path!r} cannot be read ({error.strerror})") from error
-        texts.append((f"--prompt_file={path}", content))
-    if not texts:
-        raise UsageError("no prompt; give --prompt=TEXT (empty: begin a document) or --prompt_file=PATH")
-    prompts = []
-    for name, text in texts:
-        try:
-            prompts.append(tokenizer.encode_bytes(text).tolist())
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{name}: not UTF-8 at byte {error.start}, which this tokenizer needs") from error
-    return prompts
-
-
-class _Printer:
-    """Prompts and what follows them: the first text as it is made, the others when all are done (one cursor)."""
-
-    def __init__(self, prompts: list[list[int]], tokenizer: data.tokenizer.Tokenizer):
-        self._prompts, self._tokenizer = prompts, tokenizer
-        self._decoder = tokenizer.stream_decoder()  # of prompt and text, for a character may begin in the prompt
-        self._write(self._heading(0) + "".join(map(self._decoder.push, prompts[0])))
-
-    def on_token(self, row: int, token: int) -> None:
-        if row == 0:
-            self._write(self._decoder.push(token))
-
-    def finish(self, tokens: list[list[int]]) -> None:
-        self._write(self._decoder.flush() + "\n")
-        for row in range(1, len(tokens)):
-            self._write(self._heading(row) + self._tokenizer.decode(self._prompts[row] + tokens[row]) + "\n")
-
-    def _heading(self, row: int) -> str:
-        return f"--- {row + 1} of {len(self._prompts)} ---\n" if len(self._prompts) > 1 else ""
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _costs(result: Generation, rows: int) -> str:
-    return (
-        f"prefill: {result.prefill_tokens} tokens, {result.prefill_tokens / result.prefill_seconds:,.0f} tokens/s; "
-        f"decode: {result.decode_tokens} tokens, {result.decode_tokens / result.decode_seconds:,.0f} tokens/s; "
-        f"state: {result.state_bytes // rows:,} bytes a sequence; compiling: {result.compile_seconds:.1f} s"
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = _arguments(argv)
-    with exit_with_message():
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-        if arguments.max_tokens < 1:
-            raise UsageError(f"--max_tokens: got {arguments.max_tokens}, expected at least 1")
-        config, model, step = checkpoints.load_run(arguments.workdir, arguments.step)
-        tokenizer = data.tokenizer.for_run(arguments.workdir, config)
-        texts = _prompts(arguments, tokenizer)
-        prompts = [[tokenizer.separator_id, *text] for text in texts]  # as documents begin in training
-        allowed = np.arange(model.vocab_size) < tokenizer.vocab_size
-        if not arguments.stop_at_separator:
-            allowed[tokenizer.separator_id] = False
-        _check(model, prompts, arguments.max_tokens)
-        sys.stdout.reconfigure(errors="replace")
-        printer = _Printer(texts, tokenizer)
-        result = generate_measured(
-            model, prompts, arguments.max_tokens, sampling,
-            seed=arguments.seed, stop_id=tokenizer.separator_id, allowed=allowed, on_token=printer.on_token,
-        )  # fmt: skip
-        printer.finish(result.tokens)
-        print(f"step {step}; {_costs(result, len(texts))}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

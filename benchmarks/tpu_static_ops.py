@@ -1,0 +1,81 @@
+"""The subjects of `benchmarks.tpu_static`: a function for each op that has a TPU kernel, an entry for each shape."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+import kernels
+from kernels.linear_attention import mosaic_tpu, specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op at one shape.
+
+    Attributes:
+      function: the op of operands by name, on layouts as projections leave them.
+      arrays: shape and dtype of each operand.
+      out: those of the result.
+      time: tokens.
+      unit: what cycles are counted for, beside a token.
+      units: how many of them a token has.
+    """
+
+    function: Callable
+    arrays: dict[str, tuple]
+    out: tuple
+    time: int
+    unit: str
+    units: int
+
+
+def linear_attention(shape: specs.Shape, implementation, tiles) -> Op:
+    time = 4096
+    g, h, k, v = shape.groups, shape.heads, shape.key_dim, shape.value_dim
+    widths = {"q": (g, k), "k": (g, k), "v": (h, v)}
+    decay = {"fixed": (h,), "scalar": (1, time, h), "vector": (1, time, h * k)}[shape.decay]
+
+    def function(arrays):
+        heads = {name: arrays[name].reshape(1, time, *width) for name, width in widths.items()}
+        log_decay = arrays["log_decay"]
+        log_decay = log_decay.reshape(1, time, h, k) if shape.decay == "vector" else log_decay
+        bonus = {"bonus": arrays["bonus"]} if shape.bonus else {}
+        with mosaic_tpu.use(tiles=specs.Tiles(*tiles) if tiles else None):
+            out, _ = kernels.linear_attention(*heads.values(), log_decay, **bonus, implementation=implementation)
+        return out.reshape(1, time, h * v)
+
+    arrays = {name: ((1, time, heads * width), jnp.bfloat16) for name, (heads, width) in widths.items()}
+    arrays["log_decay"] = decay, jnp.float32
+    if shape.bonus:
+        arrays["bonus"] = (h, k), jnp.float32
+    return Op(function, arrays, ((1, time, h * v), jnp.bfloat16), time, "head", h)
+
+
+def selective_scan(channels, numbers, implementation, tiles) -> Op:
+    del tiles
+    time = 1024 if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes for 4096
+    arrays = {
+        "x": ((1, time, channels), jnp.bfloat16),
+        "dt": ((1, time, channels), jnp.float32),
+        "A": ((channels, numbers), jnp.float32),
+        "B": ((1, time, numbers), jnp.bfloat16),
+        "C": ((1, time, numbers), jnp.bfloat16),
+        "D": ((channels,), jnp.float32),
+    }
+    return Op(
+        lambda arrays: kernels.selective_scan(**arrays, implementation=implementation)[0],
+        arrays,
+        arrays["x"],
+        time,
+        "channel",
+        channels,
+    )
+
+
+SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
+    **{name: functools.partial(linear_attention, shape) for name, shape in specs.SHAPES.items()},
+    "mamba_125m": functools.partial(selective_scan, 1536, 16),
+    "mamba_1.3b": functools.partial(selective_scan, 4096, 16),
+}
