@@ -96,7 +96,7 @@ def test_linear_attention_on_eight_devices_is_that_on_one():
 
 
 def test_linear_scan_on_eight_devices_is_that_on_one():
-    """Batch and channels spread, real and complex; a fixed decay gets the sum of what its sequences' devices give it."""
+    """Batch and channels spread, real and complex; a fixed decay gets the sum over the sequences of all devices."""
     program = """
         import jax, jax.numpy as jnp, numpy as np
         jax.config.update("jax_num_cpu_devices", 8)
