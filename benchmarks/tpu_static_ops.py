@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 import kernels
@@ -74,8 +75,28 @@ def selective_scan(channels, numbers, implementation, tiles) -> Op:
     )
 
 
+def linear_scan(channels, dtype, implementation, tiles) -> Op:
+    """Decays per token; complex ones are made of real operands."""
+    del tiles
+    time = 4096 if implementation == "mosaic_tpu" else 256
+    row = (1, time, channels)
+    arrays = {"x": (row, jnp.float32), "log_decay": (row, jnp.float32)}
+    if dtype == jnp.complex64:
+        arrays |= {"x_imaginary": (row, jnp.float32), "angle": (row, jnp.float32)}
+
+    def function(arrays):
+        x, log_decay = arrays["x"], arrays["log_decay"]
+        if dtype == jnp.complex64:
+            x, log_decay = jax.lax.complex(x, arrays["x_imaginary"]), jax.lax.complex(log_decay, arrays["angle"])
+        return jnp.real(kernels.linear_scan(x, log_decay, implementation=implementation)[0])
+
+    return Op(function, arrays, arrays["x"], time, "channel", channels)
+
+
 SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
     **{name: functools.partial(linear_attention, shape) for name, shape in specs.SHAPES.items()},
     "mamba_125m": functools.partial(selective_scan, 1536, 16),
     "mamba_1.3b": functools.partial(selective_scan, 4096, 16),
+    "scan": functools.partial(linear_scan, 1024, jnp.float32),
+    "scan_complex": functools.partial(linear_scan, 1024, jnp.complex64),
 }
