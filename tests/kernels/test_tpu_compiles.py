@@ -1,4 +1,4 @@
-"""Ops without a TPU kernel compile ahead of time for TPUs, forward and backward; those with one have their own tests."""
+"""Ops without a TPU kernel compile ahead of time for TPUs, forward and backward; the others have their own tests."""
 
 import jax
 import jax.numpy as jnp
