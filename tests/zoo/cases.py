@@ -23,7 +23,7 @@ VARIANTS = {
     "gated_retention": [{"num_heads": 2, "expand_v": 2.0, "gate_temperature": 1.0}],
     "mlstm": [{"num_heads": 2, "gate_soft_cap": 0.0, "expand_k": 1.0}],
     "rwkv6": [{"num_heads": 2, "expand_k": 0.5, "mix_rank": 4, "decay_rank": 8}],
-    "gla": [{"num_heads": 2, "gate_temperature": 1.0}],
+    "gla": [{"num_heads": 2, "gate_temperature": 1.0}, {"gate": "scalar"}, {"gate": "fixed"}, {"gate": "none"}],
     "s4d": [{"init": "inv", "state_dim": 6}, {"init": "real", "discretization": "bilinear", "state_dim": 4}],
     "h3": [{"head_dim": 4, "state_dim": 8, "shift_width": 3}],
     "mamba": [{"expand": 1, "state_dim": 3, "conv_width": 2, "dt_rank": 5}],

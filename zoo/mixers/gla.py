@@ -3,6 +3,9 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        a_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)
     o_t = S_t^T q_t / sqrt(K)                  y_t = W_o (norm(o_t) * silu(x_t W_r))
 
+`gate` takes the gate away step by step, for ablations: "scalar" has one a_t a head, "fixed" RetNet's
+a = 1 - 2^(-5-h), "none" a = 1.
+
 State: S, float32 [batch, heads, K, V].
 """
 
@@ -17,14 +20,22 @@ from zoo import ops
 from zoo.layers import linear, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads
 
+GATES = ("key", "scalar", "fixed", "none")
+
 
 @dataclasses.dataclass
 class GLAConfig:
     num_heads: int = 4
     expand_k: float = 0.5  # K * num_heads / d_model
     expand_v: float = 1.0  # V * num_heads / d_model
+    gate: str = "key"  # what a_t is chosen for: each key dimension (key), each head (scalar); fixed, none
     gate_rank: int = 16  # width of x W_1
     gate_temperature: float = 16.0  # tau: larger forgets more slowly
+
+
+def _gates(config: GLAConfig, d_model: int) -> int:
+    """How many numbers a_t has; 0: it is not computed."""
+    return {"key": int(config.expand_k * d_model), "scalar": config.num_heads}.get(config.gate, 0)
 
 
 class GLA(Mixer):
@@ -39,14 +50,14 @@ class GLA(Mixer):
             d_k // config.num_heads,
             d_v // config.num_heads,
         )
-        self.temperature = config.gate_temperature
+        self.gate, self.temperature = config.gate, config.gate_temperature
         self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.gate_down = linear(d, config.gate_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
-        self.gate_up = linear(
-            config.gate_rank, d_k, ("rank", "heads"), bias=True, decay=False, dtype=jnp.float32, rngs=rngs
-        )
+        if gates := _gates(config, d):
+            self.gate_down = linear(d, config.gate_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+            axes = "rank", "heads" if config.gate == "key" else "gates"
+            self.gate_up = linear(config.gate_rank, gates, axes, bias=True, decay=False, dtype=jnp.float32, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
@@ -57,13 +68,21 @@ class GLA(Mixer):
         q = checkpoint_name(self.q(x).reshape(heads_k), "gla_q")
         k = checkpoint_name(self.k(x).reshape(heads_k), "gla_k")
         v = checkpoint_name(self.v(x).reshape(heads_v), "gla_v")
-        gate = self.gate_up(self.gate_down(x).astype(jnp.float32))
-        log_decay = jax.nn.log_sigmoid(gate).reshape(heads_k) / self.temperature
-        log_decay = checkpoint_name(log_decay, "gla_log_decay")
+        log_decay = self._log_decay(x)
         o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
         o = self.norm(o).reshape(*x.shape[:2], -1)
         y = self.out(o * jax.nn.silu(self.output_gate(x)))
         return y, None if state is None else final_state
+
+    def _log_decay(self, x):
+        """log a: [B, T, H, K], [B, T, H], [H], or None for 0."""
+        if self.gate == "none":
+            return None
+        if self.gate == "fixed":
+            return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
+        gate = jax.nn.log_sigmoid(self.gate_up(self.gate_down(x).astype(jnp.float32))) / self.temperature
+        shape = (self.heads, self.key_width) if self.gate == "key" else (self.heads,)
+        return checkpoint_name(gate.reshape(*x.shape[:2], *shape), "gla_log_decay")
 
     def init_state(self, batch_size, max_length, dtype):
         return jnp.zeros((batch_size, self.heads, self.key_width, self.value_width), jnp.float32)
@@ -72,6 +91,8 @@ class GLA(Mixer):
     def check(config, d_model):
         problems = check_heads({"num_heads": config.num_heads}, "expand_k * d_model", int(config.expand_k * d_model))
         problems += check_heads({"num_heads": config.num_heads}, "expand_v * d_model", int(config.expand_v * d_model))
+        if config.gate not in GATES:
+            problems.append(f"gate: got {config.gate!r}, expected one of {', '.join(GATES)}")
         if config.gate_rank < 1:
             problems.append(f"gate_rank: got {config.gate_rank}, expected at least 1")
         if config.gate_temperature <= 0:
@@ -80,12 +101,13 @@ class GLA(Mixer):
 
     @staticmethod
     def num_parameters(config, d_model):
-        d_k, d_v, rank = int(config.expand_k * d_model), int(config.expand_v * d_model), config.gate_rank
+        d_k, d_v, gates = int(config.expand_k * d_model), int(config.expand_v * d_model), _gates(config, d_model)
         projections = d_model * (2 * d_k + 3 * d_v)  # q, k; v, output gate, out
-        return projections + d_model * rank + rank * d_k + d_k + d_v // config.num_heads
+        gate = config.gate_rank * (d_model + gates) + gates if gates else 0
+        return projections + gate + d_v // config.num_heads
 
     @staticmethod
     def flops_per_token(config, d_model, context_length):
-        d_k, d_v, rank = int(config.expand_k * d_model), int(config.expand_v * d_model), config.gate_rank
-        projections = 2 * d_model * (2 * d_k + 3 * d_v + rank) + 2 * rank * d_k
+        d_k, d_v, gates = int(config.expand_k * d_model), int(config.expand_v * d_model), _gates(config, d_model)
+        projections = 2 * d_model * (2 * d_k + 3 * d_v) + (2 * config.gate_rank * (d_model + gates) if gates else 0)
         return projections + 4 * d_k * d_v / config.num_heads

@@ -1,0 +1,217 @@
+"""All families side by side: `python -m benchmarks.zoo [--size=tiny] [--families=gla,mamba] [--workdir=runs/zoo]`.
+
+For each family, by its config in `configs/`: tokens/s in training and validation bits per byte after the same number of
+tokens of the embedded corpus; tokens/s in decoding with 1K, 16K and 128K tokens behind, of one sequence; state bytes
+there. One table, one plot, and JSON in benchmarks/results/.
+
+    --steps     of training (60 at tiny: 30 minutes for all on 2 cores; a comparison of quality wants more)
+    --ablation  GLA's gate instead: none, fixed, one a head, one a key dimension; three seeds each
+
+A run that was stopped goes on where it was when the command is repeated.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks import record
+from zoo import checkpoints, flops
+from zoo.config import Config, from_json
+from zoo.mixers import MIXERS
+from zoo.mixers.gla import GATES
+from zoo.model import LanguageModel
+from zoo.training import train
+
+POSITIONS = (1024, 16 * 1024, 128 * 1024)  # tokens before those that are decoded
+DECODED = 32  # tokens a call
+SEEDS = (0, 1, 2)
+
+
+def config_of(family: str, size: str, steps: int) -> Config:
+    name = "transformer" if family == "attention" else family
+    config = importlib.import_module(f"configs.{name}").get_config(size)
+    config.train.steps = steps
+    config.eval.every = config.checkpoint.every = steps
+    config.metrics.tensorboard = False
+    return config
+
+
+def trained(config: Config, workdir: pathlib.Path) -> dict:
+    """Train, or go on, or read what a finished run says of itself."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+        saved = from_json((workdir / "config.json").read_text())
+        if summary.get("step") == saved.train.steps == config.train.steps:
+            return summary
+    except (OSError, json.JSONDecodeError):
+        pass
+    summary = train(config, workdir)
+    if "stopped_at" in summary:
+        raise SystemExit(f"stopped; repeat the command to go on with {workdir}")
+    return summary
+
+
+def decode_speeds(model: LanguageModel, rounds: int = 5) -> dict[str, float]:
+    """Tokens a second of one sequence, by the tokens behind it: median of `rounds` calls of `DECODED` tokens.
+
+    States and caches are put at the position, not filled: what a token costs does not depend on what they hold.
+    """
+    graphdef, parameters = nnx.split(model)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def decode(parameters, state, token):
+        def step(carry, _):
+            state, token = carry
+            logits, state = nnx.merge(graphdef, parameters)(token, state=state)
+            return (state, jnp.argmax(logits, axis=-1).astype(jnp.int32)), None
+
+        return jax.lax.scan(step, (state, token), length=DECODED)[0]
+
+    speeds = {}
+    for position in POSITIONS:
+        state, token = _state_at(model, position, (rounds + 1) * DECODED), jnp.zeros((1, 1), jnp.int32)
+        state, token = jax.block_until_ready(decode(parameters, state, token))
+        seconds = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            state, token = jax.block_until_ready(decode(parameters, state, token))
+            seconds.append(time.perf_counter() - begin)
+        speeds[str(position)] = DECODED / statistics.median(seconds)
+    return speeds
+
+
+def _state_at(model: LanguageModel, position: int, room: int):
+    """The state of one sequence, zeros, with `position` tokens counted and room for as many more."""
+
+    def move(path, leaf):
+        counts = path[-1] in (jax.tree_util.DictKey("position"), jax.tree_util.DictKey("index"))
+        return jnp.full_like(leaf, position) if counts else jnp.array(leaf)
+
+    return jax.tree_util.tree_map_with_path(move, model.init_state(1, position + room))
+
+
+def measure(family: str, size: str, steps: int, workdir: pathlib.Path) -> dict:
+    """One row; it is kept in the family's folder."""
+    kept = workdir / "row.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    config = config_of(family, size, steps)
+    summary = trained(config, workdir)
+    saved, model, _ = checkpoints.load_run(workdir)
+    row = {
+        "family": family,
+        "parameters": summary["parameters"],
+        "tokens": summary["tokens"],
+        "train_tokens_per_second": summary["tokens"] / summary["seconds"],
+        "bits_per_byte": summary["eval_bits_per_byte"],
+        "decode_tokens_per_second": decode_speeds(model),
+        "state_bytes": {str(n): flops.state_bytes(saved.model, n) for n in POSITIONS},
+    }
+    kept.write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+HEADER = (
+    f"{'family':18}{'parameters':>11}{'bits/byte':>10}{'train tok/s':>12}"
+    + "".join(f"{f'decode {n // 1024}K':>13}" for n in POSITIONS)
+    + "".join(f"{f'state {n // 1024}K':>13}" for n in (POSITIONS[0], POSITIONS[-1]))
+)
+
+
+def line(row: dict) -> str:
+    decode, state = row["decode_tokens_per_second"], row["state_bytes"]
+    return (
+        f"{row['family']:18}{row['parameters']:>11,}{row['bits_per_byte']:>10.3f}{row['train_tokens_per_second']:>12,.0f}"
+        + "".join(f"{decode[str(n)]:>13,.0f}" for n in POSITIONS)
+        + "".join(f"{state[str(n)]:>13,}" for n in (POSITIONS[0], POSITIONS[-1]))
+    )
+
+
+def plot(rows: list[dict], path: pathlib.Path) -> None:
+    """What is learnt against the speed of training, and the speed of decoding against what lies behind."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    quality, decoding = figure.subplots(1, 2)
+    for row in rows:
+        quality.scatter(row["train_tokens_per_second"], row["bits_per_byte"])
+        quality.annotate(row["family"], (row["train_tokens_per_second"], row["bits_per_byte"]), fontsize=8)
+        speeds = [row["decode_tokens_per_second"][str(n)] for n in POSITIONS]
+        decoding.loglog(POSITIONS, speeds, "o-", label=row["family"], markersize=3)
+    quality.set(xlabel="training tokens/s", ylabel=f"validation bits per byte after {rows[0]['tokens']:,} tokens")
+    decoding.set(xlabel="tokens behind", ylabel="decoded tokens/s, one sequence")
+    decoding.legend(fontsize=7, ncols=2)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Path) -> None:
+    rows = []
+    for number, family in enumerate(families):
+        print(f"[{number + 1}/{len(families)}] {family}", flush=True)
+        rows.append(measure(family, size, steps, workdir / family))
+    rows.sort(key=lambda row: row["bits_per_byte"])
+    print(f"\n{HEADER}\n" + "\n".join(map(line, rows)))
+    plot(rows, workdir / "zoo.png")
+    print(f"written to {workdir / 'zoo.png'}")
+    if families == list(MIXERS):
+        record.write(f"zoo_{size}", {"steps": steps, "rows": rows})
+
+
+def ablation(size: str, steps: int, workdir: pathlib.Path) -> None:
+    """GLA with less and less of a gate; everything else, data and number of steps too, is the same."""
+    rows = []
+    for gate in GATES:
+        found = []
+        for seed in SEEDS:
+            number = len(rows) * len(SEEDS) + len(found) + 1
+            print(f"[{number}/{len(GATES) * len(SEEDS)}] gate {gate}, seed {seed}", flush=True)
+            config = config_of("gla", size, steps)
+            config.model.gla.gate, config.train.seed = gate, seed
+            found.append(trained(config, workdir / f"gla_{gate}_{seed}"))
+        rows.append(
+            {
+                "gate": gate,
+                "parameters": found[0]["parameters"],
+                "bits_per_byte": [summary["eval_bits_per_byte"] for summary in found],
+            }
+        )
+    print(f"\n{'gate':10}{'parameters':>12}{'bits/byte, median':>20}{'range':>20}")
+    for row in rows:
+        low, *_, high = sorted(row["bits_per_byte"])
+        median = statistics.median(row["bits_per_byte"])
+        print(f"{row['gate']:10}{row['parameters']:>12,}{median:>20.4f}{f'{low:.4f} - {high:.4f}':>20}")
+    record.write(f"gla_gates_{size}", {"steps": steps, "rows": rows})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/zoo"))
+    parser.add_argument("--ablation", action="store_true")
+    args = parser.parse_args()
+    families = args.families.split(",")
+    if unknown := [family for family in families if family not in MIXERS]:
+        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(MIXERS)}")
+    if args.steps < 1:
+        parser.error(f"--steps={args.steps}: expected at least 1")
+    workdir = args.workdir / f"{args.size}_{args.steps}_steps"
+    workdir.mkdir(parents=True, exist_ok=True)
+    if args.ablation:
+        ablation(args.size, args.steps, workdir)
+    else:
+        side_by_side(families, args.size, args.steps, workdir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The benchmark of all families: its decoding starts where it says, and a repeated command does not train again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import zoo as side_by_side
+from zoo.config import preset
+from zoo.model import LanguageModel
+
+
+@pytest.mark.parametrize("mixer", ["attention", "retnet"])
+def test_a_state_at_a_position_has_the_shapes_and_counts_of_a_prefilled_one(mixer):
+    config = preset("tiny").model
+    config.mixer, config.vocab_size, config.num_layers, config.d_model = mixer, 64, 2, 32
+    with nnx.use_eager_sharding(False):
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    tokens = np.zeros((1, 24), np.int32)
+    _, prefilled = jax.jit(lambda state: model(tokens, state=state))(model.init_state(1, 24 + 8))
+    placed = side_by_side._state_at(model, 24, 8)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), placed) == jax.tree.map(lambda x: (x.shape, x.dtype), prefilled)
+    counts = [leaf for leaf in jax.tree.leaves(prefilled) if np.issubdtype(leaf.dtype, np.integer) and leaf.any()]
+    ours = [leaf for leaf in jax.tree.leaves(placed) if np.issubdtype(leaf.dtype, np.integer) and leaf.any()]
+    assert all((a == b).all() for a, b in zip(counts, ours, strict=True))
+
+
+def test_a_repeated_command_reads_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "POSITIONS", (16, 32))
+    monkeypatch.setattr(side_by_side, "DECODED", 2)
+    monkeypatch.setattr(side_by_side, "config_of", small)
+    for _ in range(2):
+        side_by_side.side_by_side(["gla"], "tiny", 2, tmp_path)
+        monkeypatch.setattr(side_by_side, "train", None)  # the second time nothing is trained
+    row = json.loads((tmp_path / "gla" / "row.json").read_text())
+    assert row["tokens"] == 2 * 2 * 16 and set(row["decode_tokens_per_second"]) == {"16", "32"}
+    assert (tmp_path / "zoo.png").stat().st_size > 1000
+
+
+def small(family, size, steps, config_of=side_by_side.config_of):
+    config = config_of(family, size, steps)
+    config.model.num_layers, config.model.d_model, config.eval.batches = 1, 32, 1
+    config.train.batch_size, config.train.context_length = 2, 16
+    config.model.gla.num_heads = 2
+    return config
