@@ -40,6 +40,7 @@ def config_of(family: str, size: str, steps: int) -> Config:
     config = importlib.import_module(f"configs.{name}").get_config(size)
     config.train.steps = steps
     config.eval.every = config.checkpoint.every = steps
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps)
     config.metrics.tensorboard = False
     return config
 
