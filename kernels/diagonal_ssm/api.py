@@ -56,8 +56,6 @@ def diagonal_ssm(
     if x.shape[1] == 0:
         raise ValueError(f"{OP}: x has shape {x.shape}, expected at least one token")
     check_chunk_size(OP, chunk_size)
-    if initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], *log_a.shape), jnp.complex64)
     return dispatch.call(
         OP,
         IMPLEMENTATIONS,
@@ -66,7 +64,7 @@ def diagonal_ssm(
         x,
         *(array.astype(jnp.complex64) for array in (log_a, b, c)),
         d,
-        initial_state=initial_state.astype(jnp.complex64),
+        initial_state=None if initial_state is None else initial_state.astype(jnp.complex64),
         segment_ids=segment_ids,
         chunk_size=chunk_size,
     )

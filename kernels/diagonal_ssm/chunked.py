@@ -14,8 +14,10 @@ stops at the starts of segments and of chunks; a chunk's state reaches its token
 its own tokens after the last start make the next state.
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,7 +28,7 @@ CHUNK_SIZE, PACKED_CHUNK_SIZE = 64, 32  # tokens; the taps of packed rows are no
 
 
 def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
-    """y [B, T, D] and the final state; see `diagonal_ssm`."""
+    """y [B, T, D] and the final state; see `diagonal_ssm`. Without an initial state one chunk needs no states."""
     batch, time, channels = x.shape
     size = min(chunk_size or (CHUNK_SIZE if segment_ids is None else PACKED_CHUNK_SIZE), time)
     chunks = math.ceil(time / size)
@@ -55,27 +57,46 @@ def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
 
     writes = _by_channel(powers[:-1][::-1] * b)  # [D, size, 2 N]
     lasting_inputs = by_chunk if lasting is None else jnp.where(lasting, by_chunk, 0)
-    written = _product("dbct,dtn->cbdn", lasting_inputs[:, :, :-1], writes)  # the last chunk's go nowhere
-    before = _states(written, powers[-1], None if carries is None else carries[:, :-1], initial_state)
-    reads = _by_channel(jnp.conj(powers[1:] * c))
-    from_state = 2 * _product("cbdn,dtn->dbct", _parts(before), reads)
-    y = y + (from_state if reached is None else jnp.where(reached, from_state, 0))
+    before = None  # the states before chunks
+    if chunks > 1 or initial_state is not None:
+        if initial_state is None:
+            initial_state = jnp.zeros((batch, *log_a.shape), jnp.complex64)
+        written = _product("dbct,dtn->cbdn", lasting_inputs[:, :, :-1], writes)  # the last chunk's go nowhere
+        before = _states(written, powers[-1], None if carries is None else carries[:, :-1], initial_state)
+        reads = _by_channel(jnp.conj(powers[1:] * c))
+        from_state = 2 * _product("cbdn,dtn->dbct", _parts(before), reads)
+        y = y + (from_state if reached is None else jnp.where(reached, from_state, 0))
 
     last = size - padding  # tokens of the last chunk
     ending = lasting_inputs[:, :, -1, :last]
     final_state = _complex(_product("dbt,dtn->bdn", ending, writes[:, size - last :]))
-    carried = powers[last] * before[-1]
-    final_state += carried if carries is None else jnp.where(carries[:, -1, None, None], carried, 0)
+    if before is not None:
+        carried = powers[last] * before[-1]
+        final_state += carried if carries is None else jnp.where(carries[:, -1, None, None], carried, 0)
     return jnp.moveaxis(y, 0, 3).reshape(batch, -1, channels)[:, :time].astype(x.dtype), final_state
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _powers(a, count):
-    """a^0 ... a^count, [count + 1, ...], by doubling."""
+    """a^0 ... a^count, [count + 1, ...], by doubling; their derivatives t a^(t-1) take no more than the powers."""
     powers, next_power = jnp.ones_like(a)[None], a  # next_power: a^len(powers)
     while len(powers) <= count:
         powers = jnp.concatenate([powers, powers * next_power])
         next_power = next_power * next_power
     return powers[: count + 1]
+
+
+def _powers_forward(a, count):
+    powers = _powers(a, count)
+    return powers, powers[:-1]
+
+
+def _powers_backward(count, powers, gradient):
+    exponent = jnp.arange(1, count + 1, dtype=jnp.float32).reshape(-1, *(1,) * (powers.ndim - 1))
+    return (jnp.sum(exponent * powers * gradient[1:], 0),)
+
+
+_powers.defvjp(_powers_forward, _powers_backward)
 
 
 def _toeplitz(taps):

@@ -10,6 +10,8 @@ def reference(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
     """y [B, T, D] and the final state; see `diagonal_ssm`. `chunk_size` has no meaning here."""
     del chunk_size
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *log_a.shape), jnp.complex64)
     a, skip = jnp.exp(log_a), 0.0 if d is None else d.astype(jnp.float32)
 
     def step(h, inputs):

@@ -48,20 +48,23 @@ def short_conv(
     taps = _check("short_conv", x, weight, bias, activation, initial_state)
     if segment_ids is not None:
         check_shape("short_conv", "segment_ids", segment_ids, (B, T), like="x", shape=x.shape)
+    unused = 0
     if initial_state is None:
-        initial_state = jnp.zeros((B, taps - 1, D), x.dtype)
-    return dispatch.call(
+        unused = max(0, taps - 1 - T)  # taps that reach back before token 0 from every token
+        initial_state = jnp.zeros((B, taps - 1 - unused, D), x.dtype)
+    y, final_state = dispatch.call(
         "short_conv",
         IMPLEMENTATIONS,
         implementation,
         ["chunked"],
         x,
-        weight,
+        weight[:, unused:],
         bias,
         activation=activation,
         initial_state=initial_state.astype(x.dtype),
         segment_ids=segment_ids,
     )
+    return y, jnp.pad(final_state, ((0, 0), (unused, 0), (0, 0)))
 
 
 def short_conv_step(

@@ -50,6 +50,25 @@ def test_from_a_zero_state_it_is_the_convolution_of_the_docstring():
     assert error_ratio(y, np.moveaxis(np.asarray(expected), 1, 2)) < 1e-6
 
 
+@pytest.mark.parametrize("chunk_size", [16, 64], ids=["chunks", "one_chunk"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one_segment", "packed"])
+def test_no_initial_state_is_a_zero_state(packed, chunk_size):
+    inputs, segment_ids = CASES[NAME].make(), random_segments() if packed else None
+    zero = jnp.zeros_like(inputs.pop("initial_state"))
+
+    @jax.jit
+    def run(inputs, state, cotangents):
+        def call(inputs):
+            return diagonal_ssm(**inputs, initial_state=state, segment_ids=segment_ids, chunk_size=chunk_size)
+
+        values, pull = jax.vjp(call, inputs)
+        return values, pull(cotangents)[0]
+
+    expected = results(NAME, "reference", inputs | {"initial_state": zero}, segment_ids)
+    del expected[1]["initial_state"]
+    assert_close(run(inputs, None, cotangents(NAME, inputs)), expected)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one_segment", "packed"])
 @pytest.mark.parametrize("chunk_size", [1, 9, 64])
 def test_any_chunk_gives_the_same(chunk_size, packed):
