@@ -24,13 +24,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def path(name: str) -> pathlib.Path:
+    """Where the latest results of `name` on this platform are kept."""
+    return RESULTS / f"{name}.{jax.devices()[0].platform}.json"
+
+
 def write(name: str, values: dict[str, Any]) -> pathlib.Path:
     """Keep `values` as the latest results of `name` on this platform; returns the file."""
+    file, new = path(name), path(f"{name}.new")
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.{jax.devices()[0].platform}.json"
-    path.write_text(json.dumps(environment() | values, indent=1) + "\n")
-    print(f"written to {path.relative_to(RESULTS.parent.parent)}")
-    return path
+    new.write_text(json.dumps(environment() | values, indent=1) + "\n")
+    new.replace(file)  # an interrupted write loses nothing
+    print(f"written to {file.relative_to(RESULTS.parent.parent)}")
+    return file
 
 
 def _cpu_model() -> str:
