@@ -125,6 +125,32 @@ def test_a_long_row_of_fast_and_slow_turns_is_the_recurrence_in_float64():
     assert error_ratio(state, reference_state) < 2e-5
 
 
+@pytest.mark.slow
+def test_a_million_tokens_are_the_convolution_in_float64():
+    """T = 2^20: one call, and two that carry the state; values, and the gradient of x."""
+    time, rng = 2**20, np.random.default_rng(5)
+    inputs = {
+        "log_a": jnp.asarray([[-1e-4 + 0.02j, -1e-2 + 1j, -1e-1 + 3j]], jnp.complex64),  # up to 10,000 tokens
+        "b": complex_normal(rng, 1, 3),
+        "c": complex_normal(rng, 1, 3),
+    }
+    x, d_y = normal(rng, 1, time, 1), normal(rng, 1, time, 1)
+    b, c = (np.asarray(inputs[name][0]).astype(np.complex128) for name in "bc")
+    a = np.asarray(jnp.exp(inputs["log_a"]))[0].astype(np.complex128)  # float32 loses its digits here, and only here
+    taps = 2 * ((b * c) @ a[:, None] ** np.arange(time)).real
+
+    def convolve(x):
+        return np.fft.irfft(np.fft.rfft(taps, 2 * time) * np.fft.rfft(x, 2 * time), 2 * time)[:time]
+
+    y, pull = jax.vjp(jax.jit(lambda x: diagonal_ssm(x, **inputs)[0]), x)
+    assert error_ratio(y[0, :, 0], convolve(np.asarray(x, np.float64)[0, :, 0])) < 1e-4
+    d_x = convolve(np.asarray(d_y, np.float64)[0, ::-1, 0])[::-1]
+    assert error_ratio(pull(d_y)[0][0, :, 0], d_x) < 1e-4
+    first, state = diagonal_ssm(x[:, : time // 2], **inputs)
+    second, _ = diagonal_ssm(x[:, time // 2 :], **inputs, initial_state=state)
+    assert error_ratio(jnp.concatenate([first, second], 1), y) < 1e-5
+
+
 def test_memory_is_linear_in_time_and_far_below_a_state_a_token():
     channels, state_size = 16, 32
 
