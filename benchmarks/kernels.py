@@ -286,7 +286,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one small shape, few runs")
     parser.add_argument("--table", choices=("cpu", "gpu"), help="by default that of jax's device")
     parser.add_argument("--calls", help=f"of the GPU's table, comma-separated: some of {', '.join(CALLS)}")
-    parser.add_argument("--minutes", type=float, default=8, help="no call of the GPU's table is begun later")
+    parser.add_argument("--minutes", type=float, default=7, help="no call of the GPU's table is begun later")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a process beside this one needs memory too
     if (args.table or dispatch.device().platform) == "gpu":

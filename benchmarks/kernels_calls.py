@@ -121,9 +121,10 @@ CALLS = {  # in the order of what is missed most if the time is over
     **{name: Call("linear_attention", *call) for name, call in specs.CALLS.items()},
     "attention_32x128": Call("attention", 8, 8192, (32, 128)),
     "attention_1.3b": Call("attention", 16, 2048, (32, 64)),
-    "mamba_4096": Call("selective_scan", 8, 8192, (4096, 16)),
     "mamba_1.3b": Call("selective_scan", 16, 2048, (4096, 16)),
+    "mamba_340m": Call("selective_scan", 16, 2048, (2048, 16)),
     "mamba_125m": Call("selective_scan", 16, 2048, (1536, 16)),
+    "mamba_4096": Call("selective_scan", 8, 8192, (4096, 16)),
 }
 QUICK_CALLS = {
     "quick_scalar": Call("linear_attention", 1, 96, specs.Shape(1, 2, 64, 64, "scalar")),

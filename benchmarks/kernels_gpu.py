@@ -220,10 +220,10 @@ def fla_rows(calls, seconds):
         command = [sys.executable, "-m", "benchmarks.kernels_fla", folder, str(seconds), *names]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         try:
-            process = subprocess.run(command, env=environment, timeout=1.5 * seconds, stderr=subprocess.PIPE, text=True)
+            process = subprocess.run(command, env=environment, timeout=1.2 * seconds, stderr=subprocess.PIPE, text=True)
             reason = process.stderr.strip().splitlines()[-1:] if process.returncode else []
         except subprocess.TimeoutExpired:
-            reason = [f"stopped after {1.5 * seconds:.0f} seconds"]
+            reason = [f"stopped after {1.2 * seconds:.0f} seconds"]
         path = pathlib.Path(folder, "rows.jsonl")
         rows = {}
         for row in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
@@ -250,8 +250,8 @@ def short(error):
 
 
 HEADER = (
-    f"{'call':24}{'implementation':20}{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>9}{'GB/s':>7}{'fwd roof':>9}{'f+b roof':>9}"
-    f"{'out error':>11}{'gradients':>11}"
+    f"{'call':24}{'implementation':20}{'fwd ms':>9}{'f+b ms':>9}{'TFLOP/s':>10}{'GB/s':>10}"
+    f"{'fwd roof':>9}{'f+b roof':>9}{'out error':>11}{'gradients':>11}"
 )
 
 
@@ -260,7 +260,7 @@ def line(row):
     host = " host" if max(row["forward_host_share"], row["both_host_share"]) > HOST_BOUND else ""
     return (
         f"{row['call']:24}{row['implementation']:20}{row['forward_median_ms']:9.3f}{row['both_median_ms']:9.3f}"
-        f"{row['both_tflops']:9.3g}{row['both_gbytes_per_second']:7.3g}"
+        f"{row['both_tflops']:10.3g}{row['both_gbytes_per_second']:10.3g}"
         f"{row['forward_roofline']:9.1%}{row['both_roofline']:9.1%}"
         f"{row['out_error']:11.1e}{row['gradient_errors'][worst]:11.1e} {worst}{host}"
     )

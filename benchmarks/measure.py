@@ -52,20 +52,23 @@ def queued(
 
     Each function comes as several thunks, the same call on different operands, which take turns: with more bytes
     together than the device's cache, no call finds its operands there. A queue lasts about `seconds_each`, at least
-    one call of each thunk; the functions take turns for `rounds` queues. One whose queue lasts longer than `slow`
-    seconds has two. All thunks are called before the first queue, twice.
+    one call of each thunk; the functions take turns for `rounds` queues. All thunks are called before, to warm up; if
+    that takes longer than `slow` seconds, the function has two queues of one call.
 
     Args:
       wait: returns when the result that it is given, and all enqueued before it, are there.
     """
     lengths, times = {}, {name: [] for name in functions}
     for name, thunks in functions.items():
-        _queue(thunks, len(thunks), wait)
         seconds, _ = _queue(thunks, len(thunks), wait)
-        lengths[name] = max(len(thunks), math.ceil(seconds_each * len(thunks) / seconds))
+        if seconds > slow:
+            lengths[name] = 1
+        else:
+            seconds, _ = _queue(thunks, len(thunks), wait)  # nothing to load any more
+            lengths[name] = max(len(thunks), math.ceil(seconds_each * len(thunks) / seconds))
     for turn in range(rounds):
         for name, thunks in functions.items():
-            if turn < 2 or times[name][0][0] < slow:
+            if turn < 2 or lengths[name] > 1:
                 times[name].append(_queue(thunks, lengths[name], wait))
     timings = {}
     for name, length in lengths.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import kernels_gpu, measure, record
@@ -47,6 +48,18 @@ def test_the_table_has_times_shares_and_errors_of_each_implementation(monkeypatc
 
     kept = json.loads(record.write("kernels_gpu", results).read_text())
     assert kept["rows"] == results["rows"] and kept.keys() >= {"date", "device", "versions", "ceilings", "left_out"}
+
+
+def test_operands_take_turns_in_a_queue_and_the_last_result_is_waited_for():
+    called, waited = [], []
+    thunks = [lambda i=i: called.append(i) or (i, len(called)) for i in range(3)]
+    timing = measure.queued({"f": thunks}, waited.append, rounds=4, seconds_each=1e-5)["f"]
+    queues = np.diff([0, *(calls for _, calls in waited)])
+    assert sum(queues) == len(called) and list(queues[:2]) == [3, 3] and len(queues) == 2 + 4
+    assert timing.runs == sum(queues[2:]) and 0 < timing.host_share <= 1
+    assert all(called[i] != called[i + 1] for i in range(5))
+    slow = measure.queued({"f": thunks}, waited.append, rounds=4, slow=0.0)["f"]
+    assert slow.runs == 2
 
 
 def test_a_failure_loses_one_row_and_is_told(monkeypatch, capsys):
