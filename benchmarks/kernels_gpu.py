@@ -8,6 +8,7 @@ against a float64 reference at few tokens and heads (`Call.checked`): root mean 
 gradient. `host` marks a time that is the host's, not the device's.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -60,9 +61,12 @@ def run(calls, minutes, quick=False):
                 results["fla"] = timings, fla["results"]
         rows += (new := rows_of(name, call, results, expected, ceilings))
         print("\n".join(map(line, new)), flush=True)
+    names = collections.defaultdict(list)  # one line a reason
     for name, reasons in left_out.items():
-        for which, why in reasons.items():
-            print(f"{name}: no {which}: {why}")
+        for reason in reasons.items():
+            names[reason].append(name)
+    for (which, why), where in names.items():
+        print(f"no {which} in {', '.join(where)}: {why}")
     return {"packages": versions(), "ceilings": ceilings, "rows": rows, "left_out": left_out}
 
 

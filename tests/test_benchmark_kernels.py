@@ -73,7 +73,7 @@ def test_a_failure_loses_one_row_and_is_told(monkeypatch, capsys):
     reason = "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
     assert results["rows"] == []
     assert results["left_out"] == {"one": {"mosaic_gpu": "no Hopper", "chunked": reason, "fla": "no triton"}}
-    assert f"one: no chunked: {reason}" in capsys.readouterr().out
+    assert f"no chunked in one: {reason}" in capsys.readouterr().out
 
 
 def test_no_call_is_begun_when_the_minutes_are_over(monkeypatch):
