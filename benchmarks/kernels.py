@@ -8,6 +8,8 @@ to benchmarks/results/.
 
 linear_attention also has its arithmetic floor: the multiply-adds of the chunk algorithm, chunk 64, what the
 backward pass computes again included, at the rate of a 2048-wide float32 matmul in the same run.
+
+On a GPU, or with --table=gpu, another table: benchmarks/kernels_gpu.py.
 """
 
 import argparse
@@ -22,6 +24,8 @@ import jax.numpy as jnp
 
 import kernels
 from benchmarks import measure, record
+from benchmarks.kernels_calls import CALLS, QUICK_CALLS, chunk_multiply_adds
+from kernels import dispatch
 
 LONG, TRAINING, SMALL = (1, 4096, 4, 64, 64), (16, 512, 4, 32, 64), (32, 256, 4, 16, 32)  # B, T, H, K, V
 QUICK = (2, 256, 4, 32, 32)
@@ -58,15 +62,6 @@ def linear_attention_cases(shape):
         if 4 * batch * time * heads * key_dim * value_dim <= STATES_LIMIT and kind.startswith("per key"):
             functions["associative_scan"] = linear_attention_by_associative_scan
         yield Case("linear_attention", kind, shape, functions, (q, k, v, *decay), chunk_multiply_adds(*shape))
-
-
-def chunk_multiply_adds(batch, time, heads, key_dim, value_dim, chunk=64):
-    """Forward: scores and their product with v; states: update and read. Backward: scores and states again, and two
-    products for each of the four."""
-    k_term, v_term, state_term = chunk * key_dim, chunk * value_dim, key_dim * value_dim
-    forward = k_term + v_term + 2 * state_term
-    both = 4 * k_term + 3 * v_term + 7 * state_term
-    return batch * time * heads * forward, batch * time * heads * both
 
 
 def linear_attention_by_associative_scan(q, k, v, log_decay):
@@ -269,12 +264,33 @@ def line(row):
     )
 
 
+def gpu_table(args, error):
+    from benchmarks import kernels_gpu
+
+    calls = QUICK_CALLS if args.quick else CALLS
+    names = args.calls.split(",") if args.calls else list(calls)
+    if unknown := [name for name in names if name not in calls]:
+        error(f"unknown call {unknown[0]!r}; expected some of {', '.join(calls)}")
+    if args.ops or args.shapes:
+        error("the table of a GPU takes --calls, no op and no --shapes")
+    print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
+    results = kernels_gpu.run({name: calls[name] for name in names}, args.minutes, args.quick)
+    if not args.quick and not args.calls:
+        record.write("kernels_gpu", results)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help=f"some of {', '.join(CASES)}; all by default")
     parser.add_argument("--shapes", help="BxTxHxKxV, comma-separated")
     parser.add_argument("--quick", action="store_true", help="one small shape, few runs")
+    parser.add_argument("--table", choices=("cpu", "gpu"), help="by default that of jax's device")
+    parser.add_argument("--calls", help=f"of the GPU's table, comma-separated: some of {', '.join(CALLS)}")
+    parser.add_argument("--minutes", type=float, default=7, help="no call of the GPU's table is begun later")
     args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a process beside this one needs memory too
+    if (args.table or dispatch.device().platform) == "gpu":
+        return gpu_table(args, parser.error)
     if unknown := [op for op in args.ops if op not in CASES]:
         parser.error(f"unknown op {unknown[0]!r}; expected some of {', '.join(CASES)}")
     shapes = [QUICK] if args.quick else [LONG, TRAINING, SMALL]

@@ -1,9 +1,10 @@
 """Times and memory of compiled functions."""
 
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ class Timing:
     min_ms: float
     max_ms: float
     runs: int
+    host_share: float = 0.0  # of the time, spent before the last call was enqueued; near 1 the host is what is timed
 
 
 def interleaved(
@@ -37,6 +39,53 @@ def interleaved(
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)
     return {name: Timing(1e3 * statistics.median(t), 1e3 * min(t), 1e3 * max(t), len(t)) for name, t in times.items()}
+
+
+def queued(
+    functions: Mapping[Any, Sequence[Callable[[], Any]]],
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+    rounds: int = 9,
+    seconds_each: float = 0.02,
+    slow: float = 1.0,
+) -> dict[Any, Timing]:
+    """Times of calls that queue up on a device, so that it never waits for the host: one call's share of a queue.
+
+    Each function comes as several thunks, the same call on different operands, which take turns: with more bytes
+    together than the device's cache, no call finds its operands there. A queue lasts about `seconds_each`, at least
+    one call of each thunk; the functions take turns for `rounds` queues. All thunks are called before, to warm up; if
+    that takes longer than `slow` seconds, the function has two queues of one call.
+
+    Args:
+      wait: returns when the result that it is given, and all enqueued before it, are there.
+    """
+    lengths, times = {}, {name: [] for name in functions}
+    for name, thunks in functions.items():
+        seconds, _ = _queue(thunks, len(thunks), wait)
+        if seconds > slow:
+            lengths[name] = 1
+        else:
+            seconds, _ = _queue(thunks, len(thunks), wait)  # nothing to load any more
+            lengths[name] = max(len(thunks), math.ceil(seconds_each * len(thunks) / seconds))
+    for turn in range(rounds):
+        for name, thunks in functions.items():
+            if turn < 2 or lengths[name] > 1:
+                times[name].append(_queue(thunks, lengths[name], wait))
+    timings = {}
+    for name, length in lengths.items():
+        each = [1e3 * seconds / length for seconds, _ in times[name]]
+        share = statistics.median(enqueued / seconds for seconds, enqueued in times[name])
+        timings[name] = Timing(statistics.median(each), min(each), max(each), length * len(each), share)
+    return timings
+
+
+def _queue(thunks, length, wait):
+    """Seconds until all calls are done, and until all are enqueued."""
+    start = time.perf_counter()
+    for i in range(length):
+        result = thunks[i % len(thunks)]()
+    enqueued = time.perf_counter()
+    wait(result)
+    return time.perf_counter() - start, enqueued - start
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

@@ -3,7 +3,9 @@
 import contextlib
 import contextvars
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -99,3 +101,15 @@ def call(
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
     raise NotImplementedError(f"{op}: no implementation supports this call. " + "; ".join(reasons))
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """The module of a package that only the extra `extra` of this project installs.
+
+    Raises:
+      NotImplementedError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotImplementedError(f"{error}; `pip install sequence-zoo[{extra}]` brings it") from error

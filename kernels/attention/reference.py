@@ -1,4 +1,4 @@
-"""The definition: a masked softmax over all keys at once, in float32."""
+"""The definition: a masked softmax over all keys at once, in float32 (float64 for float64 inputs)."""
 
 import jax.numpy as jnp
 
@@ -19,7 +19,7 @@ def reference(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions
     visible = visible[:, None]  # [B, 1, T, L]
 
     dtype = v.dtype
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q, k, v = (x.astype(jnp.promote_types(dtype, jnp.float32)) for x in (q, k, v))
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
     logits = scale * jnp.einsum("bthk,blhk->bhtl", q, k, precision="highest")
     if softcap is not None:

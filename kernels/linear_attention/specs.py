@@ -103,3 +103,25 @@ SHAPES = {  # of published or preset models
     "mamba2_8b": Shape(8, 128, 128, 64, "scalar"),
     "rwkv6_1.3b": Shape(32, 32, 64, 64, "vector", bonus=True),
 }
+
+
+CALLS = {  # of published measurements and of presets, for a GPU: (sequences, tokens of each, heads)
+    "tfla_scalar": (8, 8192, Shape(16, 16, 128, 256, "scalar")),  # arXiv:2503.14376: 65,536 tokens
+    "tfla_per_key": (8, 8192, Shape(16, 16, 128, 256, "vector")),
+    "ssd_4096": (8, 8192, Shape(1, 64, 128, 64, "scalar")),  # Mamba-2, inner width 4096
+    **{
+        f"fla_{heads}_heads_{decay}": (batch, time, Shape(heads, heads, 128, 128, decay))  # its own benchmark
+        for batch, time, heads in ((4, 4096, 64), (1, 8192, 96), (2, 16384, 16))
+        for decay in ("fixed", "vector")
+    },
+    "gla_1.3b": (16, 2048, Shape(4, 4, 256, 512, "vector")),
+    "gla_340m": (16, 2048, Shape(4, 4, 128, 256, "vector")),
+    "gla_125m": (16, 2048, Shape(4, 4, 96, 192, "vector")),
+    "mamba2_1.3b": (16, 2048, Shape(1, 64, 128, 64, "scalar")),
+    "mamba2_340m": (16, 2048, Shape(1, 32, 128, 64, "scalar")),
+    "mamba2_125m": (16, 2048, Shape(1, 24, 128, 64, "scalar")),
+    "retnet_1.3b": (16, 2048, Shape(8, 8, 256, 512, "fixed")),
+    "retnet_340m": (16, 2048, Shape(4, 4, 256, 512, "fixed")),
+    "retnet_125m": (16, 2048, Shape(3, 3, 256, 512, "fixed")),
+    "rwkv6_1.3b": (16, 2048, Shape(32, 32, 64, 64, "vector", bonus=True)),
+}

@@ -1,4 +1,4 @@
-"""The recurrence, token by token, in float32."""
+"""The recurrence, token by token, in float32 (float64 for float64 inputs)."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +10,8 @@ def reference(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
     """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here."""
     del chunk_size
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
-    A, skip = A.astype(jnp.float32), 0.0 if D is None else D.astype(jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    A, skip = A.astype(dtype), 0.0 if D is None else D.astype(dtype)
 
     def step(h, inputs):
         x, dt, B, C, start = inputs  # [B, D], [B, D], [B, N], [B, N], [B]
@@ -18,6 +19,6 @@ def reference(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
         h = jnp.exp(dt[..., None] * A) * h + jnp.einsum("bd,bn->bdn", dt * x, B, precision="highest")
         return h, jnp.einsum("bdn,bn->bd", h, C, precision="highest") + skip * x
 
-    inputs = tuple(array.astype(jnp.float32).swapaxes(0, 1) for array in (x, dt, B, C))
-    final_state, y = lax.scan(step, initial_state, (*inputs, starts.T))
+    inputs = tuple(array.astype(dtype).swapaxes(0, 1) for array in (x, dt, B, C))
+    final_state, y = lax.scan(step, initial_state.astype(dtype), (*inputs, starts.T))
     return y.swapaxes(0, 1).astype(x.dtype), final_state

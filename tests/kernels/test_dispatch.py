@@ -54,6 +54,13 @@ def test_another_error_is_not_a_reason_to_go_on():
         dispatch.call("op", TABLE | {"broken": broken}, None, ["broken", "plain"], 1)
 
 
+def test_a_package_that_is_not_installed_is_a_reason_that_names_the_extra():
+    table = {"theirs": lambda: dispatch.optional("no_such_package.ops", extra="theirs"), "plain": lambda: 1}
+    with pytest.raises(NotImplementedError, match=r"theirs: No module .*no_such_package.*sequence-zoo\[theirs\]"):
+        dispatch.call("op", table, "theirs", [])
+    assert dispatch.call("op", table, ["theirs", "plain"], []) == 1
+
+
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="linear_scan: unknown implementation 'mosaic'; expected one of .*chunked"):
         linear_scan(zeros(1, 4, 2), zeros(2), implementation="mosaic")

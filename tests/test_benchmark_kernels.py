@@ -1,0 +1,101 @@
+"""The GPU's table of benchmarks/kernels.py, on a CPU at a tiny call: all but the speed is what a GPU will print."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import kernels_gpu, measure, record
+from benchmarks.kernels_calls import CALLS, QUICK_CALLS, Call
+from kernels.linear_attention.specs import Shape
+
+
+def test_the_table_has_times_shares_and_errors_of_each_implementation(monkeypatch, tmp_path, capsys):
+    name = "quick_scalar"
+    call = QUICK_CALLS[name]
+    theirs = {
+        "forward": dataclasses.asdict(measure.Timing(2.0, 2.0, 2.0, 1)),
+        "both": dataclasses.asdict(measure.Timing(4.0, 4.0, 4.0, 1, host_share=0.99)),
+        "results": kernels_gpu.exact(call),
+    }
+    monkeypatch.setattr(kernels_gpu, "fla_rows", lambda calls, seconds: ({name: theirs}, None))
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
+    record.RESULTS.parent.mkdir()
+
+    results = kernels_gpu.run({name: call}, minutes=5, quick=True)
+    rows = {row["implementation"]: row for row in results["rows"]}
+    assert rows.keys() >= {"chunked", "fla"}
+    for row in rows.values():
+        assert 0 < row["forward_roofline"] and 0 < row["both_roofline"] and 0 < row["both_median_ms"]
+        assert row["out_error"] < 5e-3
+        assert row["gradient_errors"].keys() == {"q", "k", "v", "log_decay"}
+        assert all(error < (2e-2 if key == "log_decay" else 1e-2) for key, error in row["gradient_errors"].items())
+    assert rows["chunked"]["out_error"] > 1e-4  # bfloat16: the reference has seen other arithmetic
+
+    fla, ceilings = rows["fla"], results["ceilings"]
+    flops = 2 * 96 * 2 * (64 * 64 + 64 * 64 + 2 * 64 * 64)  # tokens, heads, chunk 64 of K = V = 64
+    moved = 2 * 96 * (1 + 1 + 2 + 2) * 64 + 4 * 96 * 2  # q, k, v and out of bfloat16, decays of float32
+    assert fla["out_error"] == 0
+    assert fla["forward_tflops"] == pytest.approx(flops / 2e-3 / 1e12)
+    assert fla["forward_gbytes_per_second"] == pytest.approx(moved / 2e-3 / 1e9)
+    floor = max(flops / ceilings["tflops"] / 1e12, moved / ceilings["gbytes_per_second"] / 1e9)
+    assert fla["forward_roofline"] == pytest.approx(floor / 2e-3)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("bf16 matmul") for line in lines)
+    assert [line for line in lines if line.startswith(name) and " fla " in line][0].endswith(" host")
+
+    kept = json.loads(record.write("kernels_gpu", results).read_text())
+    assert kept["rows"] == results["rows"] and kept.keys() >= {"date", "device", "versions", "ceilings", "left_out"}
+
+
+def test_operands_take_turns_in_a_queue_and_the_last_result_is_waited_for():
+    called, waited = [], []
+    thunks = [lambda i=i: called.append(i) or (i, len(called)) for i in range(3)]
+    timing = measure.queued({"f": thunks}, waited.append, rounds=4, seconds_each=1e-5)["f"]
+    queues = np.diff([0, *(calls for _, calls in waited)])
+    assert sum(queues) == len(called) and list(queues[:2]) == [3, 3] and len(queues) == 2 + 4
+    assert timing.runs == sum(queues[2:]) and 0 < timing.host_share <= 1
+    assert all(called[i] != called[i + 1] for i in range(5))
+    slow = measure.queued({"f": thunks}, waited.append, rounds=4, slow=0.0)["f"]
+    assert slow.runs == 2
+
+
+def test_a_failure_loses_one_row_and_is_told(monkeypatch, capsys):
+    def broken(arrays):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(kernels_gpu, "supported", lambda call: ({"chunked": broken}, {"mosaic_gpu": "no Hopper"}))
+    monkeypatch.setattr(kernels_gpu, "fla_rows", lambda calls, seconds: ({"one": {"failed": "no triton"}}, None))
+    call = dataclasses.replace(QUICK_CALLS["quick_attention"], time=8)
+    results = kernels_gpu.run({"one": call}, minutes=5, quick=True)
+    reason = "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert results["rows"] == []
+    assert results["left_out"] == {"one": {"mosaic_gpu": "no Hopper", "chunked": reason, "fla": "no triton"}}
+    assert f"no chunked in one: {reason}" in capsys.readouterr().out
+
+
+def test_no_call_is_begun_when_the_minutes_are_over(monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "fla_rows", lambda calls, seconds: ({}, None))
+    monkeypatch.setattr(kernels_gpu, "measure_call", lambda call: pytest.fail("begun"))
+    results = kernels_gpu.run(QUICK_CALLS, minutes=0, quick=True)
+    assert results["rows"] == [] and results["left_out"].keys() == QUICK_CALLS.keys()
+
+
+def test_checked_calls_keep_what_decides_about_kernels():
+    for call in CALLS.values():
+        small = call.checked()
+        assert small.op == call.op and small.batch * small.time < 300
+        if isinstance(call.shape, Shape):
+            same = {"key_dim", "value_dim", "decay", "bonus"}
+            assert all(getattr(small.shape, name) == getattr(call.shape, name) for name in same)
+            assert (small.shape.heads > small.shape.groups) == (call.shape.heads > call.shape.groups)
+
+
+def test_attention_and_scans_are_counted():
+    attention = Call("attention", 2, 10, (3, 4))
+    assert attention.flops()[0] == 2 * (2 * 3) * (10 * 10 / 2) * 2 * 4  # multiply and add; pairs; two products
+    scan = Call("selective_scan", 2, 10, (5, 3))
+    rows, states = 2 * 10 * 5, 2 * 10 * 3
+    assert scan.bytes()[0] == 2 * rows + 4 * rows + 2 * 2 * states + 4 * (15 + 5) + 2 * rows  # x, dt; B, C; A, D; y
