@@ -1,10 +1,11 @@
 """All families side by side: `python -m benchmarks.zoo [--size=tiny] [--families=gla,mamba] [--workdir=runs/zoo]`.
 
 For each family, by its config in `configs/`: tokens/s in training and validation bits per byte after the same number of
-tokens of the embedded corpus; tokens/s in decoding with 1K, 16K and 128K tokens behind, of one sequence; state bytes
-there. One table, one plot, and JSON in benchmarks/results/.
+tokens of the embedded corpus; tokens/s in decoding with 128, 1K, 16K and 128K tokens behind, of one sequence; state
+bytes there. One table, one plot, and JSON in benchmarks/results/.
 
     --steps     of training (60 at tiny: 30 minutes for all on 2 cores; a comparison of quality wants more)
+    --decode    measure decoding again, of what is trained already
     --ablation  GLA's gate instead: none, fixed, one a head, one a key dimension; three seeds each
 
 A run that was stopped goes on where it was when the command is repeated.
@@ -30,7 +31,7 @@ from zoo.mixers.gla import GATES
 from zoo.model import LanguageModel
 from zoo.training import train
 
-POSITIONS = (1024, 16 * 1024, 128 * 1024)  # tokens before those that are decoded
+POSITIONS = (128, 1024, 16 * 1024, 128 * 1024)  # tokens before those that are decoded
 DECODED = 32  # tokens a call
 SEEDS = (0, 1, 2)
 
@@ -60,10 +61,11 @@ def trained(config: Config, workdir: pathlib.Path) -> dict:
     return summary
 
 
-def decode_speeds(model: LanguageModel, rounds: int = 5) -> dict[str, float]:
+def decode_speeds(model: LanguageModel, rounds: int = 15) -> dict[str, float]:
     """Tokens a second of one sequence, by the tokens behind it: median of `rounds` calls of `DECODED` tokens.
 
-    States and caches are put at the position, not filled: what a token costs does not depend on what they hold.
+    Positions take turns, so that a slow moment of the machine falls on all of them. States and caches are put at the
+    position, not filled: what a token costs does not depend on what they hold.
     """
     graphdef, parameters = nnx.split(model)
 
@@ -76,17 +78,14 @@ def decode_speeds(model: LanguageModel, rounds: int = 5) -> dict[str, float]:
 
         return jax.lax.scan(step, (state, token), length=DECODED)[0]
 
-    speeds = {}
-    for position in POSITIONS:
-        state, token = _state_at(model, position, (rounds + 1) * DECODED), jnp.zeros((1, 1), jnp.int32)
-        state, token = jax.block_until_ready(decode(parameters, state, token))
-        seconds = []
-        for _ in range(rounds):
+    carried = {n: (_state_at(model, n, (rounds + 1) * DECODED), jnp.zeros((1, 1), jnp.int32)) for n in POSITIONS}
+    seconds = {n: [] for n in POSITIONS}
+    for _ in range(rounds + 1):  # the first compiles and warms up
+        for n in POSITIONS:
             begin = time.perf_counter()
-            state, token = jax.block_until_ready(decode(parameters, state, token))
-            seconds.append(time.perf_counter() - begin)
-        speeds[str(position)] = DECODED / statistics.median(seconds)
-    return speeds
+            carried[n] = jax.block_until_ready(decode(parameters, *carried[n]))
+            seconds[n].append(time.perf_counter() - begin)
+    return {str(n): DECODED / statistics.median(seconds[n][1:]) for n in POSITIONS}
 
 
 def _state_at(model: LanguageModel, position: int, room: int):
@@ -99,31 +98,38 @@ def _state_at(model: LanguageModel, position: int, room: int):
     return jax.tree_util.tree_map_with_path(move, model.init_state(1, position + room))
 
 
-def measure(family: str, size: str, steps: int, workdir: pathlib.Path) -> dict:
-    """One row; it is kept in the family's folder."""
+def measure(family: str, size: str, steps: int, workdir: pathlib.Path, decode_again: bool = False) -> dict:
+    """One row; it is kept in the family's folder. Training is never measured twice, decoding if asked to.
+
+    What was measured at other positions than `POSITIONS` is measured again by itself.
+    """
     kept = workdir / "row.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    config = config_of(family, size, steps)
-    summary = trained(config, workdir)
-    saved, model, _ = checkpoints.load_run(workdir)
-    row = {
-        "family": family,
-        "parameters": summary["parameters"],
-        "tokens": summary["tokens"],
-        "train_tokens_per_second": summary["tokens"] / summary["seconds"],
-        "bits_per_byte": summary["eval_bits_per_byte"],
-        "decode_tokens_per_second": decode_speeds(model),
-        "state_bytes": {str(n): flops.state_bytes(saved.model, n) for n in POSITIONS},
-    }
-    kept.write_text(json.dumps(row, indent=1) + "\n")
+    row = json.loads(kept.read_text()) if kept.exists() else {}
+    if not row:
+        summary = trained(config_of(family, size, steps), workdir)
+        row = {
+            "family": family,
+            "parameters": summary["parameters"],
+            "tokens": summary["tokens"],
+            "train_tokens_per_second": summary["tokens"] / summary["seconds"],
+            "bits_per_byte": summary["eval_bits_per_byte"],
+        }
+    if decode_again or list(row.get("decode_tokens_per_second", ())) != [str(n) for n in POSITIONS]:
+        saved, model, _ = checkpoints.load_run(workdir)
+        row["decode_tokens_per_second"] = decode_speeds(model)
+        row["state_bytes"] = {str(n): flops.state_bytes(saved.model, n) for n in POSITIONS}
+        kept.write_text(json.dumps(row, indent=1) + "\n")
     return row
+
+
+def label(tokens: int) -> str:
+    return str(tokens) if tokens < 1024 else f"{tokens // 1024}K"
 
 
 HEADER = (
     f"{'family':18}{'parameters':>11}{'bits/byte':>10}{'train tok/s':>12}"
-    + "".join(f"{f'decode {n // 1024}K':>13}" for n in POSITIONS)
-    + "".join(f"{f'state {n // 1024}K':>13}" for n in (POSITIONS[0], POSITIONS[-1]))
+    + "".join(f"{f'decode {label(n)}':>13}" for n in POSITIONS)
+    + "".join(f"{f'state {label(n)}':>13}" for n in (POSITIONS[0], POSITIONS[-1]))
 )
 
 
@@ -154,11 +160,11 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
-def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Path) -> None:
+def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Path, decode_again: bool = False):
     rows = []
     for number, family in enumerate(families):
         print(f"[{number + 1}/{len(families)}] {family}", flush=True)
-        rows.append(measure(family, size, steps, workdir / family))
+        rows.append(measure(family, size, steps, workdir / family, decode_again))
     rows.sort(key=lambda row: row["bits_per_byte"])
     print(f"\n{HEADER}\n" + "\n".join(map(line, rows)))
     plot(rows, workdir / "zoo.png")
@@ -199,6 +205,7 @@ def main():
     parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/zoo"))
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args()
     families = args.families.split(",")
@@ -211,7 +218,7 @@ def main():
     if args.ablation:
         ablation(args.size, args.steps, workdir)
     else:
-        side_by_side(families, args.size, args.steps, workdir)
+        side_by_side(families, args.size, args.steps, workdir, args.decode)
 
 
 if __name__ == "__main__":

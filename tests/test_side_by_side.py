@@ -27,16 +27,48 @@ def test_a_state_at_a_position_has_the_shapes_and_counts_of_a_prefilled_one(mixe
     assert all((a == b).all() for a, b in zip(counts, ours, strict=True))
 
 
-def test_a_repeated_command_reads_what_was_measured(tmp_path, monkeypatch):
+def test_positions_take_turns_and_the_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(side_by_side, "POSITIONS", (16, 32))
     monkeypatch.setattr(side_by_side, "DECODED", 2)
+    ends = iter([90, 80, 1, 10, 4, 30, 2, 20])  # seconds of the calls: the warm-up's, then three rounds
+    clock = [0.0]
+
+    def perf_counter():
+        clock.append(clock[-1] + (next(ends) if len(clock) % 2 == 0 else 0))
+        return clock[-1]
+
+    monkeypatch.setattr(side_by_side.time, "perf_counter", perf_counter)
+    config = small("gla", "tiny", 1).model
+    config.vocab_size = 16
+    with nnx.use_eager_sharding(False):
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    assert side_by_side.decode_speeds(model, rounds=3) == {"16": 2 / 2, "32": 2 / 20}
+
+
+def test_a_repeated_command_reads_what_was_measured_and_measures_decoding_where_it_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "POSITIONS", (16, 32))
     monkeypatch.setattr(side_by_side, "config_of", small)
+    monkeypatch.setattr(side_by_side, "decode_speeds", lambda model: dict.fromkeys(map(str, side_by_side.POSITIONS), 5))
     for _ in range(2):
         side_by_side.side_by_side(["gla"], "tiny", 2, tmp_path)
         monkeypatch.setattr(side_by_side, "train", None)  # the second time nothing is trained
     row = json.loads((tmp_path / "gla" / "row.json").read_text())
     assert row["tokens"] == 2 * 2 * 16 and set(row["decode_tokens_per_second"]) == {"16", "32"}
     assert (tmp_path / "zoo.png").stat().st_size > 1000
+
+    def again(speed, positions, **options):
+        monkeypatch.setattr(side_by_side, "POSITIONS", positions)
+        monkeypatch.setattr(side_by_side, "decode_speeds", lambda model: dict.fromkeys(map(str, positions), speed))
+        found = side_by_side.measure("gla", "tiny", 2, tmp_path / "gla", **options)
+        assert found == json.loads((tmp_path / "gla" / "row.json").read_text())
+        assert {key: found[key] for key in row if key[:6] not in ("decode", "state_")} == {
+            key: row[key] for key in row if key[:6] not in ("decode", "state_")
+        }
+        return found["decode_tokens_per_second"]
+
+    assert again(6, (16, 32)) == {"16": 5, "32": 5}
+    assert again(7, (16, 32), decode_again=True) == {"16": 7, "32": 7}
+    assert again(8, (16, 32, 64)) == {"16": 8, "32": 8, "64": 8}  # a row of other positions
 
 
 def small(family, size, steps, config_of=side_by_side.config_of):

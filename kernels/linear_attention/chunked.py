@@ -14,7 +14,8 @@ decay multiplies q_i . k_j instead, and the same levels only add up its sums. Ev
 log-decays, never as a difference of sums: none is positive, and a decay of -1e4, or of -inf where a segment
 starts, takes no digits from its neighbours.
 
-The backward pass computes the states again, then their gradients from right to left.
+The backward pass computes the states again, then their gradients from right to left. A long sequence goes through in
+pieces, each from the state the one before it left, so that what is computed for all chunks at once stays small.
 """
 
 import functools
@@ -25,6 +26,8 @@ import jax.numpy as jnp
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.segments import segment_starts
+
+PIECE = 64  # chunks that are computed at once
 
 
 def chunked(
@@ -46,15 +49,18 @@ def chunked(
     batch, time, num_heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
     size = specs.chunk_size(time, chunk_size)
+    chunks = -(-time // size)
+    pieces = -(-chunks // PIECE)
+    padding = -(-chunks // pieces) * pieces * size - time
     starts = None if segment_ids is None else segment_starts(segment_ids)[:, :, None, None]
 
     def to_chunks(x, heads):  # [B|1, T|1, heads, X] -> [B|1, G, heads/G, N|1, C|1, X]
         if x.shape[1] == time:
-            x = jnp.pad(x, ((0, 0), (0, -time % size), (0, 0), (0, 0)))
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
         x = x.reshape(x.shape[0], -1, min(size, x.shape[1]), groups, heads // groups, x.shape[-1])
         return x.transpose(0, 3, 4, 1, 2, 5)
 
-    if time % size:  # the padding must not decay
+    if padding:  # the padding must not decay
         log_decay = jnp.broadcast_to(log_decay, (log_decay.shape[0], time, *log_decay.shape[2:]))
     g = to_chunks(log_decay, num_heads)
     g = jnp.broadcast_to(g, (*g.shape[:4], size, g.shape[5]))
@@ -63,9 +69,30 @@ def chunked(
         starts = to_chunks(starts, groups)
     u = None if bonus is None else bonus.reshape(groups, -1, 1, 1, key_dim)
     state = initial_state.reshape(batch, groups, -1, key_dim, value_dim)
-    out, state = attend(to_chunks(q, groups), to_chunks(k, groups), to_chunks(v, num_heads), g, u, state, starts, scale)
+    q, k, v = to_chunks(q, groups), to_chunks(k, groups), to_chunks(v, num_heads)
+    out, state = attend_in_pieces(pieces, q, k, v, g, u, state, starts, scale)
     out = out.transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, num_heads, value_dim)[:, :time]
     return out, state.reshape(initial_state.shape)
+
+
+def attend_in_pieces(pieces, q, k, v, g, bonus, initial_state, starts, scale):
+    """`attend`, the chunks in so many pieces, one after the other."""
+    if pieces == 1:
+        return attend(q, k, v, g, bonus, initial_state, starts, scale)
+
+    def split(x):  # [..., N, C, X] -> [pieces, ..., N / pieces, C, X]
+        return jnp.moveaxis(x.reshape(*x.shape[:3], pieces, -1, *x.shape[4:]), 3, 0)
+
+    fixed = g.shape[3] == 1
+
+    def piece(state, xs):
+        q, k, v, starts, own_g = xs
+        out, state = attend(q, k, v, g if fixed else own_g, bonus, state, starts, scale)
+        return state, out
+
+    xs = jax.tree.map(split, (q, k, v, starts, None if fixed else g))
+    state, out = jax.lax.scan(piece, initial_state, xs)
+    return jnp.moveaxis(out, 0, 3).reshape(v.shape), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -1,5 +1,7 @@
 """What the conformance suite does not see of linear_attention: memory, precision over long rows, choices, blocks."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from kernels import linear_attention
 from kernels.dispatch import Device
 from kernels.linear_attention import specs
 from kernels.linear_attention.chunked import decay_sums, join
+
+chunked_module = importlib.import_module("kernels.linear_attention.chunked")
 
 
 def gradients(implementation, time, log_decay_size, dtype=np.float32, heads=1, key_dim=8, value_dim=8):
@@ -42,6 +46,40 @@ def test_backward_memory_is_linear_in_time_and_holds_no_state_per_token(implemen
         sizes[time] = compiled.memory_analysis().temp_size_in_bytes
     assert sizes[1024] < 2.2 * sizes[512]
     assert sizes[1024] < 4 * 1024 * 32 * 32, "a float32 state a token"
+
+
+@pytest.mark.parametrize("decay", ["fixed", "scalar", "vector"])
+def test_a_long_sequence_in_pieces_is_the_same_with_states_and_segments(monkeypatch, decay):
+    random, time = np.random.default_rng(0), 131  # 9 chunks, the last one padded, as 3 pieces
+    q, k = (random.normal(size=(2, time, 1, 8)).astype(np.float32) for _ in range(2))
+    v = random.normal(size=(2, time, 2, 4)).astype(np.float32)
+    shape = {"fixed": (2,), "scalar": (2, time, 2), "vector": (2, time, 2, 8)}[decay]
+    log_decay = -np.abs(random.normal(size=shape)).astype(np.float32)
+    state = random.normal(size=(2, 2, 8, 4)).astype(np.float32)
+    segment_ids = jnp.asarray([[0] * 40 + [1] * 37 + [2] * 54, [0] * 48 + [1] * 83])  # inside a piece, at its start
+
+    def results():
+        def loss(*arrays):
+            out, last = linear_attention(
+                *arrays[:4], initial_state=arrays[4], segment_ids=segment_ids, implementation="chunked", chunk_size=16
+            )
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(last))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(5)))(q, k, v, log_decay, state)
+
+    expected = jax.tree.leaves(results())
+    monkeypatch.setattr(chunked_module, "PIECE", 4)
+    for a, b in zip(jax.tree.leaves(results()), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+def test_memory_of_a_long_sequence_in_pieces_is_what_goes_in_and_out(monkeypatch):
+    temporary = {}
+    for piece in (4, 64):
+        monkeypatch.setattr(chunked_module, "PIECE", piece)
+        compiled, _ = gradients("chunked", 4096, 0.1, key_dim=32, value_dim=32)
+        temporary[piece] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary[4] < 0.5 * temporary[64]
 
 
 def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state():

@@ -63,6 +63,23 @@ def test_dfw_is_a_recurrence_with_an_outer_product_of_gates():
     assert error_ratio(mixer(x)[0], normed(o, weights) @ weights["out.kernel"]) < 1e-5
 
 
+@pytest.mark.parametrize("feature_map", ["exp", "relu", "taylor2"])
+def test_feature_maps_of_linear_attention_are_their_kernels_in_float64(feature_map):
+    """Attention weights phi(q).phi(k), normalised: of exp no reference model has a layer."""
+    mixer, x = build("linear_attention"), inputs()
+    mixer.feature_map = feature_map
+    if feature_map == "taylor2":
+        mixer = build("linear_attention-feature_map=taylor2-key_width=4")
+    project, weights = double(mixer, x)
+    q, k, v = map(project, "qkv")
+    s = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
+    phi = {"exp": np.exp, "relu": lambda x: np.maximum(x, 0), "taylor2": lambda x: x}[feature_map]
+    scores = 1 + s + s**2 / 2 if feature_map == "taylor2" else np.einsum("bthk,bshk->bhts", phi(q), phi(k))
+    scores = np.tril(scores)
+    o = np.einsum("bhts,bshv->bthv", scores, v) / (scores.sum(-1).swapaxes(1, 2)[..., None] + 1e-6)
+    assert error_ratio(mixer(x)[0], o.reshape(x.shape) @ weights["out.kernel"]) < 1e-5
+
+
 @pytest.mark.parametrize("forget", [-50.0, 0.0, 50.0])
 @pytest.mark.parametrize("write", [-50.0, 0.0, 50.0])
 def test_mlstm_with_gates_of_50_is_the_recurrence_without_a_stabiliser(write, forget):
@@ -92,7 +109,7 @@ def test_mlstm_with_gates_of_50_is_the_recurrence_without_a_stabiliser(write, fo
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-SATURATED = {
+SATURATED = {  # every family whose gates see the token; those of s4d and h3 are parameters, of the rest constants
     "gated_retention": ("gate.kernel",),
     "mlstm": ("input_gate.kernel", "forget_gate.kernel"),
     "gla": ("gate_up.kernel",),
@@ -100,6 +117,8 @@ SATURATED = {
     "rwkv6": ("decay_up.kernel", "decay_bias"),
     "gateloop": ("magnitude.kernel", "phase.kernel"),
     "dfw": ("key_gate.kernel", "value_gate.kernel"),
+    "mamba": ("dt_up",),
+    "mamba2": ("in_dt.kernel",),
 }
 
 
@@ -112,6 +131,21 @@ def test_gates_saturated_both_ways_are_finite_in_value_and_gradient(family, gate
         1e4 * leaf if name in gates else leaf for name, leaf in zip(names, jax.tree.leaves(parameters), strict=True)
     ]
     parameters = jax.tree.unflatten(jax.tree.structure(parameters), leaves)
+    value, gradient = jax.value_and_grad(lambda p: jnp.sum(call(p, inputs())[0] ** 2))(parameters)
+    assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("family", ["s4d", "h3"])
+def test_fixed_decays_of_0_and_minus_1e4_are_finite_in_value_and_gradient(family, discretization):
+    mixer = build(family)
+    mixer.ssm.discretization = discretization
+    rates = jnp.where(
+        jnp.arange(mixer.ssm.size) % 2, jnp.log(1e4), -1e4
+    )  # a state that decays at once by one that never
+    mixer.ssm.log_rate[...] = jnp.broadcast_to(rates, mixer.ssm.log_rate[...].shape)
+    mixer.ssm.log_dt[...] = jnp.zeros_like(mixer.ssm.log_dt[...])
+    parameters, call = apply(mixer)
     value, gradient = jax.value_and_grad(lambda p: jnp.sum(call(p, inputs())[0] ** 2))(parameters)
     assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 

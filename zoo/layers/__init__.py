@@ -2,6 +2,7 @@
 
 from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dropout import dropout
+from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import MLPS, ChannelMixing, SwiGLU
 from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "SwiGLU",
     "dropout",
     "embedding",
+    "in_pieces",
     "linear",
     "rms_norm",
     "rotary",

@@ -73,7 +73,7 @@ class DiagonalSSM(nnx.Module):
         A, c = jax.lax.complex(rate, frequency), jax.lax.complex(c, c_imag)
         dt = jnp.exp(self.log_dt[...])[:, None]
         if self.discretization == "zoh":
-            return dt * A, jnp.expm1(dt * A) / A, c
+            return dt * A, dt * _mean_of_exp(dt * A), c
         return jnp.log((1 + dt * A / 2) / (1 - dt * A / 2)), dt / (1 - dt * A / 2), c
 
     def init_state(self, batch_size: int) -> jax.Array:
@@ -101,6 +101,13 @@ class DiagonalSSM(nnx.Module):
     def flops_per_token(channels: int, config: DiagonalSSMConfig) -> float:
         """Write and read of the complex state."""
         return 8.0 * channels * _state_size(config)
+
+
+def _mean_of_exp(z: jax.Array) -> jax.Array:
+    """(exp(z) - 1) / z, which is 1 at 0: of a state that neither decays nor turns."""
+    small = jnp.abs(z) < 1e-4
+    divisor = jnp.where(small, 1.0, z)
+    return jnp.where(small, 1.0 + z / 2, jnp.expm1(divisor) / divisor)
 
 
 def _state_size(config: DiagonalSSMConfig) -> int:

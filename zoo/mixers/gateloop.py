@@ -8,6 +8,11 @@ turned by -Phi), and so
 
     Re(S_t^T q_t) = [q cos Phi, q sin Phi]_t^T R_t,   R_t = diag(|a_t|, |a_t|) R_{t-1} + [k cos Phi, k sin Phi]_t v_t^T
 
+The gate is in polar form, a sigmoid for the magnitude and the identity for the phase; q, k, v are plain projections,
+SiLU gates the output. Chosen here: heads of any width (the author's runs have one for each channel, K = V = 1), an
+RMS norm per head, and biases that spread the magnitudes over memories of 3 to 400 tokens (a plain sigmoid starts at
+1/2).
+
 Phi is summed modulo 2 pi, in turns (modulo 1, which is exact), so that it does not lose digits as it grows.
 State: R, float32 [batch, heads, 2 K, V], and Phi, in turns, float32 [batch, heads, K].
 """

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import GatedRMSNorm, ShortConv, linear, step_size_bias
+from zoo.layers import GatedRMSNorm, ShortConv, in_pieces, linear, step_size_bias
 from zoo.mixers.base import Mixer, Sizes, check_heads
 from zoo.mixers.mamba import check_steps
 
@@ -80,9 +80,12 @@ class Mamba2(Mixer):
             segment_ids=segment_ids,
             scale=1.0,
         )
-        o = o + self.D[...][:, None].astype(x.dtype) * x
-        y = self.out(self.norm(o.reshape(*batch_time, -1), z))
+        y = in_pieces(self._read_out, o, x, z)
         return y, None if state is None else {"conv": conv_state, "ssm": ssm_state}
+
+    def _read_out(self, o, x, z):
+        o = o + self.D[...][:, None].astype(x.dtype) * x
+        return self.out(self.norm(o.reshape(z.shape), z))
 
     def init_state(self, batch_size, max_length, dtype):
         ssm = jnp.zeros((batch_size, self.heads, self.state_dim, self.head_dim), jnp.float32)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import HeadLayerNorm, linear, token_shift
+from zoo.layers import HeadLayerNorm, in_pieces, linear, token_shift
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 
 MIXTURES = 5  # r, w, k, v, g
@@ -82,26 +82,28 @@ class RWKV6(Mixer):
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         initial = {"S": None, "last": None} if state is None else state
         shifted, last = token_shift(x, segment_ids, initial["last"])
-        r, w, k, v, g = self._mixtures(x, shifted - x)
+        r, d, k, v, gate = in_pieces(self._projections, x, shifted)  # a dozen arrays of x's size inside
         heads_k = (*x.shape[:2], self.heads, self.key_width)
-        r = checkpoint_name(self.r(r).reshape(heads_k), "rwkv6_r")
-        k = checkpoint_name(self.k(k).reshape(heads_k), "rwkv6_k")
-        v = checkpoint_name(self.v(v).reshape(*x.shape[:2], self.heads, self.value_width), "rwkv6_v")
-        d = self.decay_bias[...] + self.decay_up(jnp.tanh(self.decay_down(w)).astype(jnp.float32))
+        r = checkpoint_name(r.reshape(heads_k), "rwkv6_r")
+        k = checkpoint_name(k.reshape(heads_k), "rwkv6_k")
+        v = checkpoint_name(v.reshape(*x.shape[:2], self.heads, self.value_width), "rwkv6_v")
         log_decay = checkpoint_name(-jnp.exp(jnp.minimum(d, 20.0)).reshape(heads_k), "rwkv6_log_decay")
         o, final_s = ops.linear_attention(
             r, k, v, log_decay, bonus=self.bonus[...], initial_state=initial["S"], segment_ids=segment_ids, scale=1.0
         )
-        y = self.out(self.norm(o) * jax.nn.silu(self.output_gate(g)))
+        y = self.out(self.norm(o) * jax.nn.silu(gate))
         return y, None if state is None else {"S": final_s, "last": last}
 
-    def _mixtures(self, x, delta):
-        """x^z for r, w, k, v, g."""
+    def _projections(self, x, shifted):
+        """r, d, k, v and the output gate, each of its own mixture of x_t and x_{t-1}."""
+        delta = shifted - x
         inner = jnp.tanh(self.mix_down(x + delta * self.shared_mix[...].astype(x.dtype)))
         inner = inner.reshape(*x.shape[:2], MIXTURES, self.mix_rank)
         up = self.mix_up.kernel[...].astype(x.dtype).reshape(self.mix_rank, MIXTURES, self.d_model)
         mix = jnp.einsum("btzr,rzd->zbtd", inner, up) + self.mix[...].astype(x.dtype)[:, None, None]
-        return x + delta * mix
+        r, w, k, v, g = x + delta * mix
+        d = self.decay_bias[...] + self.decay_up(jnp.tanh(self.decay_down(w)).astype(jnp.float32))
+        return self.r(r), d, self.k(k), self.v(v), self.output_gate(g)
 
     def init_state(self, batch_size, max_length, dtype):
         return {
