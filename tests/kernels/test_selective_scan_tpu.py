@@ -93,10 +93,12 @@ def test_steps_from_1e_6_to_1e3_and_rates_of_zero(packed):
     assert_is_the_reference(results, inputs, segment_ids)
 
 
-def test_no_races_and_no_uninitialised_memory():
-    """In the interpreter that models a TPU's memories: results as expected, no two accesses without an order."""
-    inputs, segment_ids = make(time=200, channels=256, numbers=3), segments(1, 200)
-    with races.checked(), mosaic_tpu.use(width=128):
+@pytest.mark.parametrize("time", [100, pytest.param(200, marks=pytest.mark.slow)], ids=["one_block", "two_blocks"])
+def test_no_races_and_no_uninitialised_memory(time):
+    """In the interpreter that models a TPU's memories, each core with half of the channels."""
+    inputs, segment_ids = make(time=time, channels=256, numbers=3), segments(1, time)
+    two_cores = dispatch.use_device(dispatch.Device("cpu", "TPU v5"))
+    with races.checked(), two_cores, mosaic_tpu.use(width=128):
         results = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
     assert_is_the_reference(results, inputs, segment_ids)
 
