@@ -12,7 +12,8 @@ All numbers are static. Against published timings of other kernels they read 0.9
 0.85 where latency or vector operations do: believe a difference of 25%.
 
     --check   compare with benchmarks/results/tpu_static.json: exit 1 if a kernel takes 10% more cycles than it says
-    --sweep   all tiles of one shape of linear attention and chip, best first: what `specs.tiles` was chosen by
+    --sweep   tiles of one shape of linear attention and chip, best first: what `specs.tiles` was chosen by. One axis at
+              a time, from those that it chooses, until no other value of an axis takes fewer cycles
 
 Needs libtpu (pip install 'jax[tpu]'). No TPU.
 """
@@ -20,7 +21,6 @@ Needs libtpu (pip install 'jax[tpu]'). No TPU.
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -39,6 +39,8 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_static.json"
 LIMIT = 1.1  # of the stored cycles
 MARK = "STATIC "
 NOTHING = "kernel_that_does_nothing"
+KERNELS = ("forward", "backward")
+SWEPT = {"chunk": (128, 256), "block": (256, 512, 1024), "heads": (1, 2, 4, 8), "unroll": (1, 2), "backward's": (1, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +275,7 @@ def lines(job, result):
     if job.implementation != "mosaic_tpu":
         yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{'':61}{whole}"
         return
-    for kernel in ("forward", "backward"):
+    for kernel in KERNELS:
         if row := result.get(kernel):
             shares = [f"{row[name] / row['cycles']:.0%}" for name in ("matmul_floor", "memory_floor")]
             yield (
@@ -289,7 +291,7 @@ def check(stored: dict, jobs: list[Job]) -> list[str]:
     problems = []
     for job in jobs:
         result = measure(dataclasses.replace(job, whole=False))
-        for kernel in ("forward", "backward"):
+        for kernel in KERNELS:
             before, now = stored[f"{job.shape} {job.chip}"][kernel]["cycles"], result[kernel]["cycles"]
             print(f"{job.shape} {job.chip} {kernel}: {now:.3f} cycles, stored {before:.3f}")
             if now > LIMIT * before:
@@ -298,22 +300,35 @@ def check(stored: dict, jobs: list[Job]) -> list[str]:
 
 
 def sweep(chip: str, shape: str) -> None:
-    jobs = []
-    for chunk, block, heads, unroll in itertools.product((128, 256), (256, 512, 1024), (1, 2, 4, 8), (1, 2)):
-        if block >= chunk * unroll:
-            jobs.append(Job(chip, shape, tiles=(chunk, block, heads, unroll, unroll)))
-    rows = []
-    for job in jobs:
-        result = measure(dataclasses.replace(job, whole=False))
-        if len(result) == 2:
-            rows.append((result["forward"]["cycles"], result["backward"]["cycles"], job.tiles[:4]))
-            print(*rows[-1], flush=True)
-        else:
-            print(job.tiles[:4], "does not compile, or is not counted")
-    for index, name in enumerate(("forward", "backward")):
-        print(f"\n{name}: cycles, (chunk, block, heads, unroll)")
-        for row in sorted(rows, key=lambda row: row[index])[:5]:
-            print(f"{row[index]:8.2f}  {row[2]}")
+    """One axis at a time, from the tiles that `specs` chooses, until no other value of an axis takes fewer cycles."""
+    import jax.numpy as jnp
+
+    from kernels.dispatch import Device
+    from kernels.linear_attention import specs
+
+    sizes = specs.SHAPES[shape]
+    padded = [dim + -dim % 128 for dim in (sizes.key_dim, sizes.value_dim)]
+    per_key, heads = sizes.decay == "vector", (sizes.heads, sizes.groups)
+    chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, *heads, *padded, jnp.bfloat16, per_key))
+    costs: dict[tuple[int, ...], tuple[float, ...]] = {}
+
+    def total(tiles):
+        if tiles not in costs:
+            result = measure(Job(chip, shape, tiles=tiles, whole=False))
+            costs[tiles] = tuple(result[kernel]["cycles"] if kernel in result else math.inf for kernel in KERNELS)
+            print(*tiles, *costs[tiles], flush=True)
+        return sum(costs[tiles])
+
+    best, before = chosen, None
+    while best != before:
+        before = best
+        for axis, values in enumerate(SWEPT.values()):
+            others = [(*best[:axis], value, *best[axis + 1 :]) for value in values if value <= sizes.heads or axis != 2]
+            best = min([best, *(tiles for tiles in others if tiles[1] >= tiles[0] * max(tiles[3:]))], key=total)
+    print(f"\n{shape} {chip}, of {len(costs)} tiles, {' '.join(SWEPT)}: forward, backward")
+    for tiles in sorted(costs, key=total)[:5]:
+        mark = "  chosen by specs.tiles" * (tiles == chosen)
+        print(f"{' '.join(map(str, tiles)):20} {costs[tiles][0]:8.2f} {costs[tiles][1]:8.2f}{mark}")
 
 
 def main():
