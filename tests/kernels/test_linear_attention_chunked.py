@@ -44,15 +44,17 @@ def test_backward_memory_is_linear_in_time_and_holds_no_state_per_token(implemen
     assert sizes[1024] < 4 * 1024 * 32 * 32, "a float32 state a token"
 
 
-def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state():
+@pytest.mark.parametrize("keys", [1, 2], ids=["scalar", "per_key"])
+def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state(keys):
     g = jnp.array([-0.1, -1e4, -0.2, -0.3, 0.0, -jnp.inf, -0.4, -0.5])
-    sums = decay_sums(g[:, None], None, None)
-    between = join([read2 + write1.mT for read2, write1 in sums.levels], -jnp.inf)
-    expected = np.full((8, 8), -np.inf)
+    sums = decay_sums(jnp.repeat(g[:, None], keys, axis=1), None, None)
+    levels = [jnp.exp(read2[..., :1] + write1[..., :1].mT) for read2, write1 in sums.levels]
+    pairs = sums.pairs if keys == 1 else join(levels)
+    expected = np.zeros((8, 8))
     for i in range(8):
         for j in range(i):
-            expected[i, j] = np.sum(np.asarray(g, np.float64)[j + 1 : i + 1])
-    np.testing.assert_allclose(between, expected, rtol=1e-6)
+            expected[i, j] = np.exp(np.sum(np.asarray(g, np.float64)[j + 1 : i + 1]))
+    np.testing.assert_allclose(pairs, expected, rtol=1e-6)
 
 
 def test_a_cpu_goes_token_by_token_unless_heads_share_keys_and_a_gpu_in_chunks():
