@@ -357,6 +357,7 @@ def main():
     if args.check:
         problems = check(json.loads(RESULTS.read_text())["results"], jobs)
         sys.exit("\n".join(problems) if problems else 0)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from benchmarks import record
 
     stored = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
