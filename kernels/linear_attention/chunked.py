@@ -10,24 +10,28 @@ with states S at its start and S' at its end, and all exponents sums of log-deca
 read_i sums g from the chunk's start to i, write_j from after j to its end. The sum between j and i is split at a
 point m between them, e^(read_i from m) e^(write_j to m), which makes a matmul of it: at the middle of the chunk for
 all pairs on both sides of it, then within each half in the same way, log2 C levels down to single tokens. A scalar
-decay multiplies q_i . k_j instead, and the same levels only add up its sums. Every exponent is built by adding
-log-decays, never as a difference of sums: none is positive, and a decay of -1e4, or of -inf where a segment
-starts, takes no digits from its neighbours.
+decay multiplies q_i . k_j instead, and its sums are made by matmuls with a matrix of zeros and ones. Every exponent
+is built by adding log-decays, never as a difference of sums: none is positive, and a decay of -1e4, or of -1e30 where
+a segment starts, takes no digits from its neighbours.
 
 The backward pass computes the states again, then their gradients from right to left. A long sequence goes through in
 pieces, each from the state the one before it left, so that what is computed for all chunks at once stays small.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.segments import segment_starts
 
 PIECE = 64  # chunks that are computed at once
+NOTHING_LEFT = -1e30  # a log-decay whose sums are finite: 0 times it is 0
 
 
 def chunked(
@@ -48,7 +52,7 @@ def chunked(
     """
     batch, time, num_heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
-    size = specs.chunk_size(time, chunk_size)
+    size = specs.chunk_size(dispatch.device(), time, chunk_size)
     chunks = -(-time // size)
     pieces = -(-chunks // PIECE)
     padding = -(-chunks // pieces) * pieces * size - time
@@ -138,18 +142,26 @@ def attend_backward(scale, residuals, cotangents):
 attend.defvjp(attend_forward, attend_backward)
 
 
-class DecaySums:
-    """Sums of log-decays: `levels` of (from the middle to i, from j to the middle), and those of the whole chunk."""
+class DecaySums(NamedTuple):
+    """Sums of log-decays in a chunk; of decays per key `levels` of (from the middle to i, from j to the middle), of
+    scalar ones `pairs`, exp of what lies between j and i."""
 
-    def __init__(self, levels, read, write, total, inside):
-        self.levels, self.read, self.write, self.total, self.inside = levels, read, write, total, inside
+    read: Array
+    write: Array
+    total: Array
+    inside: Array | None  # where a bonus reads the state at all: not at a segment's start
+    levels: Sequence[tuple[Array, Array]] = ()
+    pairs: Array | None = None
 
 
 def decay_sums(g, bonus, starts):
-    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    g = jnp.maximum(g.astype(jnp.promote_types(g.dtype, jnp.float32)), NOTHING_LEFT)
     if starts is not None:
-        g = jnp.where(starts, -jnp.inf, g)
-    total = g[..., None, :]  # blocks of one token: [..., blocks, tokens of a block, K|1]
+        g = jnp.where(starts, NOTHING_LEFT, g)
+    inside = None if bonus is None or starts is None else ~starts
+    if g.shape[-1] == 1:
+        return scalar_decay_sums(g, bonus, inside)
+    total = g[..., None, :]  # blocks of one token: [..., blocks, tokens of a block, K]
     write = jnp.zeros_like(total)
     read = total if bonus is None else write  # a bonus reads before the token's own decay
     levels = []
@@ -159,8 +171,17 @@ def decay_sums(g, bonus, starts):
         read = jnp.concatenate([read1, total1 + read2], axis=-2)
         write = jnp.concatenate([write1 + total2, write2], axis=-2)
         total = total1 + total2
-    inside = None if bonus is None or starts is None else ~starts
-    return DecaySums(levels, *(x[..., 0, :, :] for x in (read, write, total)), inside)
+    return DecaySums(*(x[..., 0, :, :] for x in (read, write, total)), inside, levels)
+
+
+def scalar_decay_sums(g, bonus, inside):
+    """By matmuls with zeros and ones, which add the same log-decays: levels of one number a token are slow on TPUs."""
+    i, j = jnp.indices((g.shape[-2],) * 2)
+    after, upto = (j > i), (j <= i if bonus is None else j < i)
+    read, write = (dot("ij,...jk->...ik", ones, g, like=g) for ones in (upto, after))
+    between = dot("ij,...jk->...ik", upto, jnp.where(i > j, g, 0), like=g)  # sums over (j, i]
+    pairs = jnp.where(i > j, jnp.exp(between), 0)
+    return DecaySums(read, write, jnp.sum(g, axis=-2, keepdims=True), inside, pairs=pairs)
 
 
 def halves(blocks):
@@ -174,13 +195,13 @@ def split(x, level):
     return halves(x.reshape(*x.shape[:-2], -1, size, x.shape[-1]))
 
 
-def join(levels, fill):
-    """[..., C, C] with the levels' blocks below the diagonal and `fill` elsewhere."""
+def join(levels):
+    """[..., C, C] with the levels' blocks below the diagonal and 0 elsewhere."""
     first = levels[0]
-    whole = jnp.full((*first.shape[:-3], 2 * first.shape[-3], 1, 1), fill, first.dtype)
+    whole = jnp.zeros((*first.shape[:-3], 2 * first.shape[-3], 1, 1), first.dtype)
     for cross in levels:
         corner1, corner2 = halves(whole)
-        top = jnp.concatenate([corner1, jnp.full_like(corner1, fill)], axis=-1)
+        top = jnp.concatenate([corner1, jnp.zeros_like(corner1)], axis=-1)
         whole = jnp.concatenate([top, jnp.concatenate([cross, corner2], axis=-1)], axis=-2)
     return whole[..., 0, :, :]
 
@@ -200,20 +221,16 @@ def writes(sums, k):
 
 def scores(sums, q, k):
     """A, strictly below the diagonal."""
+    q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
+    if sums.pairs is not None:
+        return dot("...ik,...jk->...ij", q_read, k, like=q) * sums.pairs
     if not sums.levels:
         return jnp.zeros((), sums.read.dtype)
-    q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
-    if sums.read.shape[-1] == 1:
-        return dot("...ik,...jk->...ij", q_read, k, like=q) * scalar_decays(sums)
     blocks = []
     for level in sums.levels:
         q2, k1 = split(q_read, level)[1] * jnp.exp(level[0]), split(k, level)[0] * jnp.exp(level[1])
         blocks.append(dot("...ik,...jk->...ij", q2, k1, like=q))
-    return join(blocks, 0)
-
-
-def scalar_decays(sums):
-    return jnp.exp(join([read2 + write1.mT for read2, write1 in sums.levels], -jnp.inf))
+    return join(blocks)
 
 
 def own_scores(q, k, bonus):
@@ -226,11 +243,9 @@ def own_scores(q, k, bonus):
 def score_gradients(sums, q, k, v, d_out):
     """Gradients of q and k through A, for every head of v: [B, G, R, N, C, K]."""
     shape = (*jnp.broadcast_shapes(q.shape[:-2], v.shape[:-2]), *q.shape[-2:])
-    if not sums.levels:
-        return jnp.zeros(shape, d_out.dtype), jnp.zeros(shape, d_out.dtype)
     q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
-    if sums.read.shape[-1] == 1:
-        d_scores = dot("...iv,...jv->...ij", d_out, v, like=v) * scalar_decays(sums)
+    if sums.pairs is not None:
+        d_scores = dot("...iv,...jv->...ij", d_out, v, like=v) * sums.pairs
         dq = dot("...ij,...jk->...ik", d_scores, k, like=v)
         dk = dot("...ij,...ik->...jk", d_scores, q_read, like=v)
     else:

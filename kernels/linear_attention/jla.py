@@ -32,7 +32,7 @@ def jla(q, k, v, log_decay, *, bonus, initial_state, segment_ids, scale, chunk_s
     kind = "rwkv6" if bonus is not None else "gla" if per_key else "simple_gla"
     options = {"scale": scale, "initial_state": initial_state, "segment_ids": segment_ids, "output_final_state": True}
     if dtype == jnp.float32:
-        options["chunk_size"] = specs.chunk_size(T, min(chunk_size or FLOAT32_CHUNK, FLOAT32_CHUNK))
+        options["chunk_size"] = specs.chunk_size(dispatch.device(), T, min(chunk_size or FLOAT32_CHUNK, FLOAT32_CHUNK))
         if per_key:
             options["sub_chunk"] = options["chunk_size"]
     inputs = tuple(x.astype(dtype) for x in (q, k, v))

@@ -24,9 +24,10 @@ def order(device: Device, q, v, log_decay) -> list[str]:
     return ["recurrent", "chunked"] if device.platform == "cpu" and (per_key or own_heads) else ["chunked"]
 
 
-def chunk_size(time: int, wanted: int | None) -> int:
-    """Tokens a chunk of the chunked form, a power of two: 64 unless asked, no more than `time` needs."""
-    return 1 << (min(wanted or 64, time) - 1).bit_length()
+def chunk_size(device: Device, time: int, wanted: int | None) -> int:
+    """Tokens a chunk of the chunked form, a power of two: 64 unless asked (128 on TPUs), no more than `time` needs."""
+    default = 128 if device.platform == "tpu" else 64
+    return 1 << (min(wanted or default, time) - 1).bit_length()
 
 
 def state_block(batch: int, num_heads: int, state_size: int) -> tuple[int, int]:

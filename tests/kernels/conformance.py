@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels import (
     attention,
@@ -29,6 +30,7 @@ from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
 from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 from kernels.short_conv.api import IMPLEMENTATIONS as SHORT_CONV
+from tests.kernels import races
 
 BATCH = 2
 TIME = 36  # tokens; no multiple of a chunk
@@ -277,6 +279,7 @@ CASES = {
     "attention-softcap": _attention(kv_heads=4, softcap=2.0, scale=1.0),
 }
 OPTIONAL = {"jla"}  # not installed everywhere; all others are held to all of their cases
+RACES = "mosaic_tpu-races"  # the kernels for TPUs, interpreted as `races.checked` says
 
 
 @functools.cache
@@ -291,14 +294,18 @@ def supported(name, implementation):
     return True
 
 
-PAIRS = [
-    (name, implementation)
-    for name, case in CASES.items()
-    for implementation in case.implementations
-    if supported(name, implementation)
-]
-STATEFUL = [(name, implementation) for name, implementation in PAIRS if CASES[name].state]
-GATED = [(name, implementation) for name, implementation in PAIRS if CASES[name].gates]
+def pairs(keep=lambda case: True):
+    """(case, implementation) as parameters of a test."""
+    for name, case in CASES.items():
+        if keep(case):
+            yield from ((name, each) for each in case.implementations if supported(name, each))
+            if "mosaic_tpu" in case.implementations:
+                yield pytest.param(name, RACES, marks=pytest.mark.slow)
+
+
+PAIRS = list(pairs())
+STATEFUL = list(pairs(lambda case: case.state))
+GATED = list(pairs(lambda case: case.gates))
 
 
 @functools.cache
@@ -308,10 +315,15 @@ def compiled(name, implementation):
 
     @jax.jit
     def results(inputs, segment_ids, cotangents):
-        values, pull = jax.vjp(lambda inputs: case.run(inputs, segment_ids, implementation), inputs)
+        called = "mosaic_tpu" if implementation == RACES else implementation
+        values, pull = jax.vjp(lambda inputs: case.run(inputs, segment_ids, called), inputs)
         return values, pull(cotangents)[0]
 
-    return results
+    def results_without_races(*args):
+        with races.checked():
+            return jax.block_until_ready(results(*args))
+
+    return results_without_races if implementation == RACES else results
 
 
 def results(name, implementation, inputs, segment_ids=None, seed=1):

@@ -82,15 +82,17 @@ def test_memory_of_a_long_sequence_in_pieces_is_what_goes_in_and_out(monkeypatch
     assert temporary[4] < 0.5 * temporary[64]
 
 
-def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state():
+@pytest.mark.parametrize("keys", [1, 2], ids=["scalar", "per_key"])
+def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state(keys):
     g = jnp.array([-0.1, -1e4, -0.2, -0.3, 0.0, -jnp.inf, -0.4, -0.5])
-    sums = decay_sums(g[:, None], None, None)
-    between = join([read2 + write1.mT for read2, write1 in sums.levels], -jnp.inf)
-    expected = np.full((8, 8), -np.inf)
+    sums = decay_sums(jnp.repeat(g[:, None], keys, axis=1), None, None)
+    levels = [jnp.exp(read2[..., :1] + write1[..., :1].mT) for read2, write1 in sums.levels]
+    pairs = sums.pairs if keys == 1 else join(levels)
+    expected = np.zeros((8, 8))
     for i in range(8):
         for j in range(i):
-            expected[i, j] = np.sum(np.asarray(g, np.float64)[j + 1 : i + 1])
-    np.testing.assert_allclose(between, expected, rtol=1e-6)
+            expected[i, j] = np.exp(np.sum(np.asarray(g, np.float64)[j + 1 : i + 1]))
+    np.testing.assert_allclose(pairs, expected, rtol=1e-6)
 
 
 def test_a_cpu_goes_token_by_token_unless_heads_share_keys_and_a_gpu_in_chunks():
@@ -113,8 +115,9 @@ def test_blocks_of_states_divide_the_call_and_fit_the_cache(batch, num_heads, st
     assert batch_block * head_block * state_size <= specs.CACHE_FLOATS
 
 
-@pytest.mark.parametrize(
-    "time, wanted, size", [(1, None, 1), (3, None, 4), (64, None, 64), (5000, None, 64), (50, 10, 16)]
-)
-def test_chunks_are_powers_of_two_no_longer_than_needed(time, wanted, size):
-    assert specs.chunk_size(time, wanted) == size
+@pytest.mark.parametrize("time, wanted, size", [(1, None, 1), (3, None, 4), (64, None, 64), (50, 10, 16)])
+@pytest.mark.parametrize("platform, largest", [("cpu", 64), ("gpu", 64), ("tpu", 128)])
+def test_chunks_are_powers_of_two_no_longer_than_needed(platform, largest, time, wanted, size):
+    device = Device(platform, platform)
+    assert specs.chunk_size(device, time, wanted) == size
+    assert specs.chunk_size(device, 5000, None) == largest

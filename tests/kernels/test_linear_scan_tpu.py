@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kernels import dispatch, linear_scan
-from kernels.mosaic_tpu import use_interpret
+from tests.kernels import races
 from tests.kernels.conformance import complex_normal, error_ratio, log_gate, normal
 from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, devices
 
@@ -84,11 +83,8 @@ def test_bfloat16_rounds_the_output_only():
 @pytest.mark.parametrize("kind", ["real", "complex-fixed"])
 def test_no_races_and_no_uninitialised_memory(kind):
     """In the interpreter that models a TPU's memories: results as expected, no two accesses without an order."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    with use_interpret(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+    with races.checked():
         assert_is_the_reference(make(kind, time=40, channels=520), None, chunk_size=16)
-    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
 
 
 def test_what_it_does_not_do_is_said():

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kernels import dispatch, linear_attention
 from kernels.linear_attention import mosaic_tpu
 from kernels.linear_attention.specs import Tiles
-from kernels.mosaic_tpu import use_interpret
+from tests.kernels import races
 from tests.kernels.conformance import error_ratio, log_gate, normal
 from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, devices
 
@@ -120,15 +119,10 @@ def test_extreme_decays_next_to_mild_ones(decay, dtype):
 @pytest.mark.parametrize("decay, bonus", [("scalar", False), ("vector", True)])
 def test_no_races_and_no_uninitialised_memory(decay, bonus):
     """In the interpreter that models a TPU's memories: results as expected, no two accesses without an order."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
     inputs = make(decay, time=200, heads=4, groups=2, bonus=bonus)
     segment_ids = segments(1, 200)
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with use_interpret(params), mosaic_tpu.use(tiles=Tiles(128, 128, 1, 1, 1)):
+    with races.checked(), mosaic_tpu.use(tiles=Tiles(128, 128, 1, 1, 1)):
         values, gradients = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
-        jax.block_until_ready(gradients)
-    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
     expected, expected_gradients = jax.jit(value_and_gradients("reference", segment_ids))(inputs, cotangents(inputs))
     assert max(map(error_ratio, values, expected)) < 1e-6
     assert max(error_ratio(gradients[key], expected_gradients[key]) for key in gradients) < 1e-5

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import linear_attention, linear_scan
-from tests.kernels.conformance import PAIRS, error_ratio, log_gate, normal
+from tests.kernels.conformance import CASES, error_ratio, log_gate, normal, supported
 
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 
@@ -27,7 +27,10 @@ def assert_same(call, arrays, implementation):
         assert error_ratio(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", [impl for name, impl in PAIRS if name == "linear_attention-vector-bonus"])
+CASE = "linear_attention-vector-bonus"
+
+
+@pytest.mark.parametrize("implementation", [each for each in CASES[CASE].implementations if supported(CASE, each)])
 @few
 @given(
     batch=st.integers(1, 3),

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kernels import dispatch, selective_scan
-from kernels.mosaic_tpu import use_interpret
 from kernels.selective_scan import mosaic_tpu
+from tests.kernels import races
 from tests.kernels.conformance import error_ratio, normal
 from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, devices
 
@@ -94,16 +93,13 @@ def test_steps_from_1e_6_to_1e3_and_rates_of_zero(packed):
     assert_is_the_reference(results, inputs, segment_ids)
 
 
-def test_no_races_and_no_uninitialised_memory():
-    """In the interpreter that models a TPU's memories: results as expected, no two accesses without an order."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    inputs, segment_ids = make(time=200, channels=256, numbers=3), segments(1, 200)
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    with use_interpret(params), mosaic_tpu.use(width=128):
+@pytest.mark.parametrize("time", [100, pytest.param(200, marks=pytest.mark.slow)], ids=["one_block", "two_blocks"])
+def test_no_races_and_no_uninitialised_memory(time):
+    """In the interpreter that models a TPU's memories, each core with half of the channels."""
+    inputs, segment_ids = make(time=time, channels=256, numbers=3), segments(1, time)
+    two_cores = dispatch.use_device(dispatch.Device("cpu", "TPU v5"))
+    with races.checked(), two_cores, mosaic_tpu.use(width=128):
         results = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
-        jax.block_until_ready(results)
-    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
     assert_is_the_reference(results, inputs, segment_ids)
 
 

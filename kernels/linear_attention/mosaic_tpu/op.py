@@ -18,6 +18,7 @@ from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_tpu import launch, scalar
 from kernels.linear_attention.mosaic_tpu.dots import LANES, Dots
+from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START, Plan
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 
@@ -64,7 +65,7 @@ def mosaic_tpu(
     padded = [dim + -dim % LANES for dim in (key_dim, value_dim)]
     tiles = _tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, per_key, chunk_size)
     constant = not time_wise and log_decay.shape[1] == 1 and (time % tiles.block == 0)
-    plan = launch.Plan(
+    plan = Plan(
         batch=batch,
         time=time,
         groups=groups,
@@ -150,13 +151,13 @@ def start_rows(plan, starts):
 def decay_sums(plan, decay, starts):
     """Sums of scalar log-decays within each chunk, [B|1, steps, rows, T padded | chunk]: see `scalar.decays`."""
     tiles, exact = plan.tiles, Dots(plan.dtype).exact
-    decay = jnp.maximum(decay, -1e30 if exact else launch.FASTEST)
+    decay = jnp.maximum(decay, -1e30 if exact else FASTEST)
     if plan.constant:
         decay = jnp.broadcast_to(decay, (1, tiles.chunk, plan.heads))
     else:
         decay = jnp.broadcast_to(decay, (decay.shape[0], plan.time, plan.heads))
         if starts is not None:
-            decay = decay + launch.SEGMENT_START * starts[..., None]
+            decay = decay + SEGMENT_START * starts[..., None]
         decay = jnp.pad(decay, ((0, 0), (0, plan.blocks * tiles.block - plan.time), (0, 0)))
     g = decay.transpose(0, 2, 1).reshape(decay.shape[0], plan.outer * plan.inner, tiles.heads, -1, tiles.chunk)
     upto = jnp.triu(jnp.ones((tiles.chunk, tiles.chunk), jnp.float32))

@@ -1,0 +1,52 @@
+"""Pallas TPU kernels in the interpreter that models a TPU's memories: races are errors, what was not written is NaN."""
+
+import contextlib
+import os
+import threading
+from unittest import mock
+
+import jax
+from jax._src.core import eval_jaxpr
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call, thread_map
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.mosaic_tpu import use_interpret
+
+CORES = min(2, len(os.sched_getaffinity(0)))  # the threads of two cores wait for each other if one runs at a time
+PARAMS = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=CORES)
+_compiling, _programs = threading.Lock(), {}
+
+
+@contextlib.contextmanager
+def checked():
+    """While tracing and running: kernels are interpreted on two cores, which share the grid's parallel axes.
+
+    Raises:
+      AssertionError: at the end, two accesses of a kernel without an order between them, or no kernel ran. Newer
+        versions of jax raise an error of their own, where it happens.
+    """
+    kernels = []  # jax keeps the state of the last kernel only
+
+    class State(interpret_pallas_call.RaceDetectionState):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            kernels.append(self)
+
+    with (
+        use_interpret(PARAMS),
+        mock.patch.object(interpret_pallas_call, "RaceDetectionState", State),
+        mock.patch.object(thread_map, "_run_jaxpr", _run_jaxpr),
+    ):
+        yield
+        jax.effects_barrier()
+    assert kernels, "no kernel was interpreted"
+    assert not any(state.races_found for state in kernels), "a race"
+
+
+def _run_jaxpr(jaxpr, consts, *args):
+    """What a core runs, compiled once: jax compiles it anew for each core and each run."""
+    with _compiling:
+        if jaxpr not in _programs:
+            run = jax.jit(lambda consts, *args: eval_jaxpr(jaxpr, consts, *args))
+            _programs[jaxpr] = run.lower(consts, *args).compile()
+    _programs[jaxpr](consts, *args)
