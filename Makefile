@@ -27,8 +27,9 @@ demo: $(VENV)/base
 test: lint
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --durations=10
 
+# These run for longer than they compile: with LLVM's optimisations, which tests/conftest.py switches off.
 test-slow: $(VENV)/test
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -m slow
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -m slow
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

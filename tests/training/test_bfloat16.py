@@ -1,4 +1,4 @@
-"""bfloat16 training ends where float32 training ends."""
+"""bfloat16 training ends where float32 training ends: by AdamW, whose step takes a third of the time of Muon's."""
 
 import json
 import math
@@ -17,6 +17,7 @@ def final_loss(family, dtype, workdir):
     """Mean over the last 50 steps of a run at `tiny`, on small batches."""
     config = config_of(family, "tiny", STEPS)
     config.model.dtype = dtype
+    config.optimizer.name, config.optimizer.learning_rate = "adamw", 2e-3
     config.train.batch_size, config.train.context_length = 4, 128
     config.eval.batches = 1
     train(config, workdir)
