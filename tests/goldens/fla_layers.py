@@ -1,0 +1,222 @@
+"""The families whose reference is a layer of flash-linear-attention."""
+
+import dataclasses
+
+import torch
+from family import D_FF, EPSILON, HEADS, LAYERS, D, Family, K, matrices, same
+from torch import nn
+
+
+def fla_call(module, x, cache, index):
+    return module(x, past_key_values=cache, use_cache=cache is not None)[0]
+
+
+def fla_cache():
+    from fla.models.utils import Cache
+
+    return Cache()
+
+
+def recurrent_state(cache, index):
+    return {"mixer": cache[index]["recurrent_state"]}
+
+
+def linear_attention(feature_map="elu"):
+    from fla.layers import LinearAttention
+
+    def states(cache, index):
+        kv, z = cache[index]["recurrent_state"]
+        return {"mixer.S": kv, "mixer.z": z.flatten(1)}
+
+    return Family(
+        {"linear_attention": {"num_heads": HEADS}},
+        lambda i: LinearAttention(
+            hidden_size=D,
+            num_heads=HEADS,
+            feature_map=feature_map,
+            output_norm="identity",
+            do_feature_map_norm=True,
+            layer_idx=i,
+        ),
+        fla_call,
+        matrices(q="q_proj", k="k_proj", v="v_proj", out="o_proj"),
+        fla_cache,
+        states,
+    )
+
+
+def linear_attention_relu():
+    family = linear_attention("relu")
+    family.config["linear_attention"]["feature_map"] = "relu"
+    return family
+
+
+def linear_attention_taylor2():
+    """The Taylor map in LinearAttention, which has a cache; a full pass is compared with BasedLinearAttention."""
+    from fla.layers import BasedLinearAttention
+    from fla.modules.feature_map import TaylorFeatureMap
+
+    plain = linear_attention("identity")
+
+    def layer(index):
+        module = plain.layer(index)
+        module.feature_map_q = module.feature_map_k = TaylorFeatureMap(K)
+        return module
+
+    def call(module, x, cache, index):
+        y = plain.call(module, x, cache, index)
+        if cache is None:
+            based = BasedLinearAttention(D, feature_dim=K, num_key_value_heads=HEADS, num_heads=HEADS)
+            based.load_state_dict(module.state_dict())
+            torch.testing.assert_close(y, based.forward_reference(x))
+        return y
+
+    # Ours has the products x_i x_j by rows; there all with i < j come after all squares.
+    pairs = [(i, j) for i in range(K) for j in range(i, K)]
+    theirs = [(i, i) for i in range(K)] + [(i, j) for i, j in pairs if i < j]
+    order = [*range(K + 1), *(K + 1 + theirs.index(pair) for pair in pairs)]
+
+    def states(cache, index):
+        kv, z = cache[index]["recurrent_state"]
+        return {"mixer.S": kv[:, :, order], "mixer.z": z[..., order].flatten(1)}
+
+    return dataclasses.replace(
+        plain,
+        config={"linear_attention": {"num_heads": HEADS, "feature_map": "taylor2"}},
+        layer=layer,
+        call=call,
+        states=states,
+    )
+
+
+def linear_attention_identity():
+    from fla.layers import LinearAttention
+
+    return Family(
+        {"linear_attention": {"num_heads": HEADS, "feature_map": "identity"}},
+        lambda i: LinearAttention(hidden_size=D, num_heads=HEADS, feature_map="identity", layer_idx=i),
+        fla_call,
+        matrices(q="q_proj", k="k_proj", v="v_proj", out="o_proj") | {"norm.scale": ("norm.weight", same)},
+        fla_cache,
+        lambda cache, i: {"mixer.S": cache[i]["recurrent_state"]},
+    )
+
+
+def retnet():
+    from fla.layers import MultiScaleRetention
+
+    return Family(
+        {"retnet": {"num_heads": HEADS}},
+        lambda i: MultiScaleRetention(hidden_size=D, num_heads=HEADS, layer_idx=i),
+        fla_call,
+        matrices(q="q_proj", k="k_proj", v="v_proj", output_gate="g_proj", out="o_proj")
+        | {"norm.scale": ("g_norm_swish_gate.weight", same)},
+        fla_cache,
+        recurrent_state,
+    )
+
+
+def gla():
+    from fla.layers import GatedLinearAttention
+
+    return Family(
+        {"gla": {"num_heads": HEADS, "gate_rank": 4}},
+        lambda i: GatedLinearAttention(hidden_size=D, num_heads=HEADS, gate_low_rank_dim=4, layer_idx=i),
+        fla_call,
+        matrices(q="q_proj", k="k_proj", v="v_proj", output_gate="g_proj", out="o_proj")
+        | matrices(gate_down="gk_proj.0", gate_up="gk_proj.1")
+        | {"gate_up.bias": ("gk_proj.1.bias", same), "norm.scale": ("g_norm_swish_gate.weight", same)},
+        fla_cache,
+        recurrent_state,
+    )
+
+
+def gated_retention():
+    from fla.layers.yoco import YOCOGatedRetention
+
+    def halves(weight):  # pairs of rotary: neighbours there, halves of a head here
+        return weight.view(HEADS, K // 2, 2, D).transpose(1, 2).reshape(D, D).T
+
+    def states(cache, index):  # [B, H, K, V]
+        state = cache[index]["recurrent_state"]
+        return {"mixer": state.view(-1, HEADS, K // 2, 2, K).transpose(2, 3).reshape(state.shape)}
+
+    return Family(
+        {"gated_retention": {"num_heads": HEADS}},
+        lambda i: YOCOGatedRetention(hidden_size=D, num_heads=HEADS, norm_eps=EPSILON, layer_idx=i),
+        fla_call,
+        matrices(v="v_proj", gate="gk_proj", output_gate="g_proj", out="o_proj")
+        | {"q.kernel": ("q_proj.weight", halves), "k.kernel": ("k_proj.weight", halves), "norm.scale": torch.ones(K)},
+        fla_cache,
+        states,
+    )
+
+
+def hgrn2():
+    from fla.layers.hgrn2 import HGRN2Attention
+
+    bounds = nn.ParameterList([torch.zeros(D) for _ in range(LAYERS)])  # the model's, a row a layer
+
+    class Layer(HGRN2Attention):
+        def __init__(self, index):
+            super().__init__(hidden_size=D, expand_ratio=K, layer_idx=index)
+            self.lower_bound = bounds[index]
+
+    def call(module, x, cache, index):
+        shares = torch.stack(list(bounds)).softmax(0)
+        bound = (shares.cumsum(0) - shares[0])[index]
+        return module(x, past_key_values=cache, use_cache=cache is not None, lower_bound=bound)[0]
+
+    return Family(
+        {"hgrn2": {"num_heads": HEADS}},
+        Layer,
+        call,
+        matrices(q="q_proj", forget="f_proj", v="i_proj", out="o_proj")
+        | {"norm.scale": ("g_norm.weight", same), "bound": ("lower_bound", same)},
+        fla_cache,
+        recurrent_state,
+    )
+
+
+def rwkv6():
+    from fla.layers.rwkv6 import RWKV6Attention
+    from fla.models.rwkv6.modeling_rwkv6 import RWKV6FeedForward
+
+    rank, mixtures = 4, 5
+
+    class FeedForward(RWKV6FeedForward):
+        def forward(self, x, cache):
+            if cache is not None and "ffn_state" not in cache[self.layer_idx]:
+                cache[self.layer_idx]["ffn_state"] = None
+            return super().forward(x, state=cache)[0]
+
+    def mix_up(weight):  # [D, 5 * rank] -> [rank, 5 * D]
+        return weight.view(D, mixtures, rank).permute(2, 1, 0).reshape(rank, mixtures * D)
+
+    def states(cache, i):
+        entry = cache[i]
+        return {"mixer.S": entry["recurrent_state"], "mixer.last": entry["conv_state"], "mlp": entry["ffn_state"]}
+
+    return Family(
+        {"mlp": "channel_mixing", "rwkv6": {"num_heads": HEADS, "expand_k": 0.5, "mix_rank": rank, "decay_rank": 8}},
+        lambda i: RWKV6Attention(
+            hidden_size=D, num_heads=HEADS, proj_low_rank_dim=rank, gate_low_rank_dim=8, norm_eps=EPSILON, layer_idx=i
+        ),
+        fla_call,
+        matrices(r="r_proj.linear", k="k_proj.linear", v="v_proj.linear", output_gate="g_proj.linear", out="o_proj")
+        | matrices(mix_down="x_proj.0.linear", decay_down="w_proj.linear.lora.0", decay_up="w_proj.linear.lora.2")
+        | {
+            "mix_up.kernel": ("x_proj.2.weight", mix_up),
+            "shared_mix": ("x_proj.0.mu", same),
+            "mix": ("x_bias", same),
+            "decay_bias": ("w_proj.linear.lora.2.bias", same),
+            "bonus": ("bonus", same),
+            "norm.scale": ("g_norm.weight", same),
+            "norm.bias": ("g_norm.bias", same),
+        },
+        fla_cache,
+        states,
+        lambda i: FeedForward(D, intermediate_size=D_FF, layer_idx=i),
+        matrices(key="key.linear", receptance="receptance.linear", value="value")
+        | {"key_mix": ("key.mu", same), "receptance_mix": ("receptance.mu", same)},
+    )
