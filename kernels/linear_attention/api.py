@@ -7,11 +7,18 @@ from kernels.array_typing import Array, Float, Int
 from kernels.checks import check_rank, check_shape
 from kernels.linear_attention import specs
 from kernels.linear_attention.chunked import chunked
+from kernels.linear_attention.mosaic_gpu import mosaic_gpu
 from kernels.linear_attention.mosaic_tpu import mosaic_tpu
 from kernels.linear_attention.recurrent import recurrent
 from kernels.linear_attention.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent, "chunked": chunked, "mosaic_tpu": mosaic_tpu}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "recurrent": recurrent,
+    "chunked": chunked,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 OP = "linear_attention"
 
 

@@ -1,0 +1,29 @@
+"""Pallas Mosaic GPU (Hopper): the names that differ between jax 0.10 and 0.12."""
+
+import inspect
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors: one number a row of a WGMMA tile, or a column
+
+# Two kinds of lowering; layouts are only found in this one. Without `approx_math` exp is many instructions.
+PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
+_INDEXED_LOAD = "idx" in inspect.signature(plgpu.load).parameters
+
+
+def load(ref, layout):
+    """A reference in shared or global memory, in registers laid out as `layout`."""
+    if _INDEXED_LOAD:
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def transposed(ref):
+    return plgpu.transpose_ref(ref, (1, 0)) if hasattr(plgpu, "transpose_ref") else ref.transpose((1, 0))
+
+
+def shared_tile(*shape, dtype, plgpu=plgpu):
+    """Shared memory that TMA fills and wgmma reads: rows of 128 bytes, swizzled."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
