@@ -5,14 +5,26 @@ kernels/linear_attention/mosaic_gpu/launch.py and run the same chunk math, with 
 """
 
 import functools
+import pathlib
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
+from jax.experimental import topologies
 
 from kernels.linear_attention.mosaic_gpu import chunk
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
+
+TARGET = pathlib.Path(__file__).with_name("h200.txtpb")  # what the compiler asks a GPU for
+
+
+def h200() -> jax.Device:
+    """An H200 to compile for; skips the test where jax's CUDA plugin is not installed."""
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin and ptxas: make test-gpu-compile")
+    options = {"target_config": TARGET.read_text(), "topology": "1x1x1"}
+    return topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices[0]
 
 
 class Arrays:
