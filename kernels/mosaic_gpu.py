@@ -2,12 +2,13 @@
 
 import inspect
 
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors: one number a row of a WGMMA tile, or a column
 
-# Two kinds of lowering; layouts are only found in this one. Without `approx_math` exp is many instructions.
+# jax 0.12 defaults to the other lowering, which did not find the layouts of such kernels.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
 _INDEXED_LOAD = "idx" in inspect.signature(plgpu.load).parameters
 
@@ -23,7 +24,7 @@ def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0)) if hasattr(plgpu, "transpose_ref") else ref.transpose((1, 0))
 
 
-def shared_tile(*shape, dtype, plgpu=plgpu):
-    """Shared memory that TMA fills and wgmma reads: rows of 128 bytes, swizzled."""
+def shared_tile(*shape):
+    """Shared memory of bfloat16 that TMA fills and wgmma reads: rows of 128 bytes, swizzled."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)

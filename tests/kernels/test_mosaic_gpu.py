@@ -112,6 +112,16 @@ def test_extreme_decays_in_packed_rows(machine, decay):
     assert_close(arguments, cotangents, segments(2, 150))
 
 
+def test_no_gradient_comes_from_the_future(machine):
+    arguments, (d_out, d_state) = make("vector")
+    now = 70
+    only_now = jnp.zeros_like(d_out).at[:, now].set(d_out[:, now])
+    run = jax.jit(value_and_gradients, static_argnums=0)
+    _, gradients = run("mosaic_gpu", arguments, (only_now, jnp.zeros_like(d_state)))
+    for name in ("q", "k", "v", "log_decay"):
+        assert np.any(gradients[name][:, now]) and not np.any(gradients[name][:, now + 1 :]), name
+
+
 @pytest.mark.skipif(not dispatch.device().is_hopper, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_two_runs_are_the_same_to_the_last_bit(decay):

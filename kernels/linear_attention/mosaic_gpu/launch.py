@@ -12,160 +12,19 @@ Decays, if scalar: [3, B H, T] float32 (sums, e^read, e^write); per key: high an
 e^total are [B H, N K] either way.
 """
 
-import dataclasses
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.linear_attention.mosaic_gpu import chunk
+from kernels.linear_attention.mosaic_gpu.blocks import Fetches, Registers, launch
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
-from kernels.mosaic_gpu import COLUMNS, PARAMS, ROWS, WGMMA, load, shared_tile, transposed
+from kernels.mosaic_gpu import WGMMA, load, shared_tile
 
 AHEAD = 3  # chunks that a sweep has fetched or is fetching
-WIDEST = 128  # columns of v that a block computes
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    batch: int
-    time: int  # a multiple of CHUNK
-    groups: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    scale: float
-    per_key: bool
-    parts: int  # of the time, that are swept at once
-
-    def with_parts(self, wanted):
-        """In `wanted` parts or fewer, none of them empty."""
-        return dataclasses.replace(self, parts=pl.cdiv(self.chunks, pl.cdiv(self.chunks, wanted)))
-
-    @property
-    def sequences(self):
-        return self.batch * self.heads
-
-    @property
-    def chunks(self):
-        return self.time // CHUNK
-
-    @property
-    def part_chunks(self):  # the last part may have fewer
-        return pl.cdiv(self.chunks, self.parts)
-
-    @property
-    def key_tiles(self):
-        return self.key_dim // CHUNK
-
-    @property
-    def width(self):
-        return min(self.value_dim, WIDEST)
-
-    @property
-    def value_blocks(self):
-        return self.value_dim // self.width
-
-    @property
-    def states_shape(self):
-        return self.sequences, self.chunks * self.key_dim, self.value_dim
-
-
-class Registers:
-    """The machine of chunk.py: values in registers, operands in shared memory, tiles for `stage` and `keep` among it."""
-
-    def __init__(self, staged, kept=None):
-        self.staged, self.kept = staged, kept
-
-    def index(self, axis):
-        return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
-
-    def load(self, shared):
-        return load(shared, WGMMA).astype(jnp.float32)
-
-    def rows(self, vector, width):
-        return lax.broadcast_in_dim(load(vector, ROWS), (CHUNK, width), [0])
-
-    def columns(self, vector):
-        return lax.broadcast_in_dim(load(vector, COLUMNS), (CHUNK, CHUNK), [1])
-
-    def half(self, x):
-        return x.astype(jnp.bfloat16)
-
-    def stage(self, x):
-        self.staged[...] = self.half(x)
-        plgpu.commit_smem()
-        return self.staged
-
-    def keep(self, x):
-        self.kept[...] = self.half(x)
-        return self.kept
-
-    def transposed(self, shared):
-        return transposed(shared)
-
-    def dots(self, start, *pairs):
-        def multiply(accumulator):
-            for a, b in pairs:
-                plgpu.wgmma(accumulator, a, b)
-
-        if start is not None:
-            return pl.run_state(multiply)(plgpu.ACC.init(start))
-
-        def from_zero(accumulator):
-            multiply(accumulator)
-            return accumulator[...]
-
-        return pl.run_scoped(from_zero, plgpu.ACC((CHUNK, pairs[0][1].shape[1]), jnp.float32))
-
-
-class Fetches:
-    """TMA copies into shared memory. All of a turn arrive on one barrier; `slots` turns are under way at once."""
-
-    def __init__(self, slots=1):
-        self.slots, self.shapes = slots, {}
-
-    def tile(self, name, *shape):
-        self.shapes[name] = (shape, jnp.bfloat16)
-
-    def vector(self, *names):
-        for name in names:
-            self.shapes[name] = ((CHUNK,), jnp.float32)
-
-    def scratch(self):
-        types = {}
-        for name, (shape, dtype) in self.shapes.items():
-            shape = (self.slots, *shape)
-            types[name] = plgpu.SMEM(shape, dtype) if dtype == jnp.float32 else shared_tile(*shape, dtype=dtype)
-        types["barrier"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)
-        return types
-
-    @property
-    def copies(self):
-        return sum(shape[0] if len(shape) == 3 else 1 for shape, _ in self.shapes.values())
-
-
-def _kernel(plan, body, inputs, outputs, scratch, grid, name):
-    """`body(plan, refs, sequence, second, third)`; inputs, outputs and scratch by name."""
-    names = [*inputs, *outputs, *scratch]
-
-    def named(*refs):
-        refs = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-        body(plan, refs, *(lax.axis_index(axis) for axis in ("sequence", "time", "block")))
-
-    named.__name__ = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
-    call = plgpu.kernel(
-        named,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs.values()],
-        scratch_types=list(scratch.values()),
-        grid=grid,
-        grid_names=("sequence", "time", "block"),
-        compiler_params=PARAMS,
-    )
-    return dict(zip(outputs, call(*inputs.values()), strict=True))
 
 
 def _indices(plan, sequence):
@@ -187,7 +46,7 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
     scratch = {}
     if keep:
         outputs["states"] = (plan.states_shape, jnp.bfloat16)
-        scratch["kept"] = shared_tile(CHUNK, plan.width, dtype=jnp.bfloat16)
+        scratch["kept"] = shared_tile(CHUNK, plan.width)
     fetches = Fetches(AHEAD)
     fetches.tile("x_tile", CHUNK, CHUNK)
     fetches.tile("y_tile", CHUNK, plan.width)
@@ -197,9 +56,9 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
     else:
         fetches.vector("gate")
     fetches.vector("total")
-    scratch |= {"stage": shared_tile(CHUNK, CHUNK, dtype=jnp.bfloat16), **fetches.scratch()}
+    scratch |= {"stage": shared_tile(CHUNK, CHUNK), **fetches.scratch()}
 
-    def body(plan, refs, sequence, part, block):
+    def body(refs, sequence, part, block):
         batch, head, group = _indices(plan, sequence)
         key_tile, value_block = (f(block, jnp.int32(plan.value_blocks)) for f in (lax.div, lax.rem))
         keys, values = pl.ds(key_tile * CHUNK, CHUNK), pl.ds(value_block * plan.width, plan.width)
@@ -239,9 +98,8 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
                 tile_decay = chunk.PerKey(refs.high_tile.at[slot], refs.low_tile.at[slot])
             else:
                 tile_decay = chunk.Scalar(None, refs.gate.at[slot])
-            state = chunk.update(
-                m, tile_decay, reverse, plan.scale, refs.x_tile.at[slot], refs.y_tile.at[slot], refs.total.at[slot], state
-            )
+            x, y, total = (getattr(refs, name).at[slot] for name in ("x_tile", "y_tile", "total"))
+            state = chunk.update(m, tile_decay, reverse, plan.scale, x, y, total, state)
             pl.when(i + AHEAD < count)(lambda: fetch(i + AHEAD))
             return state
 
@@ -252,7 +110,7 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
         plgpu.wait_smem_to_gmem(0)
 
     grid = (plan.sequences, plan.parts, plan.key_tiles * plan.value_blocks)
-    result = _kernel(plan, body, inputs, outputs, scratch, grid, "states" + "_reverse" * reverse)
+    result = launch(plan, body, inputs, outputs, scratch, grid, "states" + "_reverse" * reverse)
     return result.get("states"), result["ends"]
 
 
@@ -267,9 +125,9 @@ def read(plan, reverse, x, y, w, decay, states):
     fetches.tile("w_tile", CHUNK, plan.width)
     if not plan.per_key:
         fetches.vector("sums", "gate")
-    scratch = {"stage": shared_tile(CHUNK, CHUNK, dtype=jnp.bfloat16), **fetches.scratch()}
+    scratch = {"stage": shared_tile(CHUNK, CHUNK), **fetches.scratch()}
 
-    def body(plan, refs, sequence, n, block):
+    def body(refs, sequence, n, block):
         batch, head, group = _indices(plan, sequence)
         tokens, values = pl.ds(n * CHUNK, CHUNK), pl.ds(block * plan.width, plan.width)
 
@@ -305,7 +163,7 @@ def read(plan, reverse, x, y, w, decay, states):
 
     outputs = {"out": (w.shape, jnp.bfloat16)}
     grid = (plan.sequences, plan.chunks, plan.value_blocks)
-    return _kernel(plan, body, inputs, outputs, scratch, grid, "dv" if reverse else "out")["out"]
+    return launch(plan, body, inputs, outputs, scratch, grid, "dv" if reverse else "out")["out"]
 
 
 def gradients(plan, q, k, v, d_out, decay, states, d_states):
@@ -322,15 +180,15 @@ def gradients(plan, q, k, v, d_out, decay, states, d_states):
     if not plan.per_key:
         fetches.vector("sums", "read_gate", "write_gate")
     scratch = {
-        "stage": shared_tile(CHUNK, CHUNK, dtype=jnp.bfloat16),
-        "kept": shared_tile(CHUNK, CHUNK, dtype=jnp.bfloat16),
-        "result": shared_tile(CHUNK, CHUNK, dtype=jnp.bfloat16),
+        "stage": shared_tile(CHUNK, CHUNK),
+        "kept": shared_tile(CHUNK, CHUNK),
+        "result": shared_tile(CHUNK, CHUNK),
         "reads": plgpu.SMEM((CHUNK, CHUNK), jnp.float32),
         "row_sums": plgpu.SMEM((CHUNK,), jnp.float32),
         **fetches.scratch(),
     }
 
-    def body(plan, refs, sequence, n, block):
+    def body(refs, sequence, n, block):
         batch, head, group = _indices(plan, sequence)
         tokens, keys = pl.ds(n * CHUNK, CHUNK), pl.ds(block * CHUNK, CHUNK)
         rows = pl.ds(n * plan.key_dim + block * CHUNK, CHUNK)
@@ -379,7 +237,7 @@ def gradients(plan, q, k, v, d_out, decay, states, d_states):
         "changes": (shape if plan.per_key else (plan.key_tiles, plan.sequences, plan.time), jnp.float32),
     }
     grid = (plan.sequences, plan.chunks, plan.key_tiles)
-    return tuple(_kernel(plan, body, inputs, outputs, scratch, grid, "dq_dk").values())
+    return tuple(launch(plan, body, inputs, outputs, scratch, grid, "dq_dk").values())
 
 
 def _store(x, shared, target):

@@ -10,10 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_gpu import launch
+from kernels.linear_attention.mosaic_gpu.blocks import Plan
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
 from kernels.segments import segment_starts
 
@@ -37,12 +37,9 @@ def mosaic_gpu(
     """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; time is padded to a multiple of it.
 
     Raises:
-      NotImplementedError: a device that is no Hopper GPU, inputs that are not bfloat16, a bonus, K or V that is none of
-        64, 128 and 256, or more than 65535 sequences or chunks.
+      NotImplementedError: inputs that are not bfloat16, a bonus, K or V that is none of 64, 128 and 256, or more than
+        65535 sequences or chunks.
     """
-    device = dispatch.device()
-    if not device.is_hopper:
-        raise NotImplementedError(f"it is a kernel for Hopper GPUs, not for {device.kind}")
     batch, time, heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
@@ -52,17 +49,8 @@ def mosaic_gpu(
     if key_dim not in WIDTHS or value_dim not in WIDTHS:
         raise NotImplementedError(f"K {key_dim}, V {value_dim}: expected of {WIDTHS}")
     chunks = -(-time // CHUNK)
-    plan = launch.Plan(
-        batch=batch,
-        time=chunks * CHUNK,
-        groups=groups,
-        heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        scale=scale,
-        per_key=log_decay.shape[-1] > 1,
-        parts=1,
-    )
+    per_key = log_decay.shape[-1] > 1
+    plan = Plan(batch, chunks * CHUNK, groups, heads, key_dim, value_dim, scale, per_key, parts=1)
     plan = plan.with_parts(specs.time_parts(plan.sequences * plan.key_tiles * plan.value_blocks, chunks))
     if max(plan.sequences, chunks) > 65535:
         raise NotImplementedError(f"{plan.sequences} sequences of {chunks} chunks: more than 65535 of either")
