@@ -10,21 +10,21 @@ ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors: one number a row
 
 # jax 0.12 defaults to the other lowering, which did not find the layouts of such kernels.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
-_INDEXED_LOAD = "idx" in inspect.signature(plgpu.load).parameters
+_IS_0_10 = "idx" in inspect.signature(plgpu.load).parameters
 
 
 def load(ref, layout):
     """A reference in shared or global memory, in registers laid out as `layout`."""
-    if _INDEXED_LOAD:
+    if _IS_0_10:
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def transposed(ref):
-    return plgpu.transpose_ref(ref, (1, 0)) if hasattr(plgpu, "transpose_ref") else ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0)) if _IS_0_10 else ref.transpose((1, 0))
 
 
-def shared_tile(*shape):
-    """Shared memory of bfloat16 that TMA fills and wgmma reads: rows of 128 bytes, swizzled."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+def shared_tile(*shape, dtype=jnp.bfloat16):
+    """Shared memory that TMA fills and wgmma reads: rows of 128 bytes, swizzled."""
+    transforms = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -183,7 +183,7 @@ def gradients(plan, q, k, v, d_out, decay, states, d_states):
         "stage": shared_tile(CHUNK, CHUNK),
         "kept": shared_tile(CHUNK, CHUNK),
         "result": shared_tile(CHUNK, CHUNK),
-        "reads": plgpu.SMEM((CHUNK, CHUNK), jnp.float32),
+        "reads": shared_tile(CHUNK, CHUNK, dtype=jnp.float32),
         "row_sums": plgpu.SMEM((CHUNK,), jnp.float32),
         **fetches.scratch(),
     }
