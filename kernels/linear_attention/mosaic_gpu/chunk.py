@@ -13,12 +13,13 @@ wgmma cannot be interpreted: it is written against a machine `m` that multiplies
     m.half(x)                  x rounded to bfloat16
     m.dots(start, (a, b), ..)  start + sum of a b, float32; start may be None; b in shared memory, a there or bfloat16
 
-With A_ij = sum_K q_i k_j exp(sum of g over (j, i]) for j <= i, S the state at the chunk's start, R the gradient of
-that at its end, read_i and write_j the sums of g up to i and after j, total that of all:
+With P_ij = exp(sum of g over (j, i]) for j <= i, else 0, A = q k^T o P (per key, P is inside the sum over keys), S the
+state at the chunk's start, R the gradient of that at its end, read_i and write_j the sums of g up to i and after j,
+total that of all:
 
     out = scale A v   + scale e^read (q S)                       S' = e^total S + (k e^write)^T v
     dv  = scale A^T do +     e^write (k R)                       R' = e^total R + scale (q e^read)^T do
-    dq  = scale (do v^T . dA/dq) + scale e^read (do S^T)         dk = scale (v do^T . dA/dk) + e^write (v R^T)
+    dq  = scale (do v^T o P) k + scale e^read (do S^T)           dk = scale (v do^T o P^T) q + e^write (v R^T)
 
 Each line is one function, read from left to right and, with q and k, v and do, S and R, read and write, <= and >=
 exchanged, from right to left (`reverse`).
@@ -152,7 +153,7 @@ def key_gradient(m, decay, reverse, scale, y, u, w, state):
         gradient = m.dots(gradient, (m.half(pairs * scalar_pairs(m, decay, reverse)), y))
         return gradient, gradient  # the own parts of q dq and k dk are the same number
     gradient = gradient * decay.gate(m, reads=not reverse)
-    pairs = m.keep(pairs)
+    pairs = m.keep(pairs)  # over the levels, registers would not be enough
 
     def add_level(level, gradient):
         left = decay.level(m, level)
@@ -165,7 +166,7 @@ def key_gradient(m, decay, reverse, scale, y, u, w, state):
 
 
 def sums_of_later(m, changes):
-    """The sums of [64, 64] float32 over each token and all later ones, by two products of 8 digits' bits each."""
+    """The sums of [64, 64] float32 over each token and all later ones: of what bfloat16 holds, and of the rest."""
     ones = m.half(jnp.where(seen(m, reverse=True), 1.0, 0.0))
     high = m.half(changes)
     sums = m.dots(None, (ones, m.stage(changes)))
