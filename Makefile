@@ -16,7 +16,13 @@ $(VENV)/test: $(VENV)/base
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test test-slow lint clean
+# jax's CUDA plugin, of jax's own version, and ptxas, beside the environment: jax takes a plugin in it for a GPU.
+build/gpu-compile: $(VENV)/test
+	$(RUN) -c 'import jax; v = jax.__version__; print(f"jax-cuda13-plugin=={v}\njax-cuda13-pjrt=={v}\nnvidia-cuda-nvcc\nnvidia-nvvm")' \
+	  | $(RUN) -m pip install --quiet --no-deps --target=$@ --requirement=/dev/stdin
+	touch $@
+
+.PHONY: demo test test-slow test-gpu-compile lint clean
 
 # Train the tiny GLA on the embedded corpus, evaluate it, let it write.
 demo: $(VENV)/base
@@ -30,6 +36,10 @@ test: lint
 # These run for longer than they compile: with LLVM's optimisations, which tests/conftest.py switches off.
 test-slow: $(VENV)/test
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -m slow
+
+# Compile the Hopper kernels without a GPU (Linux; 500 MB of packages).
+test-gpu-compile: build/gpu-compile
+	PYTHONPATH=build/gpu-compile JAX_PLATFORMS=cpu $(RUN) -m pytest -m gpu_compile
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

@@ -8,6 +8,7 @@ from kernels.checks import check_rank, check_shape
 from kernels.linear_attention import specs
 from kernels.linear_attention.chunked import chunked
 from kernels.linear_attention.jla import jla
+from kernels.linear_attention.mosaic_gpu import mosaic_gpu
 from kernels.linear_attention.mosaic_tpu import mosaic_tpu
 from kernels.linear_attention.recurrent import recurrent
 from kernels.linear_attention.reference import reference
@@ -17,6 +18,7 @@ IMPLEMENTATIONS = {
     "recurrent": recurrent,
     "chunked": chunked,
     "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
     "jla": jla,
 }
 OP = "linear_attention"

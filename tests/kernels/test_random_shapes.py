@@ -28,9 +28,10 @@ def assert_same(call, arrays, implementation):
 
 
 CASE = "linear_attention-vector-bonus"
+TAKING_FLOAT32 = [name for name in CASES[CASE].implementations if name != "mosaic_gpu" and supported(CASE, name)]
 
 
-@pytest.mark.parametrize("implementation", [each for each in CASES[CASE].implementations if supported(CASE, each)])
+@pytest.mark.parametrize("implementation", TAKING_FLOAT32)
 @few
 @given(
     batch=st.integers(1, 3),

@@ -1,0 +1,17 @@
+"""Linear attention on Hopper GPUs: Pallas kernels, forward and backward. Compiled, but never run on a GPU so far."""
+
+from kernels import dispatch
+
+
+def mosaic_gpu(q, k, v, log_decay, **options):
+    """`op.mosaic_gpu`, which says what it takes; other devices than Hopper GPUs are refused before it is imported.
+
+    Raises:
+      NotImplementedError: another device, or what `op.mosaic_gpu` refuses.
+    """
+    device = dispatch.device()
+    if not device.is_hopper:
+        raise NotImplementedError(f"it is a kernel for Hopper GPUs, not for {device.kind}")
+    from kernels.linear_attention.mosaic_gpu import op
+
+    return op.mosaic_gpu(q, k, v, log_decay, **options)

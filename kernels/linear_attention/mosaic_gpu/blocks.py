@@ -1,0 +1,162 @@
+"""A block of threads of a Hopper GPU, one warpgroup: the sizes of its call, its machine, its copies, its launch."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
+from kernels.mosaic_gpu import COLUMNS, PARAMS, ROWS, WGMMA, load, shared_tile, transposed
+
+WIDEST = 128  # columns of v that a block computes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One call."""
+
+    batch: int
+    time: int  # a multiple of CHUNK
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    per_key: bool
+    parts: int  # of the time, that are swept at once
+
+    def with_parts(self, wanted):
+        """In `wanted` parts or fewer, none of them empty."""
+        return dataclasses.replace(self, parts=pl.cdiv(self.chunks, pl.cdiv(self.chunks, wanted)))
+
+    @property
+    def sequences(self):
+        return self.batch * self.heads
+
+    @property
+    def chunks(self):
+        return self.time // CHUNK
+
+    @property
+    def part_chunks(self):  # the last part may have fewer
+        return pl.cdiv(self.chunks, self.parts)
+
+    @property
+    def key_tiles(self):
+        return self.key_dim // CHUNK
+
+    @property
+    def width(self):
+        return min(self.value_dim, WIDEST)
+
+    @property
+    def value_blocks(self):
+        return self.value_dim // self.width
+
+    @property
+    def states_shape(self):
+        return self.sequences, self.chunks * self.key_dim, self.value_dim
+
+
+class Registers:
+    """The machine of chunk.py: values in registers, operands in shared memory, among it tiles to stage and keep."""
+
+    def __init__(self, staged, kept=None):
+        self.staged, self.kept = staged, kept
+
+    def index(self, axis):
+        return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
+
+    def load(self, shared):
+        return load(shared, WGMMA).astype(jnp.float32)
+
+    def rows(self, vector, width):
+        return lax.broadcast_in_dim(load(vector, ROWS), (CHUNK, width), [0])
+
+    def columns(self, vector):
+        return lax.broadcast_in_dim(load(vector, COLUMNS), (CHUNK, CHUNK), [1])
+
+    def half(self, x):
+        return x.astype(jnp.bfloat16)
+
+    def stage(self, x):
+        self.staged[...] = self.half(x)
+        plgpu.commit_smem()
+        return self.staged
+
+    def keep(self, x):
+        self.kept[...] = self.half(x)
+        return self.kept
+
+    def transposed(self, shared):
+        return transposed(shared)
+
+    def dots(self, start, *pairs):
+        def multiply(accumulator):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+
+        if start is not None:
+            return pl.run_state(multiply)(plgpu.ACC.init(start))
+
+        def from_zero(accumulator):
+            multiply(accumulator)
+            return accumulator[...]
+
+        return pl.run_scoped(from_zero, plgpu.ACC((CHUNK, pairs[0][1].shape[1]), jnp.float32))
+
+
+class Fetches:
+    """TMA copies into shared memory. All of a turn arrive on one barrier; `slots` turns are under way at once."""
+
+    def __init__(self, slots=1):
+        self.slots, self.shapes = slots, {}
+
+    def tile(self, name, *shape):
+        self.shapes[name] = (shape, jnp.bfloat16)
+
+    def vector(self, *names):
+        for name in names:
+            self.shapes[name] = ((CHUNK,), jnp.float32)
+
+    def scratch(self):
+        types = {}
+        for name, (shape, dtype) in self.shapes.items():
+            shape = (self.slots, *shape)
+            types[name] = plgpu.SMEM(shape, dtype) if dtype == jnp.float32 else shared_tile(*shape)
+        types["barrier"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)
+        return types
+
+    @property
+    def copies(self):
+        return sum(shape[0] if len(shape) == 3 else 1 for shape, _ in self.shapes.values())
+
+
+def launch(plan, body, inputs, outputs, scratch, grid, name):
+    """Run `body(refs, *indices in the grid)` on `inputs`; `refs` has inputs, outputs and scratch by name.
+
+    Args:
+      outputs: shape and dtype by name, and so are the results.
+      grid: sequences, chunks or parts of the time, blocks of them. The last index is the fastest.
+      name: of the kernel, after the kind of decay.
+    """
+    names = [*inputs, *outputs, *scratch]
+
+    def named(*refs):
+        refs = SimpleNamespace(**dict(zip(names, refs, strict=True)))
+        body(refs, *(lax.axis_index(axis) for axis in ("sequence", "time", "block")))
+
+    named.__name__ = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
+    call = plgpu.kernel(
+        named,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs.values()],
+        scratch_types=list(scratch.values()),
+        grid=grid,
+        grid_names=("sequence", "time", "block"),
+        compiler_params=PARAMS,
+    )
+    return dict(zip(outputs, call(*inputs.values()), strict=True))

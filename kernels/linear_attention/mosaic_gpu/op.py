@@ -1,0 +1,153 @@
+"""The call around the kernels: padding, sums of log-decays, states between parts of the time, gradients of decays.
+
+Long sequences are swept in parts, all at once, where they are too few to fill the GPU: a first sweep of each part from
+a zero state gives what it adds, a scan over the few parts the state that each starts with, a second sweep the states of
+all chunks. From right to left likewise. Then `read` and `gradients` have a block of threads for each chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels.array_typing import Array, Float, Int
+from kernels.linear_attention import specs
+from kernels.linear_attention.mosaic_gpu import launch
+from kernels.linear_attention.mosaic_gpu.blocks import Plan
+from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
+from kernels.segments import segment_starts
+
+WIDTHS = (64, 128, 256)  # K and V
+FASTEST = -50.0  # log-decay: e^-50 leaves nothing, and sums of more extreme ones lose digits
+SEGMENT_START = -128.0  # exp of it is 0 in float32
+
+
+def mosaic_gpu(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "..."],
+    *,
+    bonus: Float[Array, "H K"] | None,
+    initial_state: Float[Array, "B H K V"],
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; time is padded to a multiple of it.
+
+    Raises:
+      NotImplementedError: inputs that are not bfloat16, a bonus, K or V that is none of 64, 128 and 256, or more than
+        65535 sequences or chunks.
+    """
+    batch, time, heads, value_dim = v.shape
+    groups, key_dim = q.shape[2:]
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected bfloat16")
+    if bonus is not None:
+        raise NotImplementedError("it has no bonus")
+    if key_dim not in WIDTHS or value_dim not in WIDTHS:
+        raise NotImplementedError(f"K {key_dim}, V {value_dim}: expected of {WIDTHS}")
+    chunks = -(-time // CHUNK)
+    per_key = log_decay.shape[-1] > 1
+    plan = Plan(batch, chunks * CHUNK, groups, heads, key_dim, value_dim, scale, per_key, parts=1)
+    plan = plan.with_parts(specs.time_parts(plan.sequences * plan.key_tiles * plan.value_blocks, chunks))
+    if max(plan.sequences, chunks) > 65535:
+        raise NotImplementedError(f"{plan.sequences} sequences of {chunks} chunks: more than 65535 of either")
+
+    g = jnp.broadcast_to(log_decay, (batch, time, *log_decay.shape[2:])).astype(jnp.float32)
+    g = jnp.maximum(g, FASTEST)
+    if segment_ids is not None:
+        g = jnp.where(segment_starts(segment_ids)[:, :, None, None], SEGMENT_START, g)
+    # Padding has no decay, and keys of zero.
+    q, k, v, g = (jnp.pad(x, ((0, 0), (0, plan.time - time), (0, 0), (0, 0))) for x in (q, k, v, g))
+    out, state = attend(plan, q, k, v, g, initial_state.reshape(-1, key_dim, value_dim))
+    return out[:, :time], state.reshape(initial_state.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan, q, k, v, g, initial_state):
+    """q, k [B, T, G, K]; v [B, T, H, V]; g [B, T, H, K|1] float32; initial_state [B H, K, V] float32."""
+    return attend_forward(plan, q, k, v, g, initial_state)[0]
+
+
+def attend_forward(plan, q, k, v, g, initial_state):
+    decay, totals = decays(plan, g)
+    starts = part_starts(plan, False, k, v, decay, totals, initial_state)
+    states, ends = launch.sweep(plan, False, k, v, decay, totals, starts, keep=True)
+    out = launch.read(plan, False, q, k, v, decay, states)
+    final_state = ends.reshape(plan.sequences, plan.parts, *ends.shape[1:])[:, -1]
+    return (out, final_state), (q, k, v, g, starts, final_state)
+
+
+def attend_backward(plan, residuals, cotangents):
+    q, k, v, g, starts, final_state = residuals
+    d_out, d_final_state = cotangents[0].astype(jnp.bfloat16), cotangents[1].astype(jnp.float32)
+    decay, totals = decays(plan, g)
+    states, _ = launch.sweep(plan, False, k, v, decay, totals, starts, keep=True)
+    d_starts = part_starts(plan, True, q, d_out, decay, totals, d_final_state)
+    d_states, d_ends = launch.sweep(plan, True, q, d_out, decay, totals, d_starts, keep=True)
+    dv = launch.read(plan, True, k, q, d_out, decay, d_states)
+    dq, dk, changes = launch.gradients(plan, q, k, v, d_out, decay, states, d_states)
+    d_g = log_decay_gradient(plan, changes, states, final_state, d_states)
+    d_initial_state = d_ends.reshape(plan.sequences, plan.parts, *d_ends.shape[1:])[:, 0]
+    return sum_shared(plan, dq), sum_shared(plan, dk), dv, d_g, d_initial_state
+
+
+attend.defvjp(attend_forward, attend_backward)
+
+
+def decays(plan, g):
+    """What launch.py calls decays and totals."""
+    chunks = g.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, -1)
+    totals = jnp.exp(jnp.sum(chunks, axis=2)).transpose(0, 2, 1, 3)
+    totals = jnp.broadcast_to(totals, (*totals.shape[:3], plan.key_dim)).reshape(plan.sequences, -1)
+    if plan.per_key:
+        high = jax.lax.reduce_precision(g, exponent_bits=8, mantissa_bits=7)
+        return (high.astype(jnp.bfloat16), (g - high).astype(jnp.bfloat16)), totals
+    sums = over_chunk(plan, g[..., 0].transpose(0, 2, 1), jnp.triu)
+    write = jnp.exp(jnp.minimum(sums[..., -1:] - sums, 0.0))
+    return jnp.stack([sums, jnp.exp(sums), write]).reshape(3, plan.sequences, plan.time), totals
+
+
+def over_chunk(plan, x, triangle):
+    """Sums of [..., T] within chunks, [B H, N, 64]: over tokens up to each (jnp.triu), or from each on (jnp.tril)."""
+    ones = triangle(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    return jnp.matmul(x.reshape(plan.sequences, plan.chunks, CHUNK), ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def part_starts(plan, reverse, x, y, decay, totals, state):
+    """The state that each part starts with (its gradient at each part's end), [B H P, K, V], from the first's."""
+    if plan.parts == 1:
+        return state
+    shape = (plan.sequences, plan.parts, plan.key_dim, plan.value_dim)
+    zeros = jnp.zeros((shape[0] * shape[1], *shape[2:]), jnp.float32)
+    _, added = launch.sweep(plan, reverse, x, y, decay, totals, zeros, keep=False)
+    totals = totals.reshape(plan.sequences, plan.chunks, plan.key_dim)
+    missing = plan.parts * plan.part_chunks - plan.chunks
+    totals = jnp.pad(totals, ((0, 0), (0, missing), (0, 0)), constant_values=1.0)
+    totals = jnp.prod(totals.reshape(plan.sequences, plan.parts, -1, plan.key_dim), axis=2)[..., None]
+    xs = jnp.moveaxis(totals, 1, 0), jnp.moveaxis(added.reshape(shape), 1, 0)
+    _, starts = jax.lax.scan(lambda state, x: (x[0] * state + x[1], state), state, xs, reverse=reverse)
+    return jnp.moveaxis(starts, 0, 1).reshape(zeros.shape)
+
+
+def log_decay_gradient(plan, changes, states, final_state, d_states):
+    """d g_t = the sum of `changes` over the tokens from t on in its chunk, plus sum_v(S' dS') at the chunk's end, which
+    stands for all later ones: [B, T, H, K|1]."""
+    shape = (plan.sequences, plan.chunks, plan.key_dim, plan.value_dim)
+    states, d_states = states.reshape(shape), d_states.reshape(shape)
+    ends = jnp.concatenate([states[:, 1:], final_state[:, None].astype(states.dtype)], axis=1)
+    later = jnp.einsum("snkv,snkv->snk", ends, d_states, preferred_element_type=jnp.float32)
+    if plan.per_key:
+        later = later.reshape(plan.batch, plan.heads, plan.chunks, 1, -1).transpose(0, 2, 3, 1, 4)
+        chunks = changes.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, -1)
+        return (chunks + later).reshape(changes.shape)
+    sums = over_chunk(plan, jnp.sum(changes, axis=0), jnp.tril) + jnp.sum(later, axis=-1, keepdims=True)
+    return sums.reshape(plan.batch, plan.heads, plan.time).transpose(0, 2, 1)[..., None]
+
+
+def sum_shared(plan, gradient):
+    """Of [B, T, H, K], over the heads that share a head of q and k."""
+    gradient = gradient.reshape(*gradient.shape[:2], plan.groups, -1, plan.key_dim)
+    return jnp.sum(gradient, axis=3, dtype=jnp.float32).astype(gradient.dtype)

@@ -1,0 +1,203 @@
+"""The Hopper kernels of linear attention: their chunk math on a CPU, the kernels on a GPU, and compiled without one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from kernels import dispatch, linear_attention
+from kernels.linear_attention import specs
+from kernels.linear_attention.mosaic_gpu import launch
+from tests.kernels import hopper
+from tests.kernels.conformance import error_ratio, log_gate, normal
+from tests.kernels.tpu import compile_for_tpu as compile_without_cache
+
+H200 = dispatch.Device("gpu", "NVIDIA H200")
+DECAYS = {"none": "", "fixed": "H", "scalar": "BTH", "vector": "BTHK"}
+
+
+def shapes(decay, *, batch=1, time=150, groups=1, heads=2, key_dim=64, value_dim=64):
+    """Of the arguments and of the cotangents."""
+    sizes = {"B": batch, "T": time, "H": heads, "K": key_dim}
+    half, full = jnp.bfloat16, jnp.float32
+    arguments = {
+        "q": ((batch, time, groups, key_dim), half),
+        "k": ((batch, time, groups, key_dim), half),
+        "v": ((batch, time, heads, value_dim), half),
+        "initial_state": ((batch, heads, key_dim, value_dim), full),
+    }
+    if DECAYS[decay]:
+        arguments["log_decay"] = tuple(sizes[d] for d in DECAYS[decay]), full
+    return arguments, (((batch, time, heads, value_dim), half), arguments["initial_state"])
+
+
+def make(decay, **sizes):
+    rng = np.random.default_rng(0)
+    arguments, cotangents = shapes(decay, **sizes)
+    draw = {name: log_gate if name == "log_decay" else normal for name in arguments}
+    arguments = {name: draw[name](rng, *shape).astype(dtype) for name, (shape, dtype) in arguments.items()}
+    return arguments, tuple(normal(rng, *shape).astype(dtype) for shape, dtype in cotangents)
+
+
+def segments(batch, time):
+    return jnp.asarray(np.cumsum(np.random.default_rng(1).random((batch, time)) < 0.05, axis=1), jnp.int32)
+
+
+def value_and_gradients(implementation, arguments, cotangents, segment_ids=None):
+    def call(arguments):
+        return linear_attention(**arguments, segment_ids=segment_ids, implementation=implementation)
+
+    values, pull = jax.vjp(call, arguments)
+    return values, pull(cotangents)[0]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """The kernels on a Hopper GPU, and elsewhere the same chunk math on arrays."""
+    device = dispatch.device()
+    if not device.is_hopper:
+        for name in ("sweep", "read", "gradients"):
+            monkeypatch.setattr(launch, name, getattr(hopper, name))
+        device = H200
+    with dispatch.use_device(device):
+        yield
+
+
+def assert_close(arguments, cotangents, segment_ids=None):
+    """As close to the reference in float32 as the contract of all ops wants it of bfloat16."""
+    actual = jax.jit(value_and_gradients, static_argnums=0)("mosaic_gpu", arguments, cotangents, segment_ids)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, cotangents))
+    wanted = jax.jit(value_and_gradients, static_argnums=0)("reference", *exact, segment_ids)
+    ratios = {"out": error_ratio(actual[0][0], wanted[0][0]), "state": error_ratio(actual[0][1], wanted[0][1])}
+    assert all(ratio < 5e-3 for ratio in ratios.values()), ratios
+    bounds = {name: 2e-2 if name == "log_decay" else 1e-2 for name in arguments}
+    ratios = {name: error_ratio(actual[1][name], wanted[1][name]) for name in arguments}
+    assert all(ratio < bounds[name] for name, ratio in ratios.items()), ratios
+    for name, x in arguments.items():
+        assert actual[1][name].dtype == x.dtype
+        assert np.isfinite(np.asarray(actual[1][name], np.float32)).all()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_values_and_gradients_are_the_references(machine, decay):
+    assert_close(*make(decay, heads=4, groups=2))
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_several_tiles_of_keys_and_values(machine, decay):
+    assert_close(*make(decay, key_dim=128, value_dim=256, time=65))
+
+
+def test_one_token(machine):
+    assert_close(*make("vector", time=1))
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_parts_of_the_time_are_one_sequence(machine, decay, monkeypatch):
+    monkeypatch.setattr(specs, "time_parts", lambda blocks, chunks: 3)  # of 2, 2 and 1 chunks
+    assert_close(*make(decay, time=300))
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_extreme_decays_in_packed_rows(machine, decay):
+    arguments, cotangents = make(decay, batch=2)
+    log_decay = arguments["log_decay"]
+    kind = np.random.default_rng(3).integers(0, 3, log_decay.shape)
+    arguments["log_decay"] = jnp.select([kind == 0, kind == 1], [log_decay * 0 - 1e4, log_decay * 0], log_decay)
+    assert_close(arguments, cotangents, segments(2, 150))
+
+
+def test_no_gradient_comes_from_the_future(machine):
+    arguments, (d_out, d_state) = make("vector")
+    now = 70
+    only_now = jnp.zeros_like(d_out).at[:, now].set(d_out[:, now])
+    run = jax.jit(value_and_gradients, static_argnums=0)
+    _, gradients = run("mosaic_gpu", arguments, (only_now, jnp.zeros_like(d_state)))
+    for name in ("q", "k", "v", "log_decay"):
+        assert np.any(gradients[name][:, now]) and not np.any(gradients[name][:, now + 1 :]), name
+
+
+@pytest.mark.skipif(not dispatch.device().is_hopper, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_two_runs_are_the_same_to_the_last_bit(decay):
+    run = jax.jit(value_and_gradients, static_argnums=0)
+    first, second = (run("mosaic_gpu", *make(decay)) for _ in range(2))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), first, second))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"bonus": jnp.zeros((2, 64))}, "bonus"),
+        ({"q": jnp.zeros((1, 150, 1, 64)), "k": jnp.zeros((1, 150, 1, 64))}, "expected bfloat16"),
+        (make("none", key_dim=32)[0], "K 32, V 64"),
+    ],
+)
+def test_what_it_cannot_do_falls_to_the_next(change, reason):
+    arguments = make("none")[0] | change
+    with dispatch.use_device(H200):
+        with pytest.raises(NotImplementedError, match=reason):
+            linear_attention(**arguments, implementation="mosaic_gpu")
+        out, _ = linear_attention(**arguments, implementation=("mosaic_gpu", "chunked"))
+    assert out.shape == arguments["v"].shape
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-40GB", "NVIDIA B200", "cpu"])
+def test_other_devices_are_refused(kind):
+    device = dispatch.Device("cpu" if kind == "cpu" else "gpu", kind)
+    with dispatch.use_device(device), pytest.raises(NotImplementedError, match="Hopper"):
+        linear_attention(**make("none")[0], implementation="mosaic_gpu")
+
+
+def test_no_default_before_it_ran_on_a_gpu():
+    arguments = make("scalar")[0]
+    assert "mosaic_gpu" not in specs.order(H200, arguments["q"], arguments["v"], arguments["log_decay"])
+
+
+COMPILED = {  # every width of K and of V, one and several blocks of threads a chunk, parts of the time, packed rows
+    "scalar-64-128": dict(decay="scalar", key_dim=64, value_dim=128, groups=2),
+    "scalar-128-64": dict(decay="scalar", key_dim=128, value_dim=64, time=2000),
+    "scalar-256-256": dict(decay="scalar", key_dim=256, value_dim=256),
+    "vector-64-64": dict(decay="vector", key_dim=64, value_dim=64, groups=2),
+    "vector-128-128": dict(decay="vector", key_dim=128, value_dim=128, time=2000),
+    "vector-256-256": dict(decay="vector", key_dim=256, value_dim=256),
+}
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_a_gpu(name, monkeypatch, capfd):
+    device = hopper.h200()
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    sharding = SingleDeviceSharding(device)
+    arguments, cotangents = shapes(**COMPILED[name])
+    batch, time = arguments["v"][0][:2]
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    inputs = (
+        {key: struct(*value) for key, value in arguments.items()},
+        tuple(struct(*value) for value in cotangents),
+        struct((batch, time), jnp.int32),
+    )
+    with dispatch.use_device(device):
+        traced = jax.jit(value_and_gradients, static_argnums=0).trace("mosaic_gpu", *inputs)
+    compile_without_cache(traced.lower(lowering_platforms=("cuda",)))
+
+    printed = "".join(capfd.readouterr())
+    reports = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) reg", printed, re.S)
+    kernels = {kernel for kernel, _, _ in reports}
+    assert all(
+        any(part in kernel for kernel in kernels) for part in ("states_mosaic", "states_reverse", "out", "dv", "dq_dk")
+    )
+    assert all(spilled == "0" for _, spilled, _ in reports), reports
+    entries = printed.split(".entry ")[1:]
+    assert len(entries) >= 5 and all("wgmma.mma_async" in entry for entry in entries)
+    with capfd.disabled():
+        for kernel, _, registers in reports:
+            print(f"\n{kernel}: {registers} registers", end="")
