@@ -17,6 +17,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["kernels"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs():
+    """After each module. A program holds half a dozen memory maps, and a process that has 65,530 of them, as Linux
+    allows, ends in a segmentation fault: a thousand tests come to that."""
+    yield
+    jax.clear_caches()
