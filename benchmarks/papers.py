@@ -9,8 +9,8 @@ mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced form
 The test rows choose nothing: the last step's weights are tested, once. Medians over seeds, with the range.
 
 Each run is kept in benchmarks/results/ when it ends, with its date and machine, and is not repeated by the same command
-(--again does): a table may be made in parts. Where no recurrence fills two cores, two commands for different tasks or
-mixers, one core each (taskset), take less time than one after the other.
+(--again does): a table may be made in parts. These models are too small to fill two cores: two commands for different
+tasks or mixers, one core each (taskset), take less time than one after the other.
 """
 
 import argparse
