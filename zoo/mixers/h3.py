@@ -83,4 +83,5 @@ class H3(Mixer):
     def flops_per_token(config, d_model, context_length):
         products = 4 * d_model * config.head_dim
         ssm = DiagonalSSM.flops_per_token(d_model * config.head_dim, config)
-        return 8 * d_model**2 + 2 * config.shift_width * d_model + products + ssm
+        taps = min(config.shift_width, context_length)
+        return 8 * d_model**2 + 2 * taps * d_model + products + ssm
