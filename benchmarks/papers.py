@@ -9,13 +9,15 @@ mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced form
 The test rows choose nothing: the last step's weights are tested, once. Medians over seeds, with the range.
 
 Each run is kept in benchmarks/results/ when it ends, with its date and machine, and is not repeated by the same command
-(--again does): a table may be made in parts. These models are too small to fill two cores: two commands for different
-tasks or mixers, one core each (taskset), take less time than one after the other.
+(--again does): a table may be made in parts. A step's rows are shared out over the cores that the process
+may use; two commands of one core each (taskset) take less time than one of two after the other.
 """
 
 import argparse
 import dataclasses
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import record
 from zoo.config import Config, OptimizerConfig
@@ -121,19 +125,27 @@ def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
         key = key if setup.embedding_dropout else None
         model = nnx.merge(graphdef, params)
         losses = model.token_losses(batch["tokens"], batch["targets"], batch["weights"], dropout_key=key)
-        return losses.sum() / batch["weights"].sum()
+        return losses.sum() / batch["weights"].sum()  # every row has as many weights
 
     def step(state, batch):
         params, opt, key = state
         key, dropout_key = jax.random.split(key)
-        value, gradient = jax.value_and_grad(loss)(params, batch, dropout_key)
+        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("rows"))
+        flat, unflatten = ravel_pytree(jax.value_and_grad(loss)(params, batch, dropout_key))
+        value, gradient = unflatten(jax.lax.pmean(flat, "rows"))  # one sum: each is a meeting of the threads
         if setup.optimizer.clip_norm:
             scale = jnp.minimum(1.0, setup.optimizer.clip_norm / (optax.tree.norm(gradient) + 1e-12))
             gradient = jax.tree.map(lambda g: g * scale, gradient)
         updates, opt = optimizer.update(gradient, opt, params)
         return (optax.apply_updates(params, updates), opt, key), value
 
-    train = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
+    devices = math.gcd(setup.batch_size, jax.device_count())
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("rows",))
+    by_rows = jax.shard_map(
+        lambda state, batches: jax.lax.scan(step, state, batches),
+        mesh=mesh, in_specs=(P(), P(None, "rows")), out_specs=P(), check_vma=False,
+    )  # fmt: skip
+    train = jax.jit(by_rows, donate_argnums=0)
     state = params, optimizer.init(params), jax.random.key(seed)
     batches = stacks(setup, seed, steps_at_once)
     started, done = time.perf_counter(), 0
@@ -143,6 +155,7 @@ def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
         done += len(stack["tokens"])
     final_loss = float(losses.mean())
     seconds = time.perf_counter() - started
+    params = jax.device_put(state[0], jax.devices()[0])
     accuracy = accuracy_of(graphdef)
     results = {"seconds": seconds, "loss": final_loss}
     for length in (setup.task.length, *setup.test_lengths):
@@ -150,7 +163,7 @@ def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
         pieces = max(1, length // 256)  # rows at once: memory stays the same
         rows = task.rows(np.random.default_rng([seed, 2]), TEST_ROWS)
         parts = [task.batch(part, answers_only=True) for part in np.array_split(rows, pieces)]
-        right, asked = (sum(x) for x in zip(*(accuracy(state[0], part) for part in parts), strict=True))
+        right, asked = (sum(x) for x in zip(*(accuracy(params, part) for part in parts), strict=True))
         results[f"accuracy_{length}"] = 100 * float(right) / float(asked)
     return results
 
@@ -206,6 +219,8 @@ def main():
     parser.add_argument("--steps", type=int, default=0, help="fewer than the set-up's, for a look; not kept")
     parser.add_argument("--again", action="store_true", help="repeat runs whose results are kept")
     args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux alone has it
+    jax.config.update("jax_num_cpu_devices", cores)
     print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
     columns = f"{'published %':>13}{'median %':>10}{'range':>16}{'seeds':>6}{'seconds':>9}"
     print(f"{'task':20}{'mixer':12}{'length':>8}{columns}")
