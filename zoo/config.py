@@ -33,7 +33,7 @@ class _ModelFields:
     d_model: int = 128
     d_ff: int = 0  # the MLP's inner width; 0: what brings each layer to about 12 d_model^2 parameters
     vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
-    mlp: str = "swiglu"  # swiglu, channel_mixing (RWKV's), or none (no MLP in a block)
+    mlp: str = "swiglu"  # swiglu, gelu (no gate), channel_mixing (RWKV's), or none (no MLP in a block)
     positions: str = "rope"  # rope (in softmax attention), learned (added to the embedding), none
     max_positions: int = 0  # tokens; the table's length where positions are learned
     tie_embeddings: bool = True  # the head is the embedding, transposed

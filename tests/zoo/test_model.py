@@ -41,6 +41,7 @@ PATTERNS = {
     "hybrid": {"mixer": "gla,attention"},
     "mlp as a layer": {"mixer": "gla,mlp", "mlp": "none"},
     "learned positions": {"mixer": "attention", "positions": "learned", "max_positions": 2 * TIME},
+    "an MLP without a gate": {"mixer": "gla", "mlp": "gelu"},
     "channel mixing": {"mixer": "rwkv6", "mlp": "channel_mixing", "d_ff": 32},
     "hgrn2 over the depth": {"mixer": "hgrn2,lightning", "num_layers": 4},
     "untied, soft cap": {"tie_embeddings": False, "logit_softcap": 5.0},

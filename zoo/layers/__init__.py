@@ -4,7 +4,7 @@ from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dropout import dropout
 from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
-from zoo.layers.mlp import MLPS, ChannelMixing, SwiGLU
+from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
 from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, rms_norm
 from zoo.layers.rotary import rotary
 from zoo.layers.short_conv import ShortConv
@@ -12,6 +12,7 @@ from zoo.layers.step_size import step_size_bias
 from zoo.layers.token_shift import token_shift
 
 __all__ = [
+    "GELU",
     "MLPS",
     "ChannelMixing",
     "DiagonalSSM",

@@ -41,6 +41,31 @@ class SwiGLU(nnx.Module):
         return parameters / (3 * d_model)
 
 
+class GELU(nnx.Module):
+    """y = W_down gelu(W_up x): the MLP of GPT-2 and of what was published before gated ones (arXiv:1606.08415).
+
+    x, y: [B, T, d_model]; the inner width is d_ff. No biases.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, init_scale: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: None = None):
+        return self.down(sharding.constrain(jax.nn.gelu(self.up(x)), "batch", "time", "mlp")), state
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype) -> None:
+        return None
+
+    @staticmethod
+    def num_parameters(d_model: int, d_ff: int) -> int:
+        return 2 * d_model * d_ff
+
+    @staticmethod
+    def width(d_model: int, parameters: float) -> float:
+        return parameters / (2 * d_model)
+
+
 class ChannelMixing(nnx.Module):
     """RWKV's channel mixing (Peng et al. 2024, arXiv:2404.05892), with xk and xr between x_t and x_{t-1}:
 
@@ -78,4 +103,5 @@ class ChannelMixing(nnx.Module):
         return (parameters - d_model**2 - 2 * d_model) / (2 * d_model)
 
 
-MLPS = {"swiglu": SwiGLU, "channel_mixing": ChannelMixing}  # `model.mlp`; "none" leaves the block without one
+# `model.mlp`; "none" leaves the block without one
+MLPS = {"swiglu": SwiGLU, "gelu": GELU, "channel_mixing": ChannelMixing}
