@@ -6,6 +6,7 @@ loop's trip count here). Printed, for each shape of `benchmarks.tpu_static_ops` 
 the op (a head of v, a channel): cycles of the forward and the backward kernel and of everything, XLA's operations
 included; what share of them the floors are: the kernel's matmuls at the chip's bfloat16 rate, and its operands, each
 read or written once, at the chip's memory rate; the bytes of VMEM its blocks take; its bundles.
+Shapes of more work than `square` are counted on some of their heads, which share nothing with the others.
 `--implementation=chunked` gives the whole op in its XLA form (minutes for a shape of linear attention).
 
 All numbers are static. Against published timings of other kernels they read 0.95 to 1.0 where matmuls bind, 0.7 to
@@ -19,249 +20,19 @@ Needs libtpu (pip install 'jax[tpu]'). No TPU.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
 
-CHIPS = {  # topology; clock in Hz and bfloat16 FLOP/s and HBM bytes/s, from the makers' data sheets
-    "v5e": ("v5e:2x2", 1.5e9, 197e12, 0.82e12),
-    "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2.765e12),
-    "v6e": ("v6e:2x2", 1.75e9, 918e12, 1.64e12),
-}
+from benchmarks.tpu_cycles import CHIPS, Job, measure
+
 RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_static.json"
 LIMIT = 1.1  # of the stored cycles
-MARK = "STATIC "
-NOTHING = "kernel_that_does_nothing"
 KERNELS = ("forward", "backward")
 SWEPT = {"chunk": (128, 256), "block": (256, 512, 1024), "heads": (1, 2, 4, 8), "unroll": (1, 2), "backward's": (1, 2)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    chip: str
-    shape: str
-    implementation: str = "mosaic_tpu"
-    tiles: tuple[int, ...] | None = None
-    whole: bool = True  # the op with XLA's part too, after the kernels alone
-
-
-def measure(job: Job) -> dict:
-    """Costs by kernel, and of all, in a process of its own: libtpu reads its flags once, and its profiler may abort.
-
-    What was counted before an abort, or before ten minutes, is returned; kernels without cycles are left out.
-    """
-    command = [sys.executable, "-m", "benchmarks.tpu_static", "--child", json.dumps(dataclasses.asdict(job))]
-    with tempfile.TemporaryFile("w+") as out:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, stdout=out, stderr=subprocess.DEVNULL, timeout=600)
-        out.seek(0)
-        found = [json.loads(line.removeprefix(MARK)) for line in out if line.startswith(MARK)]
-    return {name: value for part in found for name, value in part.items()}
-
-
-def child(job: Job) -> None:
-    """Prints each cost as it is known."""
-    with tempfile.TemporaryDirectory() as dump:
-        for folder in ("cycles", "text"):
-            os.mkdir(f"{dump}/{folder}")
-        os.environ.update(
-            LIBTPU_INIT_ARGS=f"--xla_jf_dump_static_llo_profile_to={dump}/cycles --xla_jf_dump_to={dump}/text "
-            "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final",
-            JAX_PLATFORMS="cpu",
-            TPU_SKIP_MDS_QUERY="1",
-            TPU_ACCELERATOR_TYPE="v5litepod-4",
-            TPU_WORKER_HOSTNAMES="localhost",
-            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-            JAX_ENABLE_COMPILATION_CACHE="false",
-        )
-        import jax
-
-        program, args, op = _program(job)
-        units = op.time * op.units
-        _, clock, flops, bandwidth = CHIPS[job.chip]
-        sharding, in_kernels = jax.tree.leaves(args)[0].sharding, 0
-        for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
-            if equation.primitive.name != "pallas_call":
-                continue
-            name = equation.params["name"]
-            _clear(dump)
-            _alone(equation, sharding).compile()
-            counted = _cycles(pathlib.Path(dump, "cycles"))
-            operation = max(counted, key=counted.get)  # there is no other but copies
-            cycles, bundles = counted[operation], _bundles(pathlib.Path(dump, "text"))[operation]
-            in_kernels += cycles
-            costs = _kernel_costs(equation)
-            row = {
-                "cycles": cycles / units,
-                "matmul_floor": costs["flops"] / (flops / clock) / units,
-                "memory_floor": costs["bytes"] / (bandwidth / clock) / units,
-                "vmem_bytes": costs["vmem"],
-                "bundles": bundles,
-                "per": f"token and {op.unit}, of {op.time} tokens",
-            }
-            print(MARK + json.dumps({name.rsplit("_", 1)[1]: row}), flush=True)
-        if job.whole:
-            _clear(dump)
-            with _kernels_that_do_nothing():
-                program, args, _ = _program(job)
-                times = _times(program.lower(*args).compile().as_text())
-            counted = _cycles(pathlib.Path(dump, "cycles"))
-            around = sum(count * times.get(name, 1) for name, count in counted.items() if not name.startswith(NOTHING))
-            print(MARK + json.dumps({"whole": (around + in_kernels) / units}), flush=True)
-
-
-@contextlib.contextmanager
-def _kernels_that_do_nothing():
-    """While tracing: in the place of Pallas calls, which some programs' profile does not survive, their operands and
-    results alone, so that XLA's part stays as it is."""
-    from unittest import mock
-
-    import jax
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    pallas_call, block = pl.pallas_call, pl.BlockSpec(memory_space=pltpu.HBM)
-
-    def nothing(kernel, *, out_shape, **_):
-        def call(*operands):
-            blocks = {"in_specs": [block] * len(operands), "out_specs": jax.tree.map(lambda _: block, out_shape)}
-            return pallas_call(lambda *refs: None, out_shape=out_shape, name=NOTHING, **blocks)(*operands)
-
-        return call
-
-    with mock.patch.object(pl, "pallas_call", nothing):
-        yield
-
-
-def _clear(dump):
-    for path in (*pathlib.Path(dump, "cycles").iterdir(), *pathlib.Path(dump, "text").iterdir()):
-        path.unlink()
-
-
-def _alone(equation, sharding):
-    """The lowered program of one Pallas call, its operands in HBM: XLA would keep small ones in VMEM."""
-    import jax
-    from jax.experimental.pallas import tpu as pltpu
-
-    def run(*operands):
-        operands = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in operands]
-        return equation.primitive.bind(*operands, **equation.params)
-
-    avals = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, sharding=sharding) for x in equation.invars]
-    return jax.jit(run).lower(*avals)
-
-
-def _program(job):
-    """The op, forward and backward, jitted; its abstract operands on the chip; and the op."""
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    from benchmarks import tpu_static_ops
-    from kernels import dispatch
-
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip][0]).devices[0]
-    op = tpu_static_ops.SHAPES[job.shape](job.implementation, job.tiles)
-
-    def run(arrays, d_out):
-        with dispatch.use_device(device):
-            out, pull = jax.vjp(op.function, arrays)
-            return out, pull(d_out)[0]
-
-    def operand(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-
-    arrays = {name: operand(*array) for name, array in op.arrays.items()}
-    return jax.jit(run), (arrays, operand(*op.out)), op
-
-
-def _times(program):
-    """How often each operation of a compiled program runs: the trip counts of the loops that it is in, multiplied."""
-    operations, loops, limits, computation = {}, {}, {}, None
-    for line in program.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            computation = header[1]
-        elif operation := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
-            operations[operation[1]] = computation
-            if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                loops[loop[2]] = computation, loop[1]
-            if limit := re.search(r" = s32\[\]\S* constant\((\d+)\)", line):
-                limits[computation] = int(limit[1])  # of a condition, that a counter from 0 stays below
-
-    def times(computation):
-        if computation not in loops:
-            return 1
-        outside, condition = loops[computation]
-        return limits[condition] * times(outside)
-
-    return {name: times(computation) for name, computation in operations.items()}
-
-
-def _cycles(folder):
-    found = {}
-    for path in folder.glob("*textproto"):
-        text = path.read_text(errors="replace")
-        name, cycles = re.search(r'hlo_op_name: "([^"]*)"', text), re.search(r"estimated_cycles: (\d+)", text)
-        if name and cycles:
-            found[name[1]] = int(cycles[1])
-    return found
-
-
-def _bundles(folder):
-    found = {}
-    for path in folder.glob("*schedule-analysis_final_bundles*"):
-        name = re.match(r"\d+-(.*?)-\d+-schedule", path.name)
-        bundles = re.search(r"total scheduled bundles:\s*(\d+)", path.read_text())
-        if name and bundles:
-            found[name[1]] = int(bundles[1])
-    return found
-
-
-def _kernel_costs(equation):
-    """Matmul FLOPs, operand bytes and VMEM bytes of a Pallas call."""
-    kernel, mapping = equation.params["jaxpr"], equation.params["grid_mapping"]
-    blocks = [_bytes(ref.aval) for ref in kernel.invars]
-    pipelined = len(mapping.block_mappings)
-    return {
-        "flops": math.prod(mapping.grid) * sum(_dot_flops(inner) * times for inner, times in _equations(kernel)),
-        "bytes": sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars)),
-        "vmem": 2 * sum(blocks[:pipelined]) + sum(blocks[pipelined:]),
-    }
-
-
-def _equations(jaxpr, times=1):
-    """All equations with how often each runs; both sides of a branch."""
-    for equation in jaxpr.eqns:
-        yield equation, times
-        if equation.primitive.name == "pallas_call":
-            continue
-        inner_times = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner, inner_times)
-
-
-def _dot_flops(equation):
-    if equation.primitive.name != "dot_general":
-        return 0
-    ((contracted, _), _), out = equation.params["dimension_numbers"], equation.outvars[0].aval
-    depth = 1
-    for axis in contracted:
-        depth *= equation.invars[0].aval.shape[axis]
-    return 2 * out.size * depth
-
-
-def _bytes(aval):
-    return aval.size * aval.dtype.itemsize
 
 
 HEADER = (
@@ -340,11 +111,7 @@ def main():
     parser.add_argument("--implementation", choices=("mosaic_tpu", "chunked"), default="mosaic_tpu")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(Job(**json.loads(args.child)))
-        return
     chips, shapes = args.chips.split(","), args.shapes.split(",")
     for given, known in ((chips, CHIPS), (shapes, SHAPES)):
         if unknown := set(given) - set(known):
