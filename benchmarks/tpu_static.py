@@ -74,10 +74,11 @@ def sweep(chip: str, shape: str) -> None:
     """One axis at a time, from the tiles that `specs` chooses, until no other value of an axis takes fewer cycles."""
     import jax.numpy as jnp
 
+    from benchmarks.tpu_static_ops import counted
     from kernels.dispatch import Device
     from kernels.linear_attention import specs
 
-    sizes = specs.SHAPES[shape]
+    sizes = counted(specs.SHAPES[shape])
     padded = [dim + -dim % 128 for dim in (sizes.key_dim, sizes.value_dim)]
     per_key, heads = sizes.decay == "vector", (sizes.heads, sizes.groups)
     chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, *heads, *padded, jnp.bfloat16, per_key))

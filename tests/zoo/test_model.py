@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from tests.zoo.cases import error_ratio
 from zoo.config import preset
 from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
+from zoo.layers import GELU
 from zoo.model import LanguageModel
 
 BATCH, TIME, VOCAB = 2, 12, 64
@@ -61,6 +63,16 @@ def test_prefill_and_decoding_equal_the_full_pass(settings, tokens):
         pieces.append(logits)
     assert error_ratio(jnp.concatenate(pieces, 1), full) < 1e-5
     assert state["position"].tolist() == [TIME] * BATCH
+
+
+def test_the_mlp_without_a_gate_is_its_equation():
+    with nnx.use_eager_sharding(False):
+        mlp = GELU(4, 8, init_scale=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    inner = x @ np.asarray(mlp.up.kernel[...], np.float64)
+    inner = inner / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+    y, state = mlp(jnp.asarray(x))
+    assert state is None and error_ratio(y, inner @ np.asarray(mlp.down.kernel[...], np.float64)) < 1e-6
 
 
 @pytest.mark.parametrize("mixer", ["gla,attention", "retnet", "linear_attention", "mlstm,rwkv6"])
