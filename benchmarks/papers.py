@@ -1,8 +1,9 @@
 """Published set-ups, run again: `python -m benchmarks.papers h3 | mamba_copying | mamba_induction [--seeds=3]`.
 
 h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training and 500 test rows, 2 layers of width 32,
-  400 and 200 epochs, a tenth of them warm-up, MLPs without a gate (a gate is a product, the thing that S4D lacks).
-  Differences from the released code: RMS norms, no biases, wider initial weights.
+  400 and 200 epochs, a tenth of them warm-up, MLPs without a gate (a gate is a product, the thing that S4D lacks),
+  initial matrices of std 0.02, in S4D one A for all channels, weight decay on all but A and dt (D and the norms' scales
+  included: without decay on D, S4D learns induction heads). Differences from the released code: RMS norms, no biases.
 mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying 8 tokens from 128
   (published: 16 from 4096), induction heads trained at 64 and tested up to 4096 (published: 256 and 2^20), on fresh
   data, 2 layers of width 64 without MLPs.
@@ -16,6 +17,7 @@ may use; two commands of one core each (taskset) take less time than one of two 
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -36,6 +38,7 @@ from zoo.config import Config, OptimizerConfig
 from zoo.data.synthetic import Batch, Task
 from zoo.model import LanguageModel
 from zoo.training.optimizer import make_optimizer
+from zoo.training.schedules import schedule
 
 TRAIN_ROWS, TEST_ROWS = 5000, 500
 
@@ -54,6 +57,8 @@ class Setup:
     d_model: int = 32
     d_ff: int = 0  # of a GELU MLP; 0: no MLP
     embedding_dropout: float = 0.0
+    init_std: float = 0.0  # of matrices; 0: the model's own
+    undecayed: tuple[str, ...] = ()  # parameters without weight decay, every other has it; (): the trainer's choice
     test_lengths: tuple[int, ...] = ()  # beside the task's own
     settings: dict = dataclasses.field(default_factory=dict)  # of the mixer
 
@@ -64,7 +69,11 @@ def h3_setups() -> Iterator[Setup]:
         (Task("induction_heads", vocab_size=20, length=30), 400, "cosine", 0.1),
         (Task("associative_recall", vocab_size=10, length=20), 200, "linear", 0.0),
     ]
-    settings = {"attention": {"num_heads": 1}, "h3": {"state_dim": 64}, "s4d": {"state_dim": 64, "init": "inv"}}
+    settings = {
+        "attention": {"num_heads": 1},
+        "h3": {"state_dim": 64},
+        "s4d": {"state_dim": 64, "init": "inv", "n_ssm": 1},
+    }
     for number, (task, epochs, decay, final) in enumerate(tasks):
         for mixer, figures in published.items():
             steps = epochs * (TRAIN_ROWS // 32)
@@ -85,6 +94,8 @@ def h3_setups() -> Iterator[Setup]:
                 rows=TRAIN_ROWS,
                 d_ff=128,
                 embedding_dropout=0.1,
+                init_std=0.02,
+                undecayed=("log_dt", "log_rate", "frequency"),
                 settings=settings[mixer],
             )
 
@@ -98,7 +109,7 @@ def mamba_copying_setups() -> Iterator[Setup]:
 
 def mamba_induction_setups() -> Iterator[Setup]:
     task = Task("induction_heads", vocab_size=18, length=64)  # 16 regular tokens
-    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0)
     lengths = tuple(2**i for i in range(7, 13))
     yield Setup(task, "mamba", "100", 12_000, 8, optimizer, d_model=64, test_lengths=lengths)
 
@@ -120,13 +131,37 @@ def make_model(setup: Setup, seed: int) -> LanguageModel:
         model = LanguageModel(config, rngs=nnx.Rngs(seed))
     for block in model.units.blocks:
         block.dropout = 0.0  # these set-ups drop embeddings alone
+    if setup.init_std:
+        scaled = functools.partial(_scaled, setup.init_std)
+        nnx.update(model, jax.tree_util.tree_map_with_path(scaled, nnx.state(model, nnx.Param)))
     return model
+
+
+def _scaled(std: float, path: tuple, parameter: jax.Array) -> jax.Array:
+    """A matrix at the standard deviation `std`, half of it in an MLP's second: a residual stream has 4 branches."""
+    *_, layer, name = _keys(path)
+    if name != "kernel":
+        return parameter
+    return parameter * std / jnp.std(parameter) * (0.5 if layer == "down" else 1.0)
+
+
+def _keys(path: tuple) -> list[str]:
+    return [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+
+
+def optimizer_of(setup: Setup, params: nnx.State) -> optax.GradientTransformation:
+    config = setup.optimizer
+    if not setup.undecayed:
+        return make_optimizer(config, setup.steps, params)
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[-1] not in setup.undecayed, params)
+    rate = schedule(config, setup.steps)
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
 
 
 def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
     """Train, then test: accuracy in per cent by the length of the task, seconds of training."""
     graphdef, params = nnx.split(make_model(setup, seed))
-    optimizer = make_optimizer(setup.optimizer, setup.steps, params)
+    optimizer = optimizer_of(setup, params)
 
     def loss(params, batch, key):
         key = key if setup.embedding_dropout else None

@@ -101,3 +101,4 @@ def test_filters_of_a_convolution_are_no_matrices():
     with nnx.use_eager_sharding(False):
         assert is_matrix(make(("embed", "mlp")))
         assert not is_matrix(make(("mlp", None)))
+        assert not is_matrix(make(("heads", "state")))

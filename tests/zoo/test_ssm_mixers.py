@@ -13,6 +13,7 @@ from zoo.flops import num_parameters
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig
 from zoo.mixers import MIXERS, Sizes
 from zoo.model import LanguageModel
+from zoo.training.optimizer import decays
 
 TIME = 40
 
@@ -23,8 +24,9 @@ def weights(module):
 
 
 def recurrence(w, x, prefix, discretization, init):
-    """Continuous S4D, sampled: x, y [B, T, D]."""
+    """Continuous S4D, sampled: x, y [B, T, D]. Channel i has the A of number i modulo how many there are."""
     A = -np.exp(w[prefix + "log_rate"]) + (0j if init == "real" else 1j * w[prefix + "frequency"])
+    A = A[np.arange(x.shape[-1]) % len(A)]
     c = w[prefix + "c_real"] + (0j if init == "real" else 1j * w[prefix + "c_imag"])
     z = np.exp(w[prefix + "log_dt"])[:, None] * A
     if discretization == "zoh":
@@ -42,14 +44,19 @@ def build(name, **settings):
     config = MIXERS[name].config_class(**settings)
     with nnx.use_eager_sharding(False):
         mixer = MIXERS[name](config, Sizes(d_model=D_MODEL, num_layers=2), layer_index=0, rngs=nnx.Rngs(0))
+    rates = mixer.ssm.log_rate
+    rates[...] += 0.3 * jax.random.normal(jax.random.key(2), rates.shape)  # each A another: they start equal
     x = jax.random.normal(jax.random.key(1), (2, TIME, D_MODEL))
     return weights(mixer), np.asarray(x, np.float64), mixer(x)[0]
 
 
 @pytest.mark.parametrize("init", ["lin", "inv", "real"])
-@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
-def test_s4d_is_the_recurrence_in_float64(init, discretization):
-    w, x, y = build("s4d", init=init, discretization=discretization, state_dim=16)
+@pytest.mark.parametrize(("discretization", "n_ssm"), [("zoh", 0), ("bilinear", 0), ("zoh", 4)])
+def test_s4d_is_the_recurrence_in_float64(init, discretization, n_ssm):
+    w, x, y = build("s4d", init=init, discretization=discretization, state_dim=16, n_ssm=n_ssm)
+    assert len(w["ssm.log_rate"]) == (n_ssm or D_MODEL)
+    config = MIXERS["s4d"].config_class(init=init, state_dim=16, n_ssm=n_ssm)
+    assert sum(array.size for array in w.values()) == MIXERS["s4d"].num_parameters(config, D_MODEL)
     inner = recurrence(w, x, "ssm.", discretization, init)
     gelu = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
     assert error_ratio(y, gelu @ w["out.kernel"]) < 1e-5
@@ -67,6 +74,13 @@ def test_initial_rates_are_the_papers():
     np.testing.assert_allclose(np.exp(made["real"]["log_rate"][1]), np.arange(1, 9), rtol=1e-6)
     for w in made.values():
         assert (w["log_dt"] >= np.log(1e-3)).all() and (w["log_dt"] <= np.log(1e-1)).all()
+
+
+def test_weight_decay_is_of_the_read_outs_alone():
+    with nnx.use_eager_sharding(False):
+        layer = DiagonalSSM(4, DiagonalSSMConfig(state_dim=8, n_ssm=1), rngs=nnx.Rngs(0))
+    flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
+    assert {path[-1] for path, variable in flat if decays(variable)} == {"c_real", "c_imag"}
 
 
 @pytest.mark.parametrize("head_dim", [1, 4])
@@ -112,9 +126,10 @@ def test_the_8b_hybrid_has_the_papers_layers():
 
 
 def test_settings_that_cannot_be_are_named():
-    bad = MIXERS["h3"].config_class(init="sin", discretization="euler", state_dim=3, dt_min=1.0, head_dim=5)
+    bad = MIXERS["h3"].config_class(init="sin", discretization="euler", state_dim=3, dt_min=1.0, head_dim=5, n_ssm=4)
     problems = MIXERS["h3"].check(bad, 32)
     assert [problem.split(":")[0] for problem in problems] == [
+        "n_ssm",
         "init",
         "discretization",
         "state_dim",

@@ -6,7 +6,10 @@
     bilinear          a = (1 + dt A / 2) / (1 - dt A / 2)   b = dt / (1 - dt A / 2)
 
 A starts, for n = 0 ... N/2 - 1, at   lin: -1/2 + i pi n   inv: -1/2 + i (N / pi) (N / (2 n + 1) - 1)
-and, for n = 0 ... N - 1, at   real: -(n + 1).   dt starts log-uniform between dt_min and dt_max.
+and, for n = 0 ... N - 1, at   real: -(n + 1).   dt starts log-uniform between dt_min and dt_max, c and D normal.
+
+Each channel has an A of its own, or `n_ssm` of them are shared in turn. With n_ssm=1, as in the authors' code for S4D
+alone, channels differ in dt and c: induction heads are then learned much more slowly (docs/benchmarks.md).
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ class DiagonalSSMConfig:
     discretization: str = "zoh"  # zoh (zero-order hold), bilinear
     dt_min: float = 1e-3  # of the initial step sizes
     dt_max: float = 1e-1
+    n_ssm: int = 0  # different A, a divisor of the channels; 0: one a channel
 
 
 class DiagonalSSM(nnx.Module):
@@ -48,19 +52,22 @@ class DiagonalSSM(nnx.Module):
             total = 2 * self.size
             rate, frequency = np.full(n.shape, 0.5), total / np.pi * (total / (2 * n + 1) - 1)
 
-        def rows(values):
-            return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (channels, self.size))
+        different = config.n_ssm or channels
 
-        matrix = {"out_sharding": ("heads", "state"), "decay": False}
+        def rows(values):
+            return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (different, self.size))
+
+        of_A = {"out_sharding": ("heads" if different == channels else "state", "state"), "decay": False}
         log_dt = jnp.log(log_uniform(rngs.params(), (channels,), config.dt_min, config.dt_max))
         self.log_dt = nnx.Param(log_dt, out_sharding=("heads",), decay=False)
-        self.log_rate = nnx.Param(rows(np.log(rate)), **matrix)  # Re A = -exp(log_rate)
+        self.log_rate = nnx.Param(rows(np.log(rate)), **of_A)  # Re A = -exp(log_rate)
+        of_c = {"out_sharding": ("heads", "state")}  # weight decay holds for c, as in the authors' code
         deviation = math.sqrt(0.5) if self.is_complex else 1.0
-        self.c_real = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **matrix)
+        self.c_real = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
         if self.is_complex:
-            self.frequency = nnx.Param(rows(frequency), **matrix)  # Im A
-            self.c_imag = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **matrix)
-        self.D = nnx.Param(jnp.ones((channels,)), out_sharding=("heads",), decay=False)
+            self.frequency = nnx.Param(rows(frequency), **of_A)  # Im A
+            self.c_imag = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
+        self.D = nnx.Param(jax.random.normal(rngs.params(), (channels,)), out_sharding=("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
         log_a, b, c = self.discrete()
@@ -68,20 +75,27 @@ class DiagonalSSM(nnx.Module):
 
     def discrete(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log a, b, c, complex64 [channels, size]."""
-        rate, c = -jnp.exp(self.log_rate[...]), self.c_real[...]
-        frequency, c_imag = (self.frequency[...], self.c_imag[...]) if self.is_complex else (0 * rate, 0 * c)
+        rate, c = self._of_channels(-jnp.exp(self.log_rate[...])), self.c_real[...]
+        frequency, c_imag = (0 * rate, 0 * c)
+        if self.is_complex:
+            frequency, c_imag = self._of_channels(self.frequency[...]), self.c_imag[...]
         A, c = jax.lax.complex(rate, frequency), jax.lax.complex(c, c_imag)
         dt = jnp.exp(self.log_dt[...])[:, None]
         if self.discretization == "zoh":
             return dt * A, dt * _mean_of_exp(dt * A), c
         return jnp.log((1 + dt * A / 2) / (1 - dt * A / 2)), dt / (1 - dt * A / 2), c
 
+    def _of_channels(self, values):
+        return jnp.tile(values, (self.channels // len(values), 1))
+
     def init_state(self, batch_size: int) -> jax.Array:
         return jnp.zeros((batch_size, self.channels, self.size), jnp.complex64)
 
     @staticmethod
-    def check(config: DiagonalSSMConfig) -> list[str]:
+    def check(channels: int, config: DiagonalSSMConfig) -> list[str]:
         problems = []
+        if config.n_ssm < 0 or (config.n_ssm and channels % config.n_ssm):
+            problems.append(f"n_ssm: got {config.n_ssm}, expected a divisor of the {channels} channels, or 0")
         if config.init not in INITS:
             problems.append(f"init: got {config.init!r}, expected one of {', '.join(INITS)}")
         if config.discretization not in DISCRETIZATIONS:
@@ -95,7 +109,8 @@ class DiagonalSSM(nnx.Module):
 
     @staticmethod
     def num_parameters(channels: int, config: DiagonalSSMConfig) -> int:
-        return channels * (_state_size(config) * (2 if config.init == "real" else 4) + 2)
+        numbers = 1 if config.init == "real" else 2  # of A, of c
+        return numbers * _state_size(config) * ((config.n_ssm or channels) + channels) + 2 * channels
 
     @staticmethod
     def flops_per_token(channels: int, config: DiagonalSSMConfig) -> float:

@@ -36,6 +36,8 @@ class H3(Mixer):
         self.k = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.shift = ShortConv(d, config.shift_width, plain=True, dtype=dtype, rngs=rngs)
+        skip = jax.random.normal(rngs.params(), (d,))  # the D of the shift SSM, part of the token's own tap
+        self.shift.weight[...] = self.shift.weight[...].at[:, -1].add(skip)
         self.ssm = DiagonalSSM(self.heads, config, rngs=rngs)
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
@@ -67,7 +69,7 @@ class H3(Mixer):
 
     @staticmethod
     def check(config, d_model):
-        problems = DiagonalSSM.check(config)
+        problems = DiagonalSSM.check(d_model // max(1, config.head_dim), config)
         if config.head_dim < 1 or d_model % config.head_dim:
             problems.append(f"head_dim: heads of width {config.head_dim} do not divide d_model = {d_model}")
         if config.shift_width < 1:

@@ -41,7 +41,7 @@ class S4D(Mixer):
 
     @staticmethod
     def check(config, d_model):
-        return DiagonalSSM.check(config)
+        return DiagonalSSM.check(d_model, config)
 
     @staticmethod
     def num_parameters(config, d_model):

@@ -21,6 +21,7 @@ from zoo.training.schedules import schedule
 
 MUON_UPDATE_RMS = 0.2  # of AdamW's update, measured by Liu et al.
 TABLES = {"vocab", "positions"}  # logical axes of embeddings and the head
+VECTORS = {"state"}  # of what a channel has for itself: taps, read-outs of its state
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
@@ -55,10 +56,10 @@ def decays(parameter: nnx.Param) -> bool:
 def is_matrix(parameter: nnx.Param) -> bool:
     """Whether Muon applies: to [in, out] and [layers, in, out] that decay and are no tables of tokens or positions.
 
-    Both axes must be named: a filter of [channels, taps] is a bundle of vectors, not a map between spaces.
+    Both axes must be named, and a filter of [channels, taps] is a bundle of vectors, not a map between spaces.
     """
     axes = [axis for axis in _axes(parameter) if axis != "layers"]
-    return decays(parameter) and len(axes) == 2 and None not in axes and not TABLES & set(axes)
+    return decays(parameter) and len(axes) == 2 and None not in axes and not (TABLES | VECTORS) & set(axes)
 
 
 def learning_rate_factors(text: str, params: nnx.State) -> dict[str, float]:

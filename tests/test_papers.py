@@ -1,0 +1,94 @@
+"""Published set-ups: a step of many devices is the step of one, runs are kept under their set-up, initial weights."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import papers, record
+from zoo.config import OptimizerConfig
+from zoo.data.synthetic import Task
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = papers.Setup(
+    Task("induction_heads", vocab_size=8, length=6),
+    "attention",
+    published="-",
+    steps=8,
+    batch_size=4,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+    rows=16,
+    d_model=16,
+    d_ff=32,
+    settings={"num_heads": 1},
+)
+
+
+def test_rows_shared_out_over_devices_train_as_on_one():
+    program = """
+        import json
+        import jax
+        jax.config.update("jax_num_cpu_devices", 4)
+        from benchmarks import papers
+        from tests.test_papers import SMALL
+        assert jax.device_count() == 4
+        shared, another = papers.run(SMALL, seed=0), papers.run(SMALL, seed=1)
+        jax.device_count = lambda: 1
+        print("RUNS", json.dumps([shared, papers.run(SMALL, seed=0), another]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert process.returncode == 0, process.stderr
+    shared, alone, another = json.loads(process.stdout.split("RUNS")[1])
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert shared["accuracy_6"] == alone["accuracy_6"]
+    assert another["loss"] != pytest.approx(alone["loss"], rel=1e-3)
+
+
+def test_a_run_is_kept_until_its_set_up_changes(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr(papers, "run", lambda setup, seed: runs.append((setup.steps, seed)) or {"accuracy_6": 50.0})
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
+    record.RESULTS.parent.mkdir()
+    longer = dataclasses.replace(SMALL, steps=9)
+    for setup, seed, again, partial in (
+        (SMALL, 0, False, False),
+        (SMALL, 0, False, False),  # recalled
+        (SMALL, 1, False, False),
+        (longer, 0, False, True),  # not kept
+        (SMALL, 0, False, False),  # recalled
+        (longer, 0, False, False),
+        (longer, 0, True, False),
+    ):
+        assert papers.run_or_recall("h3", setup, seed, again, partial)["accuracy_6"] == 50.0
+    assert runs == [(8, 0), (8, 1), (9, 0), (9, 0), (9, 0)]
+    assert papers.kept_runs("h3").keys() == {"induction_heads attention 0", "induction_heads attention 1"}
+
+
+@pytest.mark.parametrize("mixer", ["attention", "s4d", "h3"])
+def test_h3s_set_ups_start_from_matrices_of_the_released_deviation(mixer):
+    setup = next(setup for setup in papers.h3_setups() if setup.mixer == mixer)
+    found = nnx.to_flat_state(nnx.state(papers.make_model(setup, seed=0), nnx.Param))
+    deviations = {path[-2]: float(np.std(value[...])) for path, value in found if path[-1] == "kernel"}
+    assert deviations.pop("down") == pytest.approx(0.01, rel=1e-3)
+    assert len(deviations) >= 2 and list(deviations.values()) == pytest.approx([0.02] * len(deviations), rel=1e-3)
+
+
+def test_h3s_set_ups_decay_all_but_A_and_dt():
+    setup = next(setup for setup in papers.h3_setups() if setup.mixer == "h3")
+    params = nnx.state(papers.make_model(setup, seed=0), nnx.Param)
+    optimizer = papers.optimizer_of(dataclasses.replace(setup, optimizer=OptimizerConfig(warmup_steps=0)), params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(nothing, optimizer.init(ones), ones)
+    moved = {path[-1]: float(abs(value[...]).max()) > 0 for path, value in nnx.to_flat_state(updates)}
+    assert {name for name, moves in moved.items() if not moves} == {"log_dt", "log_rate", "frequency"}
+    assert moved["D"] and moved["scale"] and moved["kernel"] and moved["weight"] and moved["c_real"]
