@@ -6,7 +6,7 @@ loop's trip count here). Printed, for each shape of `benchmarks.tpu_static_ops` 
 the op (a head of v, a channel): cycles of the forward and the backward kernel and of everything, XLA's operations
 included; what share of them the floors are: the kernel's matmuls at the chip's bfloat16 rate, and its operands, each
 read or written once, at the chip's memory rate; the bytes of VMEM its blocks take; its bundles.
-Shapes of more work than `square` are counted on some of their heads, which share nothing with the others.
+At most eight heads are counted, or those of two heads of q and k; the others have nothing to do with them.
 `--implementation=chunked` gives the whole op in its XLA form (minutes for a shape of linear attention).
 
 All numbers are static. Against published timings of other kernels they read 0.95 to 1.0 where matmuls bind, 0.7 to

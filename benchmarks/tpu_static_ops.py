@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -34,20 +33,20 @@ class Op:
 
 
 def counted(shape: specs.Shape) -> specs.Shape:
-    """`shape` with no more heads than make the work of eight of 128 x 128, which take minutes to count.
+    """`shape` with at most eight heads of v, or those of two heads of q and k: more take many minutes to count.
 
-    Heads of v that share q and k stay together, and those that do not have nothing to do with each other: what a token
-    and head costs is the same.
+    Heads that do not share q and k have nothing to do with each other, and so many have enough grid steps to hide the
+    first operands' way and work for both cores of a v5p: what a token and head costs is the same.
     """
-    shared, padded = shape.heads // shape.groups, [dim + -dim % 128 for dim in (shape.key_dim, shape.value_dim)]
-    groups = specs.largest_divisor(shape.groups, 8 * 128**2 // (shared * math.prod(padded)))
+    shared = shape.heads // shape.groups
+    groups = specs.largest_divisor(shape.groups, max(2, 8 // shared))
     return dataclasses.replace(shape, groups=groups, heads=groups * shared)
 
 
-def linear_attention(shape: specs.Shape, implementation, tiles) -> Op:
+def linear_attention(shape: specs.Shape, time, implementation, tiles) -> Op:
     shape = counted(shape)
-    # The profiler goes through every step of XLA's loops and fusions: minutes for these.
-    time = 4096 if implementation == "mosaic_tpu" else 256 if shape.decay == "vector" else 512
+    if implementation != "mosaic_tpu":  # the profiler goes through every step of XLA's loops and fusions: minutes
+        time = 256 if shape.decay == "vector" else 512
     g, h, k, v = shape.groups, shape.heads, shape.key_dim, shape.value_dim
     widths = {"q": (g, k), "k": (g, k), "v": (h, v)}
     decay = {"fixed": (h,), "scalar": (1, time, h), "vector": (1, time, h * k)}[shape.decay]
@@ -108,7 +107,10 @@ def linear_scan(channels, dtype, implementation, tiles) -> Op:
 
 
 SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
-    **{name: functools.partial(linear_attention, shape) for name, shape in specs.SHAPES.items()},
+    **{
+        name: functools.partial(linear_attention, shape, 4096 if name.startswith("square") else 2048)
+        for name, shape in specs.SHAPES.items()
+    },
     "mamba_125m": functools.partial(selective_scan, 1536, 16),
     "mamba_1.3b": functools.partial(selective_scan, 4096, 16),
     "scan": functools.partial(linear_scan, 1024, jnp.float32),

@@ -52,7 +52,9 @@ class Tiles:
 
 
 WIDEST_HEAD = 512  # K and V of the TPU kernels
-STEP_LANES = 512  # of v, or of k if decays are per key, that a step computes: more spills what it gains
+STEP_LANES = 1024  # of v, or of k if they are wider, that a step computes
+STEP_TOKENS = 256  # of a step: the states between steps are kept for the backward pass
+ONE_CORE = ("lite", "v5e", "v6")  # in the kinds of chips whose steps all run one after the other
 
 
 def tiles(
@@ -69,15 +71,17 @@ def tiles(
     """Tiles of the TPU kernels; K and V padded to multiples of 128. By `python -m benchmarks.tpu_static --sweep`.
 
     A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere, and for float32, whose matmuls are the
-    cost. A step has work for several heads, which hides the latency of one behind the others; chunks of 128 go two at
-    a time, but not where they spill.
+    cost. A step has work for several heads, which hides the latency of one behind the others; where a chip has two
+    cores, heads are left for the other. Chunks of 128 go two at a time, but not where they spill.
     """
     native = 256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128
     chunk = 128 * -(-wanted // 128) if wanted else min(native, 128 * -(-time // 128))
-    block = max(chunk, min(512, 128 * -(-time // 128)) // chunk * chunk)
+    block = max(chunk, min(STEP_TOKENS, 128 * -(-time // 128)) // chunk * chunk)
     at_once = max(1, STEP_LANES // max(key_dim, value_dim))
     shared = heads // groups
-    step_heads = largest_divisor(shared, at_once) if shared > 1 else largest_divisor(heads, at_once)
+    if shared == 1 and not any(name in device.kind for name in ONE_CORE):
+        at_once = min(at_once, max(1, heads // 2))
+    step_heads = largest_divisor(shared if shared > 1 else heads, at_once)
     unroll = 2 if chunk == 128 else 1
     return Tiles(chunk, block, step_heads, unroll, 1 if per_key else unroll)
 
