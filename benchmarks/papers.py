@@ -3,7 +3,7 @@
 h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training and 500 test rows, 2 layers of width 32,
   400 and 200 epochs, a tenth of them warm-up, MLPs without a gate (a gate is a product, the thing that S4D lacks),
   initial matrices of std 0.02, in S4D one A for all channels, weight decay on all but A and dt (D and the norms' scales
-  included: without decay on D, S4D learns induction heads). Differences from the released code: RMS norms, no biases.
+  included: without, S4D learns induction heads). Differences from the released code: RMS norms, no biases.
 mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying 8 tokens from 128
   (published: 16 from 4096), induction heads trained at 64 and tested up to 4096 (published: 256 and 2^20), on fresh
   data, 2 layers of width 64 without MLPs.
@@ -150,6 +150,7 @@ def _keys(path: tuple) -> list[str]:
 
 
 def optimizer_of(setup: Setup, params: nnx.State) -> optax.GradientTransformation:
+    """The trainer's optimizer, or AdamW with weight decay on all but `undecayed`."""
     config = setup.optimizer
     if not setup.undecayed:
         return make_optimizer(config, setup.steps, params)

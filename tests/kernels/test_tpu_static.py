@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import tpu_cycles, tpu_static
+from kernels.dispatch import Device
+from kernels.linear_attention import specs
 from tests.kernels.tpu import compile_for_tpu, devices
 
 
@@ -40,3 +42,11 @@ def test_an_operation_runs_as_often_as_the_loops_around_it():
     x = jax.ShapeDtypeStruct((3, 256, 256), jnp.float32, sharding=device)
     program = compile_for_tpu(jax.jit(twice_nested).lower(x)).as_text()
     assert set(tpu_cycles._times(program).values()) == {1, 3, 21}
+
+
+@pytest.mark.parametrize(("kind", "step_heads"), [("TPU v5 lite", 8), ("TPU v5", 4), ("TPU v6 lite", 8)])
+def test_heads_are_left_for_a_second_core(kind, step_heads):
+    sizes = {"time": 4096, "key_dim": 128, "value_dim": 128, "dtype": jnp.dtype("bfloat16"), "per_key": False}
+    assert specs.tiles(Device("tpu", kind), heads=8, groups=8, **sizes).heads == step_heads
+    assert specs.tiles(Device("tpu", kind), heads=16, groups=16, **sizes).heads == 8
+    assert specs.tiles(Device("tpu", kind), heads=24, groups=1, **sizes).heads == 8  # one core adds up their dq and dk

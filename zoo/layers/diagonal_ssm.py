@@ -9,7 +9,7 @@ A starts, for n = 0 ... N/2 - 1, at   lin: -1/2 + i pi n   inv: -1/2 + i (N / pi
 and, for n = 0 ... N - 1, at   real: -(n + 1).   dt starts log-uniform between dt_min and dt_max, c and D normal.
 
 Each channel has an A of its own, or `n_ssm` of them are shared in turn. With n_ssm=1, as in the authors' code for S4D
-alone, channels differ in dt and c: induction heads are then learned much more slowly (docs/benchmarks.md).
+alone, channels differ in dt, c and D only.
 """
 
 import dataclasses
