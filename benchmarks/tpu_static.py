@@ -80,8 +80,8 @@ def sweep(chip: str, shape: str) -> None:
 
     sizes = counted(specs.SHAPES[shape])
     padded = [dim + -dim % 128 for dim in (sizes.key_dim, sizes.value_dim)]
-    per_key, heads = sizes.decay == "vector", (sizes.heads, sizes.groups)
-    chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, *heads, *padded, jnp.bfloat16, per_key))
+    heads = sizes.heads, sizes.groups
+    chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, *heads, *padded, jnp.bfloat16))
     costs: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     def total(tiles):

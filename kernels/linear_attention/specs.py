@@ -65,14 +65,13 @@ def tiles(
     key_dim: int,
     value_dim: int,
     dtype: jnp.dtype,
-    per_key: bool,
     wanted: int | None = None,
 ) -> Tiles:
     """Tiles of the TPU kernels; K and V padded to multiples of 128. By `python -m benchmarks.tpu_static --sweep`.
 
     A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere, and for float32, whose matmuls are the
     cost. A step has work for several heads, which hides the latency of one behind the others; where a chip has two
-    cores, heads are left for the other. Chunks of 128 go two at a time, but not where they spill.
+    cores, heads are left for the other. Chunks of 128 go two at a time.
     """
     native = 256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128
     chunk = 128 * -(-wanted // 128) if wanted else min(native, 128 * -(-time // 128))
@@ -83,7 +82,7 @@ def tiles(
         at_once = min(at_once, max(1, heads // 2))
     step_heads = largest_divisor(shared if shared > 1 else heads, at_once)
     unroll = 2 if chunk == 128 else 1
-    return Tiles(chunk, block, step_heads, unroll, 1 if per_key else unroll)
+    return Tiles(chunk, block, step_heads, unroll, unroll)
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200

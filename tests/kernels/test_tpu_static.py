@@ -46,7 +46,7 @@ def test_an_operation_runs_as_often_as_the_loops_around_it():
 
 @pytest.mark.parametrize(("kind", "step_heads"), [("TPU v5 lite", 8), ("TPU v5", 4), ("TPU v6 lite", 8)])
 def test_heads_are_left_for_a_second_core(kind, step_heads):
-    sizes = {"time": 4096, "key_dim": 128, "value_dim": 128, "dtype": jnp.dtype("bfloat16"), "per_key": False}
+    sizes = {"time": 4096, "key_dim": 128, "value_dim": 128, "dtype": jnp.dtype("bfloat16")}
     assert specs.tiles(Device("tpu", kind), heads=8, groups=8, **sizes).heads == step_heads
     assert specs.tiles(Device("tpu", kind), heads=16, groups=16, **sizes).heads == 8
     assert specs.tiles(Device("tpu", kind), heads=24, groups=1, **sizes).heads == 8  # one core adds up their dq and dk

@@ -63,7 +63,7 @@ def mosaic_tpu(
     per_key = log_decay.shape[-1] > 1 or bonus is not None
     time_wise = per_key or segment_ids is not None
     padded = [dim + -dim % LANES for dim in (key_dim, value_dim)]
-    tiles = _tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, per_key, chunk_size)
+    tiles = _tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, chunk_size)
     constant = not time_wise and log_decay.shape[1] == 1 and (time % tiles.block == 0)
     plan = Plan(
         batch=batch,
