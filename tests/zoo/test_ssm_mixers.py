@@ -102,6 +102,12 @@ def test_h3_is_its_two_recurrences_in_float64(head_dim):
     assert error_ratio(y, out.reshape(x.shape) @ w["out.kernel"]) < 1e-5
 
 
+def test_the_shift_of_h3_starts_with_a_normal_skip():
+    w, _, _ = build("h3", shift_width=16, state_dim=8)
+    taps = w["shift.weight"]
+    assert np.abs(taps[:, :-1]).max() <= 0.25 and 0.6 < taps[:, -1].std() < 1.5 and 0.6 < w["ssm.D"].std() < 1.5
+
+
 def test_the_8b_hybrid_has_the_papers_layers():
     config = mamba2_hybrid.get_config("8b")
     validate(config)
