@@ -42,7 +42,7 @@ def selective_scan(
       D: weight of the token's own input in the output; None leaves it out.
       initial_state: h_0, zero by default. It belongs to the segment of token 0.
       segment_ids: a token whose id differs from its left neighbour's starts from a zero state.
-      chunk_size: tokens between two states that are kept for the backward pass; None chooses.
+      chunk_size: most tokens between two states that are kept for the backward pass; None chooses.
       implementation: a name, names in order of preference, or None for this device's best.
 
     Returns:

@@ -32,7 +32,8 @@ CHUNK_SIZE = 32  # tokens
 def chunked(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
     """y [B, T, D] and the final state; see `selective_scan`."""
     batch, time, channels = x.shape
-    size = min(chunk_size or CHUNK_SIZE, time)
+    size = chunk_size or CHUNK_SIZE
+    size = -(-time // -(-time // size))  # as many chunks, all of one size: 65 tokens are 3 of 22, not 3 of 32
     width = _largest_divisor(channels, STATE_FLOATS // A.shape[1])
 
     def over_time(array):  # [B, T, X] -> [B, chunks, chunk, X]; steps of size 0 leave the state alone

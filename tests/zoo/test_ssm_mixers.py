@@ -33,6 +33,8 @@ def recurrence(w, x, prefix, discretization, init):
         a, b = np.exp(z), (np.exp(z) - 1) / A
     else:
         a, b = (1 + z / 2) / (1 - z / 2), np.exp(w[prefix + "log_dt"])[:, None] / (1 - z / 2)
+    B = w.get(prefix + "b_real", np.ones((1, 1))) + 1j * w.get(prefix + "b_imag", np.zeros((1, 1)))
+    b = b * B[np.arange(x.shape[-1]) % len(B)]
     y, h = np.zeros(x.shape), np.zeros((len(x), *A.shape), complex)
     for t in range(x.shape[1]):
         h = a * h + b * x[:, t, :, None]
@@ -44,18 +46,24 @@ def build(name, **settings):
     config = MIXERS[name].config_class(**settings)
     with nnx.use_eager_sharding(False):
         mixer = MIXERS[name](config, Sizes(d_model=D_MODEL, num_layers=2), layer_index=0, rngs=nnx.Rngs(0))
-    rates = mixer.ssm.log_rate
-    rates[...] += 0.3 * jax.random.normal(jax.random.key(2), rates.shape)  # each A another: they start equal
+    parameters = mixer.ssm.log_rate, mixer.ssm.b_real, mixer.ssm.b_imag
+    for i, parameter in enumerate(parameters):  # each A and B another: they start equal
+        if parameter is not None:
+            parameter[...] += 0.3 * jax.random.normal(jax.random.key(2 + i), parameter.shape)
     x = jax.random.normal(jax.random.key(1), (2, TIME, D_MODEL))
     return weights(mixer), np.asarray(x, np.float64), mixer(x)[0]
 
 
 @pytest.mark.parametrize("init", ["lin", "inv", "real"])
-@pytest.mark.parametrize(("discretization", "n_ssm"), [("zoh", 0), ("bilinear", 0), ("zoh", 4)])
-def test_s4d_is_the_recurrence_in_float64(init, discretization, n_ssm):
-    w, x, y = build("s4d", init=init, discretization=discretization, state_dim=16, n_ssm=n_ssm)
+@pytest.mark.parametrize(
+    ("discretization", "n_ssm", "train_b"),
+    [("zoh", 0, False), ("bilinear", 0, False), ("zoh", 4, False), ("zoh", 4, True), ("bilinear", 0, True)],
+)
+def test_s4d_is_the_recurrence_in_float64(init, discretization, n_ssm, train_b):
+    settings = {"init": init, "discretization": discretization, "state_dim": 16, "n_ssm": n_ssm, "train_b": train_b}
+    w, x, y = build("s4d", **settings)
     assert len(w["ssm.log_rate"]) == (n_ssm or D_MODEL)
-    config = MIXERS["s4d"].config_class(init=init, state_dim=16, n_ssm=n_ssm)
+    config = MIXERS["s4d"].config_class(**settings)
     assert sum(array.size for array in w.values()) == MIXERS["s4d"].num_parameters(config, D_MODEL)
     inner = recurrence(w, x, "ssm.", discretization, init)
     gelu = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
@@ -65,7 +73,7 @@ def test_s4d_is_the_recurrence_in_float64(init, discretization, n_ssm):
 def test_initial_rates_are_the_papers():
     with nnx.use_eager_sharding(False):
         made = {
-            init: weights(DiagonalSSM(3, DiagonalSSMConfig(state_dim=8, init=init), rngs=nnx.Rngs(0)))
+            init: weights(DiagonalSSM(3, DiagonalSSMConfig(state_dim=8, init=init, train_b=True), rngs=nnx.Rngs(0)))
             for init in ("lin", "inv", "real")
         }
     np.testing.assert_allclose(made["lin"]["frequency"][2], np.pi * np.arange(4), rtol=1e-6)
@@ -74,11 +82,12 @@ def test_initial_rates_are_the_papers():
     np.testing.assert_allclose(np.exp(made["real"]["log_rate"][1]), np.arange(1, 9), rtol=1e-6)
     for w in made.values():
         assert (w["log_dt"] >= np.log(1e-3)).all() and (w["log_dt"] <= np.log(1e-1)).all()
+        assert (w["b_real"] == 1).all() and ("b_imag" not in w or (w["b_imag"] == 0).all())
 
 
 def test_weight_decay_is_of_the_read_outs_alone():
     with nnx.use_eager_sharding(False):
-        layer = DiagonalSSM(4, DiagonalSSMConfig(state_dim=8, n_ssm=1), rngs=nnx.Rngs(0))
+        layer = DiagonalSSM(4, DiagonalSSMConfig(state_dim=8, n_ssm=1, train_b=True), rngs=nnx.Rngs(0))
     flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
     assert {path[-1] for path, variable in flat if decays(variable)} == {"c_real", "c_imag"}
 

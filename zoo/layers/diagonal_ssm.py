@@ -2,8 +2,10 @@
 
     dh/dt = A h + x,   y = 2 Re(c . h) + D x        sampled with a step dt of its own in each channel:
 
-    zero-order hold   a = exp(dt A)                       b = (a - 1) / A
-    bilinear          a = (1 + dt A / 2) / (1 - dt A / 2)   b = dt / (1 - dt A / 2)
+    zero-order hold   a = exp(dt A)                         b = B (a - 1) / A
+    bilinear          a = (1 + dt A / 2) / (1 - dt A / 2)   b = B dt / (1 - dt A / 2)
+
+B is 1, which loses nothing, since only B c counts; `train_b` makes it a parameter that starts there, as in H3's code.
 
 A starts, for n = 0 ... N/2 - 1, at   lin: -1/2 + i pi n   inv: -1/2 + i (N / pi) (N / (2 n + 1) - 1)
 and, for n = 0 ... N - 1, at   real: -(n + 1).   dt starts log-uniform between dt_min and dt_max, c and D normal.
@@ -35,6 +37,7 @@ class DiagonalSSMConfig:
     dt_min: float = 1e-3  # of the initial step sizes
     dt_max: float = 1e-1
     n_ssm: int = 0  # different A, a divisor of the channels; 0: one a channel
+    train_b: bool = False  # B is a parameter beside c, without weight decay
 
 
 class DiagonalSSM(nnx.Module):
@@ -67,6 +70,8 @@ class DiagonalSSM(nnx.Module):
         if self.is_complex:
             self.frequency = nnx.Param(rows(frequency), **of_A)  # Im A
             self.c_imag = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
+        self.b_real = nnx.Param(rows(np.ones(n.shape)), **of_A) if config.train_b else None
+        self.b_imag = nnx.Param(rows(np.zeros(n.shape)), **of_A) if config.train_b and self.is_complex else None
         self.D = nnx.Param(jax.random.normal(rngs.params(), (channels,)), out_sharding=("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
@@ -82,8 +87,13 @@ class DiagonalSSM(nnx.Module):
         A, c = jax.lax.complex(rate, frequency), jax.lax.complex(c, c_imag)
         dt = jnp.exp(self.log_dt[...])[:, None]
         if self.discretization == "zoh":
-            return dt * A, dt * _mean_of_exp(dt * A), c
-        return jnp.log((1 + dt * A / 2) / (1 - dt * A / 2)), dt / (1 - dt * A / 2), c
+            log_a, b = dt * A, dt * _mean_of_exp(dt * A)
+        else:
+            log_a, b = jnp.log((1 + dt * A / 2) / (1 - dt * A / 2)), dt / (1 - dt * A / 2)
+        if self.b_real is not None:
+            imaginary = 0 if self.b_imag is None else 1j * self.b_imag[...]
+            b = b * self._of_channels(self.b_real[...] + imaginary)
+        return log_a, b, c
 
     def _of_channels(self, values):
         return jnp.tile(values, (self.channels // len(values), 1))
@@ -109,8 +119,9 @@ class DiagonalSSM(nnx.Module):
 
     @staticmethod
     def num_parameters(channels: int, config: DiagonalSSMConfig) -> int:
-        numbers = 1 if config.init == "real" else 2  # of A, of c
-        return numbers * _state_size(config) * ((config.n_ssm or channels) + channels) + 2 * channels
+        numbers = 1 if config.init == "real" else 2  # of A, of B, of c
+        rows = (1 + config.train_b) * (config.n_ssm or channels) + channels
+        return numbers * _state_size(config) * rows + 2 * channels
 
     @staticmethod
     def flops_per_token(channels: int, config: DiagonalSSMConfig) -> float:

@@ -21,6 +21,7 @@ from zoo.mixers.base import Mixer, Sizes
 
 @dataclasses.dataclass
 class H3Config(DiagonalSSMConfig):
+    train_b: bool = True  # as in the authors' code
     head_dim: int = 1  # K
     shift_width: int = 64  # taps
 
