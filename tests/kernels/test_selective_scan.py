@@ -24,6 +24,14 @@ def test_blocks_of_channels_change_nothing(monkeypatch):
     assert_close(run(inputs, cotangents(NAME, inputs)), results(NAME, "reference", inputs, segment_ids))
 
 
+@pytest.mark.parametrize(("time", "size"), [(65, 22), (64, 32), (33, 17), (5, 5)])
+def test_chunks_are_of_one_size(time, size):
+    x, A, B = jnp.zeros((1, time, 4)), jnp.zeros((4, 3)), jnp.zeros((1, time, 3))
+    jaxpr = jax.make_jaxpr(lambda x, A, B: selective_scan(x, x, A, B, B, implementation="chunked")[0])(x, A, B)
+    reshapes = [equation for equation in jaxpr.eqns if equation.primitive.name == "reshape"]
+    assert (1, -(-time // size), size, 4) in [equation.outvars[0].aval.shape for equation in reshapes]
+
+
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 def test_steps_from_1e_6_to_1e3_are_finite(implementation):
     inputs = CASES[NAME].make()
