@@ -58,6 +58,7 @@ class Setup:
     d_ff: int = 0  # of a GELU MLP; 0: no MLP
     embedding_dropout: float = 0.0
     init_std: float = 0.0  # of matrices; 0: the model's own
+    as_gpt2: bool = False  # norms of mean and variance, and biases everywhere, in place of RMS norms and none
     undecayed: tuple[str, ...] = ()  # parameters without weight decay, every other has it; (): the trainer's choice
     test_lengths: tuple[int, ...] = ()  # beside the task's own
     settings: dict = dataclasses.field(default_factory=dict)  # of the mixer
@@ -71,7 +72,7 @@ def h3_setups() -> Iterator[Setup]:
     ]
     settings = {
         "attention": {"num_heads": 1},
-        "h3": {"state_dim": 64},
+        "h3": {"state_dim": 64, "discretization": "bilinear"},
         "s4d": {"state_dim": 64, "init": "inv", "n_ssm": 1},
     }
     for number, (task, epochs, decay, final) in enumerate(tasks):
@@ -95,7 +96,8 @@ def h3_setups() -> Iterator[Setup]:
                 d_ff=128,
                 embedding_dropout=0.1,
                 init_std=0.02,
-                undecayed=("log_dt", "log_rate", "frequency", "b_real", "b_imag"),
+                as_gpt2=True,
+                undecayed=("log_dt", "log_rate", "frequency", "b_real", "b_imag", "b"),
                 settings=settings[mixer],
             )
 
@@ -136,10 +138,27 @@ def make_model(setup: Setup, seed: int) -> LanguageModel:
         model = LanguageModel(config, rngs=nnx.Rngs(seed))
     for block in model.units.blocks:
         block.dropout = 0.0  # these set-ups drop embeddings alone
+    if setup.as_gpt2:
+        _make_gpt2_layers(model)
     if setup.init_std:
         scaled = functools.partial(_scaled, setup.init_std)
         nnx.update(model, jax.tree_util.tree_map_with_path(scaled, nnx.state(model, nnx.Param)))
     return model
+
+
+def _make_gpt2_layers(model: LanguageModel) -> None:
+    """LayerNorms in place of RMS norms, and biases, 0 at first, in every projection."""
+    holders = [(model, ["norm"])] + [(block, ["mixer_norm", "mlp_norm"]) for block in model.units.blocks]
+    for holder, names in holders:
+        for name in names:
+            scale = getattr(holder, name).scale[...]  # [width], in blocks [units, width]
+            norm = nnx.LayerNorm(scale.shape[-1], epsilon=model.norm.epsilon, rngs=nnx.Rngs(0))
+            norm.scale, norm.bias = nnx.Param(scale), nnx.Param(jnp.zeros_like(scale))
+            setattr(holder, name, norm)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Linear):
+            kernel = module.kernel[...]  # [in, out], in blocks [units, in, out]
+            module.use_bias, module.bias = True, nnx.Param(jnp.zeros((*kernel.shape[:-2], kernel.shape[-1])))
 
 
 def _scaled(std: float, path: tuple, parameter: jax.Array) -> jax.Array:

@@ -82,6 +82,25 @@ def test_h3s_set_ups_start_from_matrices_of_the_released_deviation(mixer):
     assert len(deviations) >= 2 and list(deviations.values()) == pytest.approx([0.02] * len(deviations), rel=1e-3)
 
 
+@pytest.mark.parametrize("mixer", ["attention", "s4d", "h3"])
+def test_h3s_set_ups_have_gpt2s_norms_and_a_bias_in_every_projection(mixer):
+    setup = next(setup for setup in papers.h3_setups() if setup.mixer == mixer)
+    plain, made = (papers.make_model(dataclasses.replace(setup, as_gpt2=flag), seed=0) for flag in (False, True))
+    before, after = (dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in (plain, made))
+    biases = after.keys() - before.keys()
+    assert biases == {(*path[:-1], "bias") for path in before if path[-1] in ("kernel", "scale")}
+    x = jax.random.normal(jax.random.key(0), (2, 3, setup.d_model))
+    expected = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(made.norm(x), expected, atol=1e-5)
+    rows = setup.task.rows(np.random.default_rng(0), 4)
+    batch = jax.tree.map(jnp.asarray, setup.task.batch(rows, answers_only=False))
+    graphdef, params = nnx.split(made)
+    gradient = jax.grad(lambda p: nnx.merge(graphdef, p).token_losses(**batch).sum())(params)
+    used = {path for path, value in nnx.to_flat_state(gradient) if path[-1] == "bias" and abs(value[...]).min() > 0}
+    of_keys = {path for path in biases if mixer == "attention" and path[-2] == "k"}  # add the same to all scores of a q
+    assert used | of_keys == biases
+
+
 def test_h3s_set_ups_decay_all_but_A_B_and_dt():
     setup = next(setup for setup in papers.h3_setups() if setup.mixer == "h3")
     params = nnx.state(papers.make_model(setup, seed=0), nnx.Param)
@@ -91,5 +110,5 @@ def test_h3s_set_ups_decay_all_but_A_B_and_dt():
     updates, _ = optimizer.update(nothing, optimizer.init(ones), ones)
     moved = {path[-1]: float(abs(value[...]).max()) > 0 for path, value in nnx.to_flat_state(updates)}
     still = {name for name, moves in moved.items() if not moves}
-    assert still == {"log_dt", "log_rate", "frequency", "b_real", "b_imag"}
-    assert moved["D"] and moved["scale"] and moved["kernel"] and moved["weight"] and moved["c_real"]
+    assert still == {"log_dt", "log_rate", "frequency", "b_real", "b_imag", "b"}
+    assert all(moved[name] for name in ("D", "scale", "bias", "kernel", "c", "c_real"))

@@ -12,6 +12,7 @@ from zoo.config import Config, pattern, validate
 from zoo.flops import num_parameters
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig
 from zoo.mixers import MIXERS, Sizes
+from zoo.mixers.h3 import ShiftSSM
 from zoo.model import LanguageModel
 from zoo.training.optimizer import decays
 
@@ -46,7 +47,7 @@ def build(name, **settings):
     config = MIXERS[name].config_class(**settings)
     with nnx.use_eager_sharding(False):
         mixer = MIXERS[name](config, Sizes(d_model=D_MODEL, num_layers=2), layer_index=0, rngs=nnx.Rngs(0))
-    parameters = mixer.ssm.log_rate, mixer.ssm.b_real, mixer.ssm.b_imag
+    parameters = [mixer.ssm.log_rate, mixer.ssm.b_real, mixer.ssm.b_imag] + ([mixer.shift.b] if name == "h3" else [])
     for i, parameter in enumerate(parameters):  # each A and B another: they start equal
         if parameter is not None:
             parameter[...] += 0.3 * jax.random.normal(jax.random.key(2 + i), parameter.shape)
@@ -97,10 +98,10 @@ def test_h3_is_its_two_recurrences_in_float64(head_dim):
     w, x, y = build("h3", head_dim=head_dim, shift_width=5, state_dim=8)
     heads = D_MODEL // head_dim
     q, k, v = (x @ w[f"{name}.kernel"] for name in "qkv")
-    shifted = np.zeros_like(k)
+    shifted, h = np.zeros_like(k), np.zeros((len(k), D_MODEL, 5))
     for t in range(TIME):
-        for lag in range(min(5, t + 1)):
-            shifted[:, t] += w["shift.weight"][:, 4 - lag] * k[:, t - lag]
+        h = np.pad(h, ((0, 0), (0, 0), (1, 0)))[..., :5] + w["shift.b"] * k[:, t, :, None]
+        shifted[:, t] = (w["shift.c"] * h).sum(-1) + w["shift.D"] * k[:, t]
     split = (2, TIME, heads, head_dim)
     q, shifted, v = q.reshape(split), shifted.reshape(split), v.reshape(split)
     out = np.zeros(split)
@@ -111,10 +112,14 @@ def test_h3_is_its_two_recurrences_in_float64(head_dim):
     assert error_ratio(y, out.reshape(x.shape) @ w["out.kernel"]) < 1e-5
 
 
-def test_the_shift_of_h3_starts_with_a_normal_skip():
-    w, _, _ = build("h3", shift_width=16, state_dim=8)
-    taps = w["shift.weight"]
-    assert np.abs(taps[:, :-1]).max() <= 0.25 and 0.6 < taps[:, -1].std() < 1.5 and 0.6 < w["ssm.D"].std() < 1.5
+def test_the_shift_of_h3_starts_as_its_read_out_and_a_normal_skip():
+    with nnx.use_eager_sharding(False):
+        shift = ShiftSSM(200, 16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    taps, w = np.asarray(shift.taps()), weights(shift)
+    np.testing.assert_allclose(taps, w["c"] + w["D"][:, None] * np.eye(16)[0], atol=1e-6)
+    assert np.abs(w["c"]).max() <= 0.25 and 0.13 < w["c"].std() < 0.16 and 0.8 < w["D"].std() < 1.2
+    flat = nnx.to_flat_state(nnx.state(shift, nnx.Param))
+    assert {path[-1] for path, variable in flat if decays(variable)} == {"c"}
 
 
 def test_the_8b_hybrid_has_the_papers_layers():

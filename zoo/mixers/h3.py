@@ -1,10 +1,10 @@
 """H3: two state-space models with products between (Fu et al. 2022, arXiv:2212.14052).
 
-    k'_t = sum_i w_i k_{t-i}               the shift SSM: a state of `shift_width` inputs, a filter of as many taps
-    S_t = SSM(k'_t v_t^T)                  the diagonal SSM, one for a head, on each entry of the [K, K] product
-    y_t = W_o (S_t^T q_t)
+    k'_t = SSM_shift(k)_t
+    S_t  = SSM_diagonal(k'_t v_t^T)        one for a head, on each entry of the [K, K] product
+    y_t  = W_o (S_t^T q_t)
 
-With heads of width 1, the paper's default, products are elementwise. State: h, complex64
+With heads of width 1, the paper's default, products are elementwise. State: h of the diagonal SSM, complex64
 [batch, K K, heads, N/2], and the last shift_width - 1 keys.
 """
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from zoo.layers import DiagonalSSM, DiagonalSSMConfig, ShortConv, linear
+from zoo import ops
+from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear
 from zoo.mixers.base import Mixer, Sizes
 
 
@@ -24,6 +25,43 @@ class H3Config(DiagonalSSMConfig):
     train_b: bool = True  # as in the authors' code
     head_dim: int = 1  # K
     shift_width: int = 64  # taps
+
+
+class ShiftSSM(nnx.Module):
+    """A state-space model in each channel whose A shifts its state of `width` numbers by one; x, y: [B, T, channels].
+
+        h_t = shift(h_{t-1}) + b x_t,   y_t = c . h_t + D x_t
+
+    which is a filter of `width` taps, w_l = sum_n b_n c_{n+l} (and D on the token's own). b starts as (1, 0, 0, ...)
+    and the taps as c. Training b, as the authors' code does, adds no filter that c alone could not be, but each of its
+    steps moves every tap. State: the last width - 1 inputs, [B, width - 1, channels].
+    """
+
+    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.channels, self.width, self.dtype = channels, width, dtype
+        bound = width**-0.5
+        c = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
+        of_b = {"out_sharding": ("heads", "state"), "decay": False}
+        self.b = nnx.Param(jnp.zeros((channels, width)).at[:, 0].set(1.0), **of_b)
+        self.c = nnx.Param(c, out_sharding=("heads", "state"))
+        self.D = nnx.Param(jax.random.normal(rngs.params(), (channels,)), out_sharding=("heads",), decay=False)
+
+    def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
+        taps = self.taps().astype(self.dtype)
+        return ops.short_conv(x, taps[:, ::-1], initial_state=state, segment_ids=segment_ids)
+
+    def taps(self) -> jax.Array:
+        """What x_{t-l} counts for in y_t, l = 0 ... width - 1; [channels, width]."""
+        b, c = (jnp.fft.rfft(values[...], 2 * self.width) for values in (self.b, self.c))
+        correlation = jnp.fft.irfft(jnp.conj(b) * c, 2 * self.width)[:, : self.width]
+        return correlation.at[:, 0].add(self.D[...])
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch_size, self.width - 1, self.channels), dtype)
+
+    @staticmethod
+    def num_parameters(channels: int, width: int) -> int:
+        return channels * (2 * width + 1)
 
 
 class H3(Mixer):
@@ -36,9 +74,7 @@ class H3(Mixer):
         self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.shift = ShortConv(d, config.shift_width, plain=True, dtype=dtype, rngs=rngs)
-        skip = jax.random.normal(rngs.params(), (d,))  # the D of the shift SSM, part of the token's own tap
-        self.shift.weight[...] = self.shift.weight[...].at[:, -1].add(skip)
+        self.shift = ShiftSSM(d, config.shift_width, dtype=dtype, rngs=rngs)
         self.ssm = DiagonalSSM(self.heads, config, rngs=rngs)
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
@@ -79,7 +115,7 @@ class H3(Mixer):
 
     @staticmethod
     def num_parameters(config, d_model):
-        shift = ShortConv.num_parameters(d_model, config.shift_width, plain=True)
+        shift = ShiftSSM.num_parameters(d_model, config.shift_width)
         return 4 * d_model**2 + shift + DiagonalSSM.num_parameters(d_model // config.head_dim, config)
 
     @staticmethod
