@@ -4,7 +4,7 @@ h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training a
   400 and 200 epochs, a tenth of them warm-up. As in the released code: LayerNorms, biases, MLPs without a gate (a gate
   is a product, the thing that S4D lacks), one A for all channels of S4D, initial matrices of std 0.02, weight decay on
   all but A, B and dt. Not as there: no dropout in attention, whose initial matrices are the model's own (std
-  1 / sqrt(inputs)): from 0.02 it does not find induction heads in time.
+  1 / sqrt(inputs)): from 0.02 it did not find induction heads in 400 epochs (one seed).
 mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying 8 tokens from 128
   (published: 16 from 4096), induction heads trained at 64 and tested up to 4096 (published: 256 and 2^20), on fresh
   data, 2 layers of width 64 without MLPs.

@@ -28,21 +28,21 @@ class H3Config(DiagonalSSMConfig):
 
 
 class ShiftSSM(nnx.Module):
-    """A state-space model in each channel whose A shifts its state of `width` numbers by one; x, y: [B, T, channels].
+    """A state-space model in each channel whose A shifts its state of `width` numbers by one (2212.14052, section 3).
 
         h_t = shift(h_{t-1}) + b x_t,   y_t = c . h_t + D x_t
 
     which is a filter of `width` taps, w_l = sum_n b_n c_{n+l} (and D on the token's own). b starts as (1, 0, 0, ...)
     and the taps as c. Training b, as the authors' code does, adds no filter that c alone could not be, but each of its
-    steps moves every tap. State: the last width - 1 inputs, [B, width - 1, channels].
+    steps moves every tap. x, y: [B, T, channels]. State: the last width - 1 inputs, [B, width - 1, channels].
     """
 
     def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.channels, self.width, self.dtype = channels, width, dtype
         bound = width**-0.5
         c = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
-        of_b = {"out_sharding": ("heads", "state"), "decay": False}
-        self.b = nnx.Param(jnp.zeros((channels, width)).at[:, 0].set(1.0), **of_b)
+        b = jnp.zeros((channels, width)).at[:, 0].set(1.0)
+        self.b = nnx.Param(b, out_sharding=("heads", "state"), decay=False)
         self.c = nnx.Param(c, out_sharding=("heads", "state"))
         self.D = nnx.Param(jax.random.normal(rngs.params(), (channels,)), out_sharding=("heads",), decay=False)
 
