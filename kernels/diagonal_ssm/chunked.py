@@ -23,6 +23,7 @@ from jax import lax
 
 from kernels.segments import segment_starts
 from kernels.short_conv import short_conv
+from kernels.toeplitz import toeplitz
 
 CHUNK_SIZE, PACKED_CHUNK_SIZE = 64, 32  # tokens; the taps of packed rows are not a matrix product
 
@@ -35,7 +36,7 @@ def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
     padding = chunks * size - time
     inputs = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
     powers = _powers(jnp.exp(log_a), size)  # a^0 ... a^size: [size + 1, D, N]
-    taps = 2 * jnp.real(jnp.sum(powers[:-1] * (b * c), -1))  # [size, D]
+    taps = _taps(jnp.exp(log_a), b * c, size)
     taps = taps if d is None else taps.at[0].add(d.astype(jnp.float32))
 
     # [B, chunks, size] masks: tokens that the chunk's first state reaches, and tokens that reach its last.
@@ -48,7 +49,7 @@ def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
 
     by_chunk = jnp.moveaxis(inputs.reshape(batch, chunks, size, channels), 3, 0)  # channels first: products of rows
     if segment_ids is None:
-        y = _product("dbct,dut->dbcu", by_chunk, _toeplitz(taps.T))
+        y = _product("dbct,dut->dbcu", by_chunk, toeplitz(taps.T))
     else:
         # A start of a chunk is a start too: number both kinds.
         own = jnp.cumsum(starts.at[:, :, 0].set(True).reshape(batch, -1), -1, dtype=jnp.int32)
@@ -76,6 +77,18 @@ def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
     return jnp.moveaxis(y, 0, 3).reshape(batch, -1, channels)[:, :time].astype(x.dtype), final_state
 
 
+def _taps(a, weights, count):
+    """K_t = 2 Re(sum_n weights_n a_n^t), t = 0 ... count - 1: [count, D].
+
+    With t = width i + j, a^t is (a^width)^i a^j: one matrix product in each channel, of 2 sqrt(count) powers.
+    """
+    width = math.ceil(math.sqrt(count))
+    small = _powers(a, width)
+    large = weights * _powers(small[-1], math.ceil(count / width) - 1)
+    taps = 2 * _product("idn,jdn->ijd", _parts(jnp.conj(large)), _parts(small[:-1]))
+    return taps.reshape(-1, len(a))[:count]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _powers(a, count):
     """a^0 ... a^count, [count + 1, ...], by doubling; their derivatives t a^(t-1) take no more than the powers."""
@@ -97,19 +110,6 @@ def _powers_backward(count, powers, gradient):
 
 
 _powers.defvjp(_powers_forward, _powers_backward)
-
-
-def _toeplitz(taps):
-    """[D, size] -> [D, size, size], entry [u, t] the tap u - t, 0 above the diagonal.
-
-    Rows of one vector, each shifted by one more: reading rows of 2 size - 1 from rows of 2 size does that, and its
-    transpose is no scatter.
-    """
-    channels, size = taps.shape
-    row = jnp.pad(jnp.flip(taps, -1), ((0, 0), (0, size)))
-    rows = jnp.broadcast_to(row[:, None], (channels, size, 2 * size)).reshape(channels, -1)
-    rows = rows[:, size - 1 : size - 1 + size * (2 * size - 1)]
-    return rows.reshape(channels, size, -1)[..., :size]
 
 
 def _states(written, decay, carries, initial_state):

@@ -48,10 +48,7 @@ def short_conv(
     taps = _check("short_conv", x, weight, bias, activation, initial_state)
     if segment_ids is not None:
         check_shape("short_conv", "segment_ids", segment_ids, (B, T), like="x", shape=x.shape)
-    unused = 0
-    if initial_state is None:
-        unused = max(0, taps - 1 - T)  # taps that reach back before token 0 from every token
-        initial_state = jnp.zeros((B, taps - 1 - unused, D), x.dtype)
+    unused = max(0, taps - 1 - T) if initial_state is None else 0  # taps that reach back before token 0 at every token
     y, final_state = dispatch.call(
         "short_conv",
         IMPLEMENTATIONS,
@@ -61,7 +58,7 @@ def short_conv(
         weight[:, unused:],
         bias,
         activation=activation,
-        initial_state=initial_state.astype(x.dtype),
+        initial_state=None if initial_state is None else initial_state.astype(x.dtype),
         segment_ids=segment_ids,
     )
     return y, jnp.pad(final_state, ((0, 0), (unused, 0), (0, 0)))

@@ -20,6 +20,8 @@ def reference(x, weight, bias, *, activation, initial_state, segment_ids):
         return window[:, 1:], y if bias is None else y + bias.astype(jnp.float32)
 
     inputs = (x.astype(jnp.float32).swapaxes(0, 1), starts.T)
+    if initial_state is None:
+        initial_state = jnp.zeros((len(x), weight.shape[1] - 1, x.shape[-1]))
     final_state, y = lax.scan(step, initial_state.astype(jnp.float32), inputs)
     y = jax.nn.silu(y) if activation == "silu" else y
     return y.swapaxes(0, 1).astype(x.dtype), final_state.astype(x.dtype)
