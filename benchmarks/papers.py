@@ -5,15 +5,15 @@ h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training a
   is a product, the thing that S4D lacks), one A for all channels of S4D, initial matrices of std 0.02, weight decay on
   all but A, B and dt. Not as there: no dropout in attention, whose initial matrices are the model's own (std
   1 / sqrt(inputs)): from 0.02 it did not find induction heads in 400 epochs (one seed).
-mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying 8 tokens from 128
-  (published: 16 from 4096), induction heads trained at 64 and tested up to 4096 (published: 256 and 2^20), on fresh
+mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying 16 tokens from
+  128 (published: from 4096), induction heads trained at 64 and tested up to 4096 (published: 256 and 2^20), on fresh
   data, 2 layers of width 64 without MLPs.
 
 The test rows choose nothing: the last step's weights are tested, once. Medians over seeds, with the range.
 
 Each run is kept in benchmarks/results/ when it ends, with its date and machine, and is not repeated by the same command
-(--again does): a table may be made in parts. A step's rows are shared out over the cores that the process
-may use; two commands of one core each (taskset) take less time than one of two after the other.
+(--again does): a table may be made in parts. Seeds run side by side, one a core of those that the process may use; of
+fewer seeds than cores, each shares out its rows over several. A run's seconds are those of its group, divided among it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +104,15 @@ def h3_setups() -> Iterator[Setup]:
 
 
 def mamba_copying_setups() -> Iterator[Setup]:
-    task = Task("selective_copying", vocab_size=16, length=128, copies=8)
+    """As many tokens as published, from a 32nd of the length: S4D starts from 32 times its usual dt, so that its
+    longest memory, 2 / dt_min tokens, is half of the length, as published. What Mamba forgets, tokens decide: its dt
+    starts as usual.
+    """
+    task = Task("selective_copying", vocab_size=16, length=128, copies=16)
     optimizer = OptimizerConfig(learning_rate=2e-3, warmup_steps=200, final_fraction=0.0)
-    for mixer, published in {"mamba": "99.8", "s4d": "18.3"}.items():
-        settings = {"state_dim": 16} if mixer == "s4d" else {}  # as Mamba has
-        yield Setup(task, mixer, published, 4000, 32, optimizer, d_model=64, settings=settings)
+    in_proportion = {"state_dim": 16, "dt_min": 32e-3, "dt_max": 3.2}  # of as large a state as Mamba's
+    for mixer, published, settings in (("mamba", "99.8", {}), ("s4d", "18.3", in_proportion)):
+        yield Setup(task, mixer, published, 6000, 32, optimizer, d_model=64, settings=settings)
 
 
 def mamba_induction_setups() -> Iterator[Setup]:
@@ -184,10 +188,15 @@ def optimizer_of(setup: Setup, params: nnx.State) -> optax.GradientTransformatio
     return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
 
 
-def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
-    """Train, then test: accuracy in per cent by the length of the task, seconds of training."""
-    graphdef, params = nnx.split(make_model(setup, seed))
-    optimizer = optimizer_of(setup, params)
+def run(setup: Setup, seeds: Sequence[int], steps_at_once: int = 200) -> list[dict[str, float]]:
+    """Train a model for each seed side by side, then test each: accuracy in per cent by the length of the task.
+
+    Every seed has devices of its own, at least one, over which its rows are shared out. `seconds` are those of the
+    training of all, divided by the number of seeds.
+    """
+    models = [nnx.split(make_model(setup, seed)) for seed in seeds]
+    graphdef = models[0][0]
+    optimizer = optimizer_of(setup, models[0][1])
 
     def loss(params, batch, key):
         key = key if setup.embedding_dropout else None
@@ -207,32 +216,46 @@ def run(setup: Setup, seed: int, steps_at_once: int = 200) -> dict[str, float]:
         updates, opt = optimizer.update(gradient, opt, params)
         return (optax.apply_updates(params, updates), opt, key), value
 
-    devices = math.gcd(setup.batch_size, jax.device_count())
-    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("rows",))
-    by_rows = jax.shard_map(
-        lambda state, batches: jax.lax.scan(step, state, batches),
-        mesh=mesh, in_specs=(P(), P(None, "rows")), out_specs=P(), check_vma=False,
-    )  # fmt: skip
-    train = jax.jit(by_rows, donate_argnums=0)
-    state = params, optimizer.init(params), jax.random.key(seed)
-    batches = stacks(setup, seed, steps_at_once)
+    def steps_of_a_seed(state, batches):  # both with an axis of one seed
+        state, losses = jax.lax.scan(step, *jax.tree.map(lambda x: x[0], (state, batches)))
+        return jax.tree.map(lambda x: x[None], (state, losses))
+
+    shares = math.gcd(setup.batch_size, jax.device_count() // len(seeds))
+    devices = np.array(jax.devices()[: len(seeds) * shares]).reshape(len(seeds), shares)
+    mesh = jax.sharding.Mesh(devices, ("seeds", "rows"))
+    by_seed, by_row = P("seeds"), P("seeds", None, "rows")
+    train = jax.jit(
+        jax.shard_map(
+            steps_of_a_seed, mesh=mesh, in_specs=(by_seed, by_row), out_specs=(by_seed, by_seed), check_vma=False
+        ),
+        donate_argnums=0,
+        compiler_options={"xla_cpu_multi_thread_eigen": False},  # a core is a device: none is left to share an op with
+    )
+    states = [
+        (params, optimizer.init(params), jax.random.key(seed)) for (_, params), seed in zip(models, seeds, strict=True)
+    ]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    batches = [stacks(setup, seed, steps_at_once) for seed in seeds]
     started, done = time.perf_counter(), 0
     while done < setup.steps:
-        stack = next(batches)
+        stack = jax.tree.map(lambda *arrays: np.stack(arrays), *(next(batches_of_seed) for batches_of_seed in batches))
         state, losses = train(state, stack)
-        done += len(stack["tokens"])
-    final_loss = float(losses.mean())
-    seconds = time.perf_counter() - started
-    params = jax.device_put(state[0], jax.devices()[0])
+        done += losses.shape[1]
+    final_losses = jax.device_get(losses.mean(1))
+    seconds = (time.perf_counter() - started) / len(seeds)
     accuracy = accuracy_of(graphdef)
-    results = {"seconds": seconds, "loss": final_loss}
-    for length in (setup.task.length, *setup.test_lengths):
-        task = dataclasses.replace(setup.task, length=length)
-        pieces = max(1, length // 256)  # rows at once: memory stays the same
-        rows = task.rows(np.random.default_rng([seed, 2]), TEST_ROWS)
-        parts = [task.batch(part, answers_only=True) for part in np.array_split(rows, pieces)]
-        right, asked = (sum(x) for x in zip(*(accuracy(params, part) for part in parts), strict=True))
-        results[f"accuracy_{length}"] = 100 * float(right) / float(asked)
+    results = []
+    for index, seed in enumerate(seeds):
+        params = jax.device_put(jax.tree.map(lambda x: x[index], state[0]), jax.devices()[0])  # noqa: B023
+        result = {"seconds": seconds, "loss": float(final_losses[index])}
+        for length in (setup.task.length, *setup.test_lengths):
+            task = dataclasses.replace(setup.task, length=length)
+            pieces = max(1, length // 256)  # rows at once: memory stays the same
+            rows = task.rows(np.random.default_rng([seed, 2]), TEST_ROWS)
+            parts = [task.batch(part, answers_only=True) for part in np.array_split(rows, pieces)]
+            right, asked = (sum(x) for x in zip(*(accuracy(params, part) for part in parts), strict=True))
+            result[f"accuracy_{length}"] = 100 * float(right) / float(asked)
+        results.append(result)
     return results
 
 
@@ -267,15 +290,19 @@ def kept_runs(paper: str) -> dict[str, dict]:
     return json.loads(path.read_text())["runs"] if path.exists() else {}
 
 
-def run_or_recall(paper: str, setup: Setup, seed: int, again: bool, partial: bool) -> dict:
-    key, description = f"{setup.task.name} {setup.mixer} {seed}", repr(setup)
-    kept = kept_runs(paper).get(key)
-    if kept and kept["setup"] == description and not again:
-        return kept
-    result = {"setup": description} | run(setup, seed) | record.environment()
-    if not partial:
-        record.write(f"papers_{paper}", {"runs": kept_runs(paper) | {key: result}})
-    return result
+def run_or_recall(paper: str, setup: Setup, seeds: int, again: bool, partial: bool) -> list[dict]:
+    """The runs of seeds 0 ... seeds - 1: kept ones with the same set-up, and new ones as many at once as devices."""
+    keys, description = [f"{setup.task.name} {setup.mixer} {seed}" for seed in range(seeds)], repr(setup)
+    kept = {} if again else kept_runs(paper)
+    found = {key: kept[key] for key in keys if key in kept and kept[key]["setup"] == description}
+    missing = [seed for seed, key in enumerate(keys) if key not in found]
+    for first in range(0, len(missing), jax.device_count()):
+        together = missing[first : first + jax.device_count()]
+        for seed, result in zip(together, run(setup, together), strict=True):
+            found[keys[seed]] = {"setup": description} | result | record.environment()
+        if not partial:
+            record.write(f"papers_{paper}", {"runs": kept_runs(paper) | found})
+    return [found[key] for key in keys]
 
 
 def main():
@@ -299,7 +326,7 @@ def main():
             continue
         setup.steps = args.steps or setup.steps
         setup.optimizer.warmup_steps = min(setup.optimizer.warmup_steps, setup.steps)
-        runs = [run_or_recall(args.paper, setup, seed, args.again, args.steps > 0) for seed in range(args.seeds)]
+        runs = run_or_recall(args.paper, setup, args.seeds, args.again, args.steps > 0)
         seconds = statistics.median(run["seconds"] for run in runs)
         for length in (setup.task.length, *setup.test_lengths):
             found = [run[f"accuracy_{length}"] for run in runs]

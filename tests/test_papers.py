@@ -32,7 +32,7 @@ SMALL = papers.Setup(
 )
 
 
-def test_rows_shared_out_over_devices_train_as_on_one():
+def test_seeds_side_by_side_and_rows_shared_out_over_devices_train_as_on_one():
     program = """
         import json
         import jax
@@ -40,37 +40,46 @@ def test_rows_shared_out_over_devices_train_as_on_one():
         from benchmarks import papers
         from tests.test_papers import SMALL
         assert jax.device_count() == 4
-        shared, another = papers.run(SMALL, seed=0), papers.run(SMALL, seed=1)
+        beside, another = papers.run(SMALL, [0, 1])
+        [shared] = papers.run(SMALL, [0])
         jax.device_count = lambda: 1
-        print("RUNS", json.dumps([shared, papers.run(SMALL, seed=0), another]))
+        print("RUNS", json.dumps([*papers.run(SMALL, [0]), *papers.run(SMALL, [1]), beside, shared, another]))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert process.returncode == 0, process.stderr
-    shared, alone, another = json.loads(process.stdout.split("RUNS")[1])
-    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    assert shared["accuracy_6"] == alone["accuracy_6"]
+    alone, alone_another, beside, shared, another = json.loads(process.stdout.split("RUNS")[1])
+    for actual, expected in ((beside, alone), (shared, alone), (another, alone_another)):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert actual["accuracy_6"] == expected["accuracy_6"]
     assert another["loss"] != pytest.approx(alone["loss"], rel=1e-3)
 
 
 def test_a_run_is_kept_until_its_set_up_changes(monkeypatch, tmp_path):
     runs = []
-    monkeypatch.setattr(papers, "run", lambda setup, seed: runs.append((setup.steps, seed)) or {"accuracy_6": 50.0})
+
+    def run(setup, seeds):
+        runs.append((setup.steps, *seeds))
+        return [{"accuracy_6": 50.0 + seed} for seed in seeds]
+
+    monkeypatch.setattr(papers, "run", run)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
     record.RESULTS.parent.mkdir()
     longer = dataclasses.replace(SMALL, steps=9)
-    for setup, seed, again, partial in (
-        (SMALL, 0, False, False),
-        (SMALL, 0, False, False),  # recalled
+    for setup, seeds, again, partial in (
         (SMALL, 1, False, False),
-        (longer, 0, False, True),  # not kept
-        (SMALL, 0, False, False),  # recalled
-        (longer, 0, False, False),
-        (longer, 0, True, False),
+        (SMALL, 1, False, False),  # recalled
+        (SMALL, 4, False, False),  # 3 more, on 2 devices
+        (longer, 1, False, True),  # not kept
+        (SMALL, 4, False, False),  # recalled
+        (longer, 1, False, False),
+        (longer, 1, True, False),
     ):
-        assert papers.run_or_recall("h3", setup, seed, again, partial)["accuracy_6"] == 50.0
-    assert runs == [(8, 0), (8, 1), (9, 0), (9, 0), (9, 0)]
-    assert papers.kept_runs("h3").keys() == {"induction_heads attention 0", "induction_heads attention 1"}
+        found = papers.run_or_recall("h3", setup, seeds, again, partial)
+        assert [run["accuracy_6"] for run in found] == [50.0 + seed for seed in range(seeds)]
+    assert runs == [(8, 0), (8, 1, 2), (8, 3), (9, 0), (9, 0), (9, 0)]
+    assert papers.kept_runs("h3").keys() == {f"induction_heads attention {seed}" for seed in range(4)}
 
 
 @pytest.mark.parametrize("mixer", ["s4d", "h3"])
