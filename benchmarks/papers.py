@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import statistics
 import time
@@ -246,7 +247,7 @@ def run(setup: Setup, seeds: Sequence[int], steps_at_once: int = 200) -> list[di
     accuracy = accuracy_of(graphdef)
     results = []
     for index, seed in enumerate(seeds):
-        params = jax.device_put(jax.tree.map(lambda x: x[index], state[0]), jax.devices()[0])  # noqa: B023
+        params = jax.device_put(jax.tree.map(operator.itemgetter(index), state[0]), jax.devices()[0])
         result = {"seconds": seconds, "loss": float(final_losses[index])}
         for length in (setup.task.length, *setup.test_lengths):
             task = dataclasses.replace(setup.task, length=length)
