@@ -275,8 +275,8 @@ def gpu_table(args, error):
         error("the table of a GPU takes --calls, no op and no --shapes")
     print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
     results = kernels_gpu.run({name: calls[name] for name in names}, args.minutes, args.quick)
-    if not args.quick and not args.calls:
-        record.write("kernels_gpu", results)
+    if not args.quick:
+        record.write("kernels_gpu_calls" if args.calls else "kernels_gpu", results)
 
 
 def main():
@@ -286,7 +286,12 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one small shape, few runs")
     parser.add_argument("--table", choices=("cpu", "gpu"), help="by default that of jax's device")
     parser.add_argument("--calls", help=f"of the GPU's table, comma-separated: some of {', '.join(CALLS)}")
-    parser.add_argument("--minutes", type=float, default=7, help="no call of the GPU's table is begun later")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=7,
+        help="no call of the GPU's table is begun later, and each is stopped soon after",
+    )
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a process beside this one needs memory too
     if (args.table or dispatch.device().platform) == "gpu":

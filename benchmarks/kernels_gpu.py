@@ -5,7 +5,11 @@ of forward and backward, while calls queue up on the device (`measure.queued`); 
 by the call's least arithmetic and traffic; and the share of the roofline, the time in which this device's own bf16
 matmul and copy, measured first, would do that arithmetic or that traffic, whichever is longer. Beside them the errors
 against a float64 reference at few tokens and heads (`Call.checked`): root mean square, of the output and of the worst
-gradient. `host` marks a time that is the host's, not the device's.
+gradient. `host` marks a time that is the host's, not the device's; `default` what runs when no implementation is named.
+
+Kernels take the host longer to build than the device to run, and hold Python's lock meanwhile: a process a call builds,
+several at once, and times when it has the device alone (`measure.alone`; builds elsewhere still try a matmul on it).
+After a call's rows: seconds since the start, and of that process. flash-linear-attention: benchmarks/kernels_fla.py.
 """
 
 import collections
@@ -13,13 +17,16 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
-import json
+import importlib.util
+import itertools
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +34,7 @@ import numpy as np
 
 import kernels
 from benchmarks import measure
-from benchmarks.kernels_calls import FLOAT32, input_sets
+from benchmarks.kernels_calls import CALLS, FLOAT32, QUICK_CALLS, input_sets
 from kernels import dispatch
 from kernels.attention.api import IMPLEMENTATIONS as ATTENTION
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
@@ -35,67 +42,167 @@ from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 
 TABLES = {"linear_attention": LINEAR_ATTENTION, "selective_scan": SELECTIVE_SCAN, "attention": ATTENTION}
 NOT_FOR_GPUS = {"reference", "recurrent", "mosaic_tpu", "splash"}
-FLA_SHARE = 0.4  # of the minutes
+RIVALS = ("fla", "jla", "jla, kernels alone")
 HOST_BOUND = 0.9
+ROUNDS = 5
+WORKERS, BUILDERS = 8, 3  # processes, and threads of each
+FLA_GROUPS = 3  # processes
+WORKER_SECONDS, GRACE_SECONDS = 240, 15  # of a call; of calls that were begun before the minutes were over
+MODULE, FLA_MODULE = "benchmarks.kernels_gpu", "benchmarks.kernels_fla"
 PACKAGES = ("jax-linear-attention", "fla-core", "torch", "triton", "nvidia-cudnn-cu13")
 
 
 def run(calls, minutes, quick=False):
     """Measure, print the table, and return what belongs in the record."""
     start = time.monotonic()
-    theirs, reason = fla_rows(calls, 60 * FLA_SHARE * minutes)
-    ceilings = measure_ceilings(quick)
+    ceilings = measure_ceilings(quick)  # before any other process has the device
     print(f"bf16 matmul {ceilings['tflops']:.3g} TFLOP/s, copy {ceilings['gbytes_per_second']:.4g} GB/s")
-    print(HEADER)
-    rows, left_out = [], {"all": {"fla": reason}} if reason else {}
-    for name, call in calls.items():
-        if time.monotonic() - start > 60 * minutes:
-            left_out[name] = {"row": f"the {minutes} minutes were over"}
-            continue
-        results, expected, left_out[name] = measure_call(call)
-        if fla := theirs.get(name):
-            if "failed" in fla:
-                left_out[name]["fla"] = fla["failed"]
-            else:
-                timings = tuple(measure.Timing(**fla[which]) for which in ("forward", "both"))
-                results["fla"] = timings, fla["results"]
-        rows += (new := rows_of(name, call, results, expected, ceilings))
-        print("\n".join(map(line, new)), flush=True)
+    print(HEADER, flush=True)
+    rows, expected, left_out = [], {}, collections.defaultdict(dict)
+    cores = len(os.sched_getaffinity(0))
+
+    def add(name, results, seconds, default=None):
+        rows.extend(new := rows_of(name, calls[name], results, expected[name], ceilings, default))
+        took = ", ".join(f"{phase} {length:.0f}" for phase, length in seconds.items())
+        print("\n".join([*map(line, new), f"  {time.monotonic() - start:.0f} s ({took})"]), flush=True)
+
+    def finish(which, module, folder, names):
+        """Why the names have no results, or None."""
+        left = 60 * minutes - (time.monotonic() - start)
+        if left <= 0:
+            return f"the {minutes} minutes were over"
+        seconds = min(WORKER_SECONDS * len(names), left + GRACE_SECONDS)
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if which == "fla":
+            cache = os.environ.get("TRITON_CACHE_DIR", f"{folder}/triton")  # a kept one saves most of the time
+            environment |= {"JAX_PLATFORMS": "cpu", "FLA_CACHE_RESULTS": "0", "TRITON_CACHE_DIR": cache}
+        return execute([sys.executable, "-m", module, folder, *names], environment, seconds)
+
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # a stopped process may leave children
+        concurrent.futures.ThreadPoolExecutor(min(WORKERS, cores)) as ours,
+        concurrent.futures.ThreadPoolExecutor(FLA_GROUPS) as theirs,
+    ):
+        jobs = {ours.submit(finish, "row", MODULE, folder, [name]): ("row", [name]) for name in calls}
+        if importlib.util.find_spec("fla"):
+            groups = fla_groups(calls)
+            jobs |= {theirs.submit(finish, "fla", FLA_MODULE, folder, names): ("fla", names) for names in groups}
+        else:
+            left_out["all"]["fla"] = "it is not installed"
+        pending, taken = set(jobs), set()
+        while pending:
+            done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
+            for which, name in itertools.product(("row", "fla"), calls):
+                path = pathlib.Path(folder, f"{name}.{which}.pickle")
+                early = which == "fla" and name not in expected and pending
+                if path in taken or early or not path.exists():
+                    continue
+                taken.add(path)
+                found = pickle.loads(path.read_bytes())
+                left_out[name] |= found["reasons"]
+                expected |= {name: found["expected"]} if "expected" in found else {}
+                if name in expected:
+                    add(name, found["results"], found["seconds"], found.get("default"))
+                else:
+                    left_out[name].setdefault(which, "there is no reference to compare it with")
+            for future in done:
+                which, names = jobs[future]
+                for name in names:
+                    if future.result() and not pathlib.Path(folder, f"{name}.{which}.pickle").exists():
+                        left_out[name][which] = future.result()
+    print("\n".join(ratios(rows)))
     names = collections.defaultdict(list)  # one line a reason
     for name, reasons in left_out.items():
         for reason in reasons.items():
             names[reason].append(name)
     for (which, why), where in names.items():
         print(f"no {which} in {', '.join(where)}: {why}")
-    return {"packages": versions(), "ceilings": ceilings, "rows": rows, "left_out": left_out}
+    return {"packages": versions(), "ceilings": ceilings, "rows": rows, "left_out": dict(left_out)}
 
 
-def measure_call(call):
-    """Implementation -> ((forward, both) Timings, results of the checked call); the results in float64; the reasons of
-    the implementations that are not there."""
-    functions, reasons = supported(call)
-    sets = [place(draw(call, seed)) for seed in range(input_sets(call))]
+def execute(command, environment, seconds):
+    """Why the command failed, or None."""
+    with tempfile.TemporaryFile("w+") as errors:  # no pipe: its own children may outlive it
+        try:
+            code = subprocess.run(command, env=os.environ | environment, stderr=errors, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} seconds"
+        errors.seek(0)
+        return ": ".join([f"exit status {code}", *errors.read().strip().splitlines()[-1:]])[:200] if code else None
+
+
+def main():
+    """One call in a process of its own: its memory is the next one's when it ends."""
+    folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+    call = (CALLS | QUICK_CALLS)[name]
+    times = [time.monotonic()]
+    built = build_call(call)
+    times.append(time.monotonic())
+    with measure.alone(folder / "lock"):
+        times.append(time.monotonic())
+        found = time_call(call, *built)
+        times.append(time.monotonic())
+        lengths = (after - before for before, after in itertools.pairwise(times))
+        found["seconds"] = dict(zip(("build", "wait", "time"), lengths, strict=True))
+        measure.write(folder / f"{name}.row.pickle", found)
+        os._exit(0)  # memory and lock go back together
+
+
+def build_call(call):
+    """All that needs no device of its own, for `time_call`: what draws operands; implementation -> compiled forward,
+    compiled forward and backward, results of the checked call; and what belongs to the call's results."""
+    drawn = jax.jit(lambda seed: place(draw(call, seed)))
+    arrays = jax.eval_shape(drawn, 0)
+    functions, reasons = supported(call, arrays)
     checked = place(call.draw_checked())
-    thunks, results = {}, {}
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles outside of Python's lock
-        builds = {name: pool.submit(build, call, function, sets[0], checked) for name, function in functions.items()}
+    with concurrent.futures.ThreadPoolExecutor(BUILDERS) as pool:  # XLA compiles outside of Python's lock
+        builds = {name: pool.submit(build, call, function, arrays, checked) for name, function in functions.items()}
         expected = pool.submit(exact, call)
+        drawn = drawn.lower(0).compile()
+    programs = {}
     for name, future in builds.items():
         try:
-            forward, both, results[name] = future.result()
-            jax.block_until_ready(both(sets[0]))
-        except Exception as error:  # out of memory, a kernel's own check: the others' rows must not be lost
+            programs[name] = future.result()
+        except Exception as error:  # a kernel's own check: the others' rows must not be lost
             reasons[name] = short(error)
+    found = {"expected": expected.result(), "reasons": reasons, "default": default(call, arrays)}
+    return drawn, programs, found
+
+
+def time_call(call, drawn, programs, found):
+    """`found` with "results": implementation -> ((forward, both) Timings, results of the checked call)."""
+    sets = [drawn(seed) for seed in range(input_sets(call))]
+    thunks = {}
+    for name, (forward, both, _) in programs.items():
+        try:
+            jax.block_until_ready(both(sets[0]))
+        except Exception as error:  # out of memory
+            found["reasons"][name] = short(error)
             continue
         thunks[name, "forward"] = [functools.partial(forward, arrays) for arrays in sets]
         thunks[name, "both"] = [functools.partial(both, arrays) for arrays in sets]
-    times = measure.queued(thunks)
+    times = measure.queued(thunks, rounds=ROUNDS)
     names = [name for name, which in thunks if which == "both"]
-    return (
-        {name: ((times[name, "forward"], times[name, "both"]), results[name]) for name in names},
-        expected.result(),
-        reasons,
-    )
+    results = {name: ((times[name, "forward"], times[name, "both"]), programs[name][2]) for name in names}
+    return found | {"results": results}
+
+
+def default(call, arrays):
+    """The implementation that runs when none is named."""
+    ran = []
+
+    def noted(name, function):
+        def run(*args, **kwargs):
+            result = function(*args, **kwargs)
+            ran.append(name)
+            return result
+
+        return run
+
+    table = TABLES[call.op]
+    with unittest.mock.patch.dict(table, {name: noted(name, function) for name, function in table.items()}):
+        jax.eval_shape(functools.partial(implementation, call, None), arrays)
+    return ran[-1]
 
 
 def build(call, function, arrays, checked):
@@ -112,7 +219,7 @@ def forward_and_backward(call, function, arrays):
     return out, pull(arrays["cotangent"])[0]
 
 
-def supported(call):
+def supported(call, arrays):
     """The functions of a call's operands that can be traced, and the reasons of those that cannot."""
     names = [name for name in TABLES[call.op] if name not in NOT_FOR_GPUS]
     functions = {name: functools.partial(implementation, call, name) for name in names}
@@ -121,7 +228,7 @@ def supported(call):
     reasons = {}
     for name, function in list(functions.items()):
         try:
-            jax.eval_shape(lambda function=function: function(place(draw(call, 0))))
+            jax.eval_shape(function, arrays)
         except NotImplementedError as error:
             reasons[name] = short(error).removeprefix(f"{call.op}: no implementation supports this call. {name}: ")
             del functions[name]
@@ -172,7 +279,7 @@ def exact(call):
         return {name: np.asarray(x) for name, x in (gradients | {"out": out}).items()}
 
 
-def rows_of(name, call, results, expected, ceilings):
+def rows_of(name, call, results, expected, ceilings, default=None):
     rows = []
     for implementation, (timings, actual) in results.items():
         errors = {key: error_ratio(actual[key], expected[key]) for key in expected}
@@ -181,6 +288,7 @@ def rows_of(name, call, results, expected, ceilings):
             "op": call.op,
             "shape": f"{call.batch}x{call.time} {dataclasses.asdict(call)['shape']}",
             "implementation": implementation,
+            "default": implementation == default,
             "out_error": errors.pop("out"),
             "gradient_errors": errors,
         }
@@ -209,7 +317,8 @@ def measure_ceilings(quick):
         {
             "matmul": [functools.partial(multiply, x, x) for x in squares],
             "copy": [functools.partial(copy, x) for x in lines],
-        }
+        },
+        rounds=3,
     )
     return {
         "tflops": 2e-12 * width**3 / (1e-3 * times["matmul"].median_ms),
@@ -217,25 +326,14 @@ def measure_ceilings(quick):
     }
 
 
-def fla_rows(calls, seconds):
-    """Rows by call of flash-linear-attention's process; else why there are none."""
-    names = [name for name, call in calls.items() if call.op == "linear_attention"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.kernels_fla", folder, str(seconds), *names]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        try:
-            process = subprocess.run(command, env=environment, timeout=1.2 * seconds, stderr=subprocess.PIPE, text=True)
-            reason = process.stderr.strip().splitlines()[-1:] if process.returncode else []
-        except subprocess.TimeoutExpired:
-            reason = [f"stopped after {1.2 * seconds:.0f} seconds"]
-        path = pathlib.Path(folder, "rows.jsonl")
-        rows = {}
-        for row in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
-            if "failed" not in row:
-                with np.load(path.with_name(f"{row['call']}.npz")) as arrays:
-                    row["results"] = {name: arrays[name].astype(np.float64) for name in arrays}
-            rows[row["call"]] = row
-    return rows, (reason[0] if reason else None)
+def fla_groups(calls):
+    """Names of calls for whose heads flash-linear-attention picks most configurations once: a process each."""
+    groups = collections.defaultdict(list)
+    for name, call in calls.items():
+        if call.op == "linear_attention":
+            shape = call.shape
+            groups[shape.decay, shape.bonus, shape.key_dim, shape.value_dim].append(name)
+    return list(groups.values())
 
 
 def versions():
@@ -261,10 +359,25 @@ HEADER = (
 
 def line(row):
     worst = max(row["gradient_errors"], key=row["gradient_errors"].get)
-    host = " host" if max(row["forward_host_share"], row["both_host_share"]) > HOST_BOUND else ""
+    mark = " default" if row["default"] else ""
+    mark += " host" if max(row["forward_host_share"], row["both_host_share"]) > HOST_BOUND else ""
     return (
         f"{row['call']:24}{row['implementation']:20}{row['forward_median_ms']:9.3f}{row['both_median_ms']:9.3f}"
         f"{row['both_tflops']:10.3g}{row['both_gbytes_per_second']:10.3g}"
         f"{row['forward_roofline']:9.1%}{row['both_roofline']:9.1%}"
-        f"{row['out_error']:11.1e}{row['gradient_errors'][worst]:11.1e} {worst}{host}"
+        f"{row['out_error']:11.1e}{row['gradient_errors'][worst]:11.1e} {worst}{mark}"
     )
+
+
+def ratios(rows):
+    """A line a call: forward and backward of what runs by default; its rivals' times, and its time over theirs."""
+    for row in rows:
+        if row["default"]:
+            times = {other["implementation"]: other["both_median_ms"] for other in rows if other["call"] == row["call"]}
+            own = row["both_median_ms"]
+            rivals = [f"{name} {times[name]:.3f} ({own / times[name]:.2f})" for name in RIVALS if name in times]
+            yield ", ".join([f"{row['call']}: default ({row['implementation']}) {own:.3f} ms f+b", *rivals])
+
+
+if __name__ == "__main__":
+    main()

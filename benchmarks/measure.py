@@ -1,7 +1,11 @@
 """Times and memory of compiled functions."""
 
+import contextlib
 import dataclasses
+import fcntl
 import math
+import pickle
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +90,28 @@ def _queue(thunks, length, wait):
     enqueued = time.perf_counter()
     wait(result)
     return time.perf_counter() - start, enqueued - start
+
+
+@contextlib.contextmanager
+def alone(path, seconds=60):
+    """Hold the file's lock: of the processes that share a device, one times or fills it at once.
+
+    A process that holds it longer is ended, as a kernel that hangs would keep the device from all others.
+    """
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        signal.alarm(seconds)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+
+
+def write(path, results):
+    """All of the file or none of it, for a process that may be stopped."""
+    part = path.with_suffix(".part")
+    part.write_bytes(pickle.dumps(results))
+    part.rename(path)
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

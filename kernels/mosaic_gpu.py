@@ -1,7 +1,6 @@
 """Pallas Mosaic GPU (Hopper): the names that differ between jax 0.10 and 0.12."""
 
-import inspect
-
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -10,7 +9,7 @@ ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors: one number a row
 
 # jax 0.12 defaults to the other lowering, which did not find the layouts of such kernels.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
-_IS_0_10 = "idx" in inspect.signature(plgpu.load).parameters
+_IS_0_10 = jax.__version_info__ < (0, 11)
 
 
 def load(ref, layout):

@@ -1,7 +1,14 @@
 """The GPU's table of benchmarks/kernels.py, on a CPU at a tiny call: all but the speed is what a GPU will print."""
 
 import dataclasses
+import functools
 import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,16 +17,41 @@ from benchmarks import kernels_gpu, measure, record
 from benchmarks.kernels_calls import CALLS, QUICK_CALLS, Call
 from kernels.linear_attention.specs import Shape
 
+TIMES = measure.Timing(2.0, 2.0, 2.0, 1), measure.Timing(4.0, 4.0, 4.0, 1, host_share=0.99)
 
-def test_the_table_has_times_shares_and_errors_of_each_implementation(monkeypatch, tmp_path, capsys):
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Have processes run other source: `stand_in(attribute with their module's name, source)`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{pathlib.Path().absolute()}")
+
+    def replace(attribute, source):
+        (tmp_path / f"stands_in_for_{attribute.lower()}.py").write_text(source)
+        monkeypatch.setattr(kernels_gpu, attribute, f"stands_in_for_{attribute.lower()}")
+
+    return replace
+
+
+@pytest.fixture
+def fla(stand_in, tmp_path):
+    """Have flash-linear-attention give these results of quick_scalar."""
+
+    def give(found):
+        (tmp_path / "fla.py").touch()
+        (tmp_path / "found").write_bytes(pickle.dumps(found))
+        stand_in(
+            "FLA_MODULE",
+            f"import shutil, sys; shutil.copy({str(tmp_path / 'found')!r}, sys.argv[1] + '/quick_scalar.fla.pickle')",
+        )
+
+    return give
+
+
+def test_the_table_has_times_shares_and_errors_of_each_implementation(monkeypatch, tmp_path, capsys, fla):
     name = "quick_scalar"
     call = QUICK_CALLS[name]
-    theirs = {
-        "forward": dataclasses.asdict(measure.Timing(2.0, 2.0, 2.0, 1)),
-        "both": dataclasses.asdict(measure.Timing(4.0, 4.0, 4.0, 1, host_share=0.99)),
-        "results": kernels_gpu.exact(call),
-    }
-    monkeypatch.setattr(kernels_gpu, "fla_rows", lambda calls, seconds: ({name: theirs}, None))
+    fla({"results": {"fla": (TIMES, kernels_gpu.exact(call))}, "seconds": {"time": 3}, "reasons": {}})
     monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
     record.RESULTS.parent.mkdir()
 
@@ -33,18 +65,21 @@ def test_the_table_has_times_shares_and_errors_of_each_implementation(monkeypatc
         assert all(error < (2e-2 if key == "log_decay" else 1e-2) for key, error in row["gradient_errors"].items())
     assert rows["chunked"]["out_error"] > 1e-4  # bfloat16: the reference has seen other arithmetic
 
-    fla, ceilings = rows["fla"], results["ceilings"]
+    fla_row, ceilings = rows["fla"], results["ceilings"]
     flops = 2 * 96 * 2 * (64 * 64 + 64 * 64 + 2 * 64 * 64)  # tokens, heads, chunk 64 of K = V = 64
     moved = 2 * 96 * (1 + 1 + 2 + 2) * 64 + 4 * 96 * 2  # q, k, v and out of bfloat16, decays of float32
-    assert fla["out_error"] == 0
-    assert fla["forward_tflops"] == pytest.approx(flops / 2e-3 / 1e12)
-    assert fla["forward_gbytes_per_second"] == pytest.approx(moved / 2e-3 / 1e9)
+    assert fla_row["out_error"] == 0
+    assert fla_row["forward_tflops"] == pytest.approx(flops / 2e-3 / 1e12)
+    assert fla_row["forward_gbytes_per_second"] == pytest.approx(moved / 2e-3 / 1e9)
     floor = max(flops / ceilings["tflops"] / 1e12, moved / ceilings["gbytes_per_second"] / 1e9)
-    assert fla["forward_roofline"] == pytest.approx(floor / 2e-3)
+    assert fla_row["forward_roofline"] == pytest.approx(floor / 2e-3)
 
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("bf16 matmul") for line in lines)
     assert [line for line in lines if line.startswith(name) and " fla " in line][0].endswith(" host")
+    own = rows["chunked"]["both_median_ms"]
+    assert rows["chunked"]["default"] and not fla_row["default"]
+    assert f"{name}: default (chunked) {own:.3f} ms f+b, fla 4.000 ({own / 4:.2f})" in lines
 
     kept = json.loads(record.write("kernels_gpu", results).read_text())
     assert kept["rows"] == results["rows"] and kept.keys() >= {"date", "device", "versions", "ceilings", "left_out"}
@@ -62,25 +97,55 @@ def test_operands_take_turns_in_a_queue_and_the_last_result_is_waited_for():
     assert slow.runs == 2
 
 
-def test_a_failure_loses_one_row_and_is_told(monkeypatch, capsys):
+def test_a_failure_loses_one_row_and_is_told(monkeypatch):
     def broken(arrays):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(kernels_gpu, "supported", lambda call: ({"chunked": broken}, {"mosaic_gpu": "no Hopper"}))
-    monkeypatch.setattr(kernels_gpu, "fla_rows", lambda calls, seconds: ({"one": {"failed": "no triton"}}, None))
     call = dataclasses.replace(QUICK_CALLS["quick_attention"], time=8)
-    results = kernels_gpu.run({"one": call}, minutes=5, quick=True)
-    reason = "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    good = functools.partial(kernels_gpu.implementation, call, "chunked")
+    functions = {"cudnn": broken, "chunked": good}
+    monkeypatch.setattr(kernels_gpu, "supported", lambda call, arrays: (functions, {"splash": "no TPU"}))
+    found = kernels_gpu.time_call(call, *kernels_gpu.build_call(call))
+    assert found["results"].keys() == {"chunked"} and found["default"] == "chunked"
+    assert found["reasons"] == {"splash": "no TPU", "cudnn": "RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
+
+
+def test_a_process_that_fails_loses_its_rows_and_is_told(stand_in, fla, capsys):
+    stand_in("MODULE", "import sys; sys.exit('no device')")
+    fla({"results": {"fla": (TIMES, {})}, "seconds": {}, "reasons": {}})
+    results = kernels_gpu.run({"quick_scalar": QUICK_CALLS["quick_scalar"]}, minutes=5, quick=True)
     assert results["rows"] == []
-    assert results["left_out"] == {"one": {"mosaic_gpu": "no Hopper", "chunked": reason, "fla": "no triton"}}
-    assert f"no chunked in one: {reason}" in capsys.readouterr().out
+    reasons = {"row": "exit status 1: no device", "fla": "there is no reference to compare it with"}
+    assert results["left_out"] == {"quick_scalar": reasons}
+    assert "no row in quick_scalar: exit status 1: no device" in capsys.readouterr().out
+
+
+def test_a_process_is_stopped_when_its_seconds_are_over():
+    start = time.monotonic()
+    assert (
+        kernels_gpu.execute([sys.executable, "-c", "import time; time.sleep(60)"], {}, 0.2) == "stopped after 0 seconds"
+    )
+    assert time.monotonic() - start < 30
+
+
+def test_one_process_has_the_device_and_not_for_long(tmp_path):
+    source = """
+import sys, time
+from benchmarks import measure
+with measure.alone(sys.argv[1], seconds=1):
+    print(time.monotonic(), flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", source, str(tmp_path / "lock")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    began = sorted(float(process.communicate()[0]) for process in both)
+    assert began[1] - began[0] > 0.9 and all(process.returncode for process in both)
 
 
 def test_no_call_is_begun_when_the_minutes_are_over(monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "fla_rows", lambda calls, seconds: ({}, None))
-    monkeypatch.setattr(kernels_gpu, "measure_call", lambda call: pytest.fail("begun"))
+    monkeypatch.setattr(kernels_gpu, "execute", lambda *args: pytest.fail("begun"))
     results = kernels_gpu.run(QUICK_CALLS, minutes=0, quick=True)
-    assert results["rows"] == [] and results["left_out"].keys() == QUICK_CALLS.keys()
+    assert results["rows"] == [] and results["left_out"].keys() >= QUICK_CALLS.keys()
 
 
 def test_checked_calls_keep_what_decides_about_kernels():

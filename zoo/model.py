@@ -238,13 +238,29 @@ class LanguageModel(nnx.Module):
     def _rematerialised(self, unit: Callable) -> Callable:
         policies = jax.checkpoint_policies
         policy = {
-            "minimal": policies.dots_with_no_batch_dims_saveable,  # keeps what matrix products of parameters made
+            "minimal": _products_saveable,
             "full": policies.nothing_saveable,
             "family": policies.save_only_these_names(*self.saved_names),
         }
         if self.remat == "none":
             return unit
         return jax.checkpoint(unit, policy=policy[self.remat], prevent_cse=False)  # a scan's body needs no barrier
+
+
+def _products_saveable(primitive: Any, *operands, **params) -> bool:
+    """A policy of `jax.checkpoint`: keep what projections, fused attention and linear attention made.
+
+    What is left to compute again is elementwise. `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` alone would
+    keep nothing here: a function with a gradient of its own, as `zoo.layers.linear` is, comes as one `custom_vjp_call`.
+    cuDNN's attention is a primitive, and a kernel for Mosaic GPU is a `custom_vmap_call`.
+    """
+    if primitive.name == "custom_vjp_call":
+        return "dot_general" in str(params["call_jaxpr"])
+    return (
+        primitive.name.startswith("dot_product_attention_fwd")
+        or primitive.name == "custom_vmap_call"
+        or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
+    )
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None, start: jax.Array | None) -> jax.Array:

@@ -177,7 +177,9 @@ def _masked(x, visible, value):
 
 
 def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    # GPUs and TPUs round float32 operands if they are not asked not to.
+    precision = None if a.dtype == jnp.bfloat16 else "highest"
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _rows(x, start, options):

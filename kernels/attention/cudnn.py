@@ -3,12 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+MASK_BYTES = 2**30  # of segments, which cuDNN takes as numbers added to the logits, [B, 1, T, L]
+
 
 def cudnn(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
     """Output [B, T, H, V]; see `attention`."""
-    T, L = q.shape[1], k.shape[1]
+    (B, T), L = q.shape[:2], k.shape[1]
+    mask = None
     if segment_ids is not None:
-        raise NotImplementedError("cuDNN knows no segments")
+        if segment_ids[0] is not segment_ids[1]:
+            raise NotImplementedError("queries and keys have the same segments here, so that no query sees no key")
+        if (size := 2 * B * T * L) > MASK_BYTES:
+            raise NotImplementedError(f"segments are a mask of {size} bytes here, above {MASK_BYTES}")
+        mask = segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :]
     if softcap is not None:
         raise NotImplementedError("cuDNN knows no softcap")
     if q_positions is not None or kv_positions is not None:
@@ -26,6 +33,7 @@ def cudnn(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, sc
             q,
             k,
             v,
+            mask=mask,
             scale=scale,
             is_causal=causal,
             local_window_size=None if window is None else (window - 1, 0),

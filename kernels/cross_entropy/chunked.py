@@ -68,8 +68,8 @@ def _backward(softcap, residuals, dlosses):
         logits, slope = _logits(hidden, head, softcap)
         dlogits = jnp.exp(logits - logsumexp[:, None]) - (targets[:, None] == jnp.arange(head.shape[1]))
         dlogits = (dnll[:, None] * slope * dlogits).astype(hidden.dtype)
-        dhidden = jnp.dot(dlogits, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
-        return dhead + jnp.dot(hidden.T, dlogits, preferred_element_type=jnp.float32), dhidden
+        dhidden = _dot(dlogits, head.T).astype(hidden.dtype)
+        return dhead + _dot(hidden.T, dlogits), dhidden
 
     inputs = (hidden, targets, logsumexp, dlosses * weights)
     dhead, dhidden = lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), inputs)
@@ -81,11 +81,17 @@ _losses.defvjp(_forward, _backward)
 
 def _logits(hidden, head, softcap):
     """float32 logits, and their slope with respect to hidden @ head."""
-    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    logits = _dot(hidden, head)
     if softcap is None:
         return logits, 1.0
     squashed = jnp.tanh(logits / softcap)
     return softcap * squashed, 1 - squashed**2
+
+
+def _dot(a, b):
+    # GPUs and TPUs round float32 operands if they are not asked not to.
+    precision = None if a.dtype == jnp.bfloat16 else "highest"
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _nll(logits, logsumexp, targets, weights):

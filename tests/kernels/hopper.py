@@ -1,10 +1,9 @@
 """Hopper GPUs that are not there: their chunk math on plain arrays, and ahead-of-time compilation.
 
-wgmma cannot be interpreted on a CPU. `sweep`, `read` and `gradients` have the arguments and results of
+wgmma cannot be interpreted on a CPU. `KERNELS` have the arguments and results of their namesakes in
 kernels/linear_attention/mosaic_gpu/launch.py and run the same chunk math, with the same roundings, tile by tile.
 """
 
-import functools
 import pathlib
 from types import SimpleNamespace
 
@@ -46,10 +45,17 @@ class Arrays:
     def half(self, x):  # XLA may leave out a rounding that is only a conversion there and back
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
-    stage = keep = half
+    stage = half
+
+    def stage_all(self, *values):
+        return [self.half(x) for x in values]
 
     def transposed(self, shared):
         return shared.T
+
+    def ones(self, which):
+        i, t = self.index(0), self.index(1)
+        return self.half({"upto": t <= i, "from": t >= i, "before": t < i, "after": t > i}[which].astype(jnp.float32))
 
     def dots(self, start, *pairs):
         assert all(x.dtype == jnp.bfloat16 and x.shape[0] % CHUNK == 0 for pair in pairs for x in pair)
@@ -126,37 +132,86 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
     return states if keep else None, jnp.stack(ends, 1).reshape(-1, plan.key_dim, plan.value_dim)
 
 
+def scores(plan, q, k, decay):
+    def one(named, q, k):
+        values = None
+        for tile_decay, *tile in zip(chunk_decays(plan, named, 1), tiles(q), tiles(k), strict=True):
+            values = chunk.scores(M, tile_decay, *tile, values)
+        return M.half(plan.scale * values)
+
+    return over_chunks(plan, one, decay, by_chunk(plan, q), by_chunk(plan, k)).reshape(plan.sequences, -1, CHUNK)
+
+
 def read(plan, reverse, x, y, w, decay, states):
     def one(named, x, y, w, state):
-        decays = chunk_decays(plan, named, 2 if reverse else 1)
-        return M.half(chunk.read(M, decays, reverse, plan.scale, tiles(x), tiles(y), w, tiles(state, 0)))
+        decays, state = chunk_decays(plan, named, 2 if reverse else 1), tiles(state, 0)
+        if plan.per_key:
+            return M.half(chunk.read_per_key(M, decays, reverse, plan.scale, tiles(x), y, w, state))
+        return M.half(chunk.read(M, decays[0], reverse, plan.scale, tiles(x), tiles(y), w, state))
 
     states = states.reshape(plan.sequences, plan.chunks, plan.key_dim, plan.value_dim)
-    return by_token(plan, over_chunks(plan, one, decay, *(by_chunk(plan, a) for a in (x, y, w)), states))
+    y = y.reshape(plan.sequences, plan.chunks, CHUNK, CHUNK) if plan.per_key else by_chunk(plan, y)
+    return by_token(plan, over_chunks(plan, one, decay, by_chunk(plan, x), y, by_chunk(plan, w), states))
+
+
+def sum_products(plan, v, d_out, state, d_state):
+    """One of chunk.Products for each tile of keys."""
+    for state_tile, d_state_tile in zip(tiles(state, 0), tiles(d_state, 0), strict=True):
+        sums = None
+        for columns in zip(*map(tiles, (v, d_out, state_tile, d_state_tile)), strict=True):
+            sums = chunk.add_products(M, sums, *columns)
+        yield sums
+
+
+def keys_last(plan, x):  # [B H, N, K / 64, 64, 64] -> [B, T, H, K]
+    return by_token(plan, x.transpose(0, 1, 3, 2, 4).reshape(plan.sequences, plan.chunks, CHUNK, -1))
 
 
 def gradients(plan, q, k, v, d_out, decay, states, d_states):
     def one(named, q, k, v, d_out, state, d_state):
-        reads, writes = (chunk_decays(plan, named, gate) for gate in (1, 2))
-        results = []
-        for i in range(plan.key_tiles):
-            q_tile, k_tile = tiles(q)[i], tiles(k)[i]
-            gradient = functools.partial(chunk.key_gradient, M)
-            dq, part = gradient(reads[i], False, plan.scale, k_tile, d_out, v, tiles(state, 0)[i])
-            changes = M.load(q_tile) * part
-            dk, part = gradient(writes[i], True, plan.scale, q_tile, v, d_out, tiles(d_state, 0)[i])
-            changes = changes - M.load(k_tile) * part
-            changes = chunk.sums_of_later(M, changes) if plan.per_key else jnp.sum(changes, axis=1)
-            results.append((M.half(dq), M.half(dk), changes))
-        return tuple(jnp.stack(x) for x in zip(*results, strict=True))  # [K / 64, 64, 64]
+        decays, results = (chunk_decays(plan, named, gate) for gate in (1, 2)), []
+        sums = sum_products(plan, v, d_out, state, d_state)
+        for reads, writes, *tile, products in zip(*decays, tiles(q), tiles(k), sums, strict=True):
+            dq, dk, *terms = chunk.key_gradients(M, reads, writes, plan.scale, *tile, products)
+            results.append((M.half(dq), M.half(dk), *terms, products.states))
+        return tuple(jnp.stack(x) for x in zip(*results, strict=True))  # [K / 64, 64, ...]
 
     shape = (plan.sequences, plan.chunks, plan.key_dim, plan.value_dim)
     operands = *(by_chunk(plan, a) for a in (q, k, v, d_out)), states.reshape(shape), d_states.reshape(shape)
-    dq, dk, changes = over_chunks(plan, one, decay, *operands)
+    dq, dk, *terms, products = over_chunks(plan, one, decay, *operands)
+    terms = (x.transpose(2, 0, 1, 3).reshape(plan.key_tiles, plan.sequences, -1) for x in terms)
+    return keys_last(plan, dq), keys_last(plan, dk), *terms, products.reshape(plan.sequences, -1)
 
-    def keys_last(x):  # [B H, N, K / 64, 64, 64] -> [B, T, H, K]
-        return by_token(plan, x.transpose(0, 1, 3, 2, 4).reshape(plan.sequences, plan.chunks, CHUNK, -1))
 
-    if plan.per_key:
-        return keys_last(dq), keys_last(dk), keys_last(changes)
-    return keys_last(dq), keys_last(dk), changes.transpose(2, 0, 1, 3).reshape(plan.key_tiles, plan.sequences, -1)
+def products(plan, v, d_out, states, d_states):
+    def one(v, d_out, state, d_state):
+        results = [
+            (M.half(plan.scale * sums.pairs), M.half(plan.scale * sums.dq), M.half(sums.dk), sums.states)
+            for sums in sum_products(plan, v, d_out, state, d_state)
+        ]
+        return tuple(jnp.stack(x) for x in zip(*results, strict=True))
+
+    shape = (plan.sequences, plan.chunks, plan.key_dim, plan.value_dim)
+    operands = by_chunk(plan, v), by_chunk(plan, d_out), states.reshape(shape), d_states.reshape(shape)
+    pairs, dq, dk, sums = jax.vmap(jax.vmap(one))(*operands)
+    pairs = pairs[:, :, 0].reshape(plan.sequences, -1, CHUNK)
+    return pairs, keys_last(plan, dq), keys_last(plan, dk), sums.reshape(plan.sequences, -1)
+
+
+def key_gradients(plan, q, k, pairs, dq, dk, decay, later):
+    def one(named, pairs, later, *arrays):
+        decays = chunk_decays(plan, named, 1)
+        results = []
+        for d, later_tile, q, k, dq, dk in zip(decays, tiles(later), *map(tiles, arrays), strict=True):
+            dq, dk, changes = chunk.key_gradients_per_key(M, d, q, k, pairs, dq, dk, later_tile)
+            results.append((M.half(dq), M.half(dk), changes))
+        return tuple(jnp.stack(x) for x in zip(*results, strict=True))
+
+    by_chunks = (
+        x.reshape(plan.sequences, plan.chunks, *shape) for x, shape in ((pairs, (CHUNK, CHUNK)), (later, (-1,)))
+    )
+    results = over_chunks(plan, one, decay, *by_chunks, *(by_chunk(plan, a) for a in (q, k, dq, dk)))
+    return tuple(keys_last(plan, x) for x in results)
+
+
+KERNELS = (sweep, scores, read, gradients, products, key_gradients)

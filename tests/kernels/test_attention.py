@@ -1,6 +1,7 @@
 """What attention alone promises: positions, caches, rows that see nothing, blocks, and the vendors' kernels."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -182,20 +183,47 @@ def test_splash_says_what_it_cannot_do(reason):
         attention(*qkv(T, L), implementation="splash", **options)
 
 
+@pytest.mark.skipif(dispatch.device().platform != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("window", [None, 40])
+def test_cudnn_in_packed_rows(window):
+    arrays = [x.astype(jnp.bfloat16) for x in qkv(192, 192)]
+    segment_ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 192)) < 0.05, axis=1), jnp.int32)
+
+    def results(implementation, *arrays):
+        call = functools.partial(attention, segment_ids=segment_ids, window=window, implementation=implementation)
+        out, pull = jax.vjp(call, *arrays)
+        return out, *pull(jnp.cos(out))
+
+    wanted = results("reference", *(x.astype(jnp.float32) for x in arrays))
+    for actual, expected in zip(results("cudnn", *arrays), wanted, strict=True):
+        assert error_ratio(actual, expected) < 1e-2
+
+
+def test_cudnn_masks_segments_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.attention.cudnn"], "MASK_BYTES", 2 * 2 * 16 * 16 - 1)
+    with pytest.raises(NotImplementedError, match="a mask of 1024 bytes"):
+        attention(*(x.astype(jnp.bfloat16) for x in qkv(16, 16)), segment_ids=ids, implementation="cudnn")
+
+
 def test_cudnn_is_called_forward_and_backward(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # as if it were here
     arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(64, 64)]
-    gradients = jax.jit(lambda *arrays: jax.vjp(functools.partial(attention, window=5), *arrays)[1](arrays[0]))
-    with dispatch.use_device(A100):
-        text = gradients.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+    for options, name in (
+        ({"window": 5}, "Softmax"),
+        ({"segment_ids": jnp.zeros((2, 64), jnp.int32)}, "ScaleBiasSoftmax"),
+    ):
+        call = functools.partial(attention, **options)
+        gradients = jax.jit(lambda *arrays, call=call: jax.vjp(call, *arrays)[1](arrays[0]))
+        with dispatch.use_device(A100):
+            text = gradients.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        assert f"__cudnn$fmha{name}(" in text and f"__cudnn$fmha{name}Backward(" in text
 
 
 ids = jnp.zeros((2, 16), jnp.int32)
 REFUSED_BY_CUDNN = {
-    "segments": {"segment_ids": ids},
+    "same segments": {"segment_ids": (ids, ids + 0)},
     "softcap": {"softcap": 2.0},
     "positions": {"q_positions": ids},
     "bfloat16 or all float16": {"dtype": jnp.float32},

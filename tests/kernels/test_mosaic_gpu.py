@@ -59,8 +59,8 @@ def machine(monkeypatch):
     """The kernels on a Hopper GPU, and elsewhere the same chunk math on arrays."""
     device = dispatch.device()
     if not device.is_hopper:
-        for name in ("sweep", "read", "gradients"):
-            monkeypatch.setattr(launch, name, getattr(hopper, name))
+        for kernel in hopper.KERNELS:
+            monkeypatch.setattr(launch, kernel.__name__, kernel)
         device = H200
     with dispatch.use_device(device):
         yield
@@ -87,8 +87,9 @@ def test_values_and_gradients_are_the_references(machine, decay):
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_several_tiles_of_keys_and_values(machine, decay):
-    assert_close(*make(decay, key_dim=128, value_dim=256, time=65))
+@pytest.mark.parametrize("widths", [(128, 256), (96, 192)])
+def test_several_tiles_of_keys_and_values(machine, decay, widths):
+    assert_close(*make(decay, key_dim=widths[0], value_dim=widths[1], time=65))
 
 
 def test_one_token(machine):
@@ -134,6 +135,7 @@ def test_two_runs_are_the_same_to_the_last_bit(decay):
         ({"bonus": jnp.zeros((2, 64))}, "bonus"),
         ({"q": jnp.zeros((1, 150, 1, 64)), "k": jnp.zeros((1, 150, 1, 64))}, "expected bfloat16"),
         (make("none", key_dim=32)[0], "K 32, V 64"),
+        (make("none", value_dim=576)[0], "K 64, V 576"),
     ],
 )
 def test_what_it_cannot_do_falls_to_the_next(change, reason):
@@ -152,18 +154,21 @@ def test_other_devices_are_refused(kind):
         linear_attention(**make("none")[0], implementation="mosaic_gpu")
 
 
-def test_no_default_before_it_ran_on_a_gpu():
+@pytest.mark.parametrize("kind, first", [("NVIDIA H200", "mosaic_gpu"), ("NVIDIA A100-SXM4-40GB", "chunked")])
+def test_default_on_hopper_gpus_alone(kind, first):
     arguments = make("scalar")[0]
-    assert "mosaic_gpu" not in specs.order(H200, arguments["q"], arguments["v"], arguments["log_decay"])
+    device = dispatch.Device("gpu", kind)
+    assert specs.order(device, arguments["q"], arguments["v"], arguments["log_decay"])[0] == first
 
 
 COMPILED = {  # every width of K and of V, one and several blocks of threads a chunk, parts of the time, packed rows
     "scalar-64-128": dict(decay="scalar", key_dim=64, value_dim=128, groups=2),
     "scalar-128-64": dict(decay="scalar", key_dim=128, value_dim=64, time=2000),
-    "scalar-256-256": dict(decay="scalar", key_dim=256, value_dim=256),
     "vector-64-64": dict(decay="vector", key_dim=64, value_dim=64, groups=2),
     "vector-128-128": dict(decay="vector", key_dim=128, value_dim=128, time=2000),
-    "vector-256-256": dict(decay="vector", key_dim=256, value_dim=256),
+    "scalar-256-512": dict(decay="scalar", key_dim=256, value_dim=512),
+    "vector-96-192": dict(decay="vector", key_dim=96, value_dim=192),
+    "vector-256-512": dict(decay="vector", key_dim=256, value_dim=512),
 }
 
 
@@ -192,9 +197,9 @@ def test_compiles_without_a_gpu(name, monkeypatch, capfd):
     printed = "".join(capfd.readouterr())
     reports = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) reg", printed, re.S)
     kernels = {kernel for kernel, _, _ in reports}
-    assert all(
-        any(part in kernel for kernel in kernels) for part in ("states_mosaic", "states_reverse", "out", "dv", "dq_dk")
-    )
+    expected = ["states_mosaic", "states_reverse", "out", "dv", "dq_dk"]
+    expected += ["scores", "products"] if COMPILED[name]["decay"] == "vector" else []
+    assert all(any(part in kernel for kernel in kernels) for part in expected)
     assert all(spilled == "0" for _, spilled, _ in reports), reports
     entries = printed.split(".entry ")[1:]
     assert len(entries) >= 5 and all("wgmma.mma_async" in entry for entry in entries)

@@ -1,11 +1,15 @@
 """The language model: one call for training, prefill and decoding; patterns, remat, dropout, compile time."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
+from kernels import dispatch
 from tests.zoo.cases import error_ratio
 from zoo.config import preset
 from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
@@ -131,6 +135,35 @@ def test_remat_changes_neither_loss_nor_gradient(tokens):
         assert float(abs(value - results[0][0])) < 1e-6
         pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(results[0][1]), strict=True)
         assert all(error_ratio(a, b) < 1e-5 for a, b in pairs)
+
+
+def primitives(jaxpr):
+    """How often each primitive occurs, in a scan's body once."""
+    found = collections.Counter(equation.primitive.name for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gla", "mamba2"])
+def test_minimal_remat_computes_no_product_again(mixer, tokens, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda *_: 91000)  # as if it were here
+    found = {}
+    for remat in ("none", "minimal", "full"):
+        graphdef, parameters = nnx.split(build(tiny(mixer=mixer, remat=remat, dtype="bfloat16", d_model=64)))
+
+        def loss(parameters, graphdef=graphdef):
+            return nnx.merge(graphdef, parameters).token_losses(tokens, tokens, jnp.ones(tokens.shape)).mean()
+
+        with dispatch.use_device(dispatch.Device("gpu", "NVIDIA A100")):
+            found[remat] = primitives(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr)
+    attentions = {remat: count["dot_product_attention_fwd_wrapper"] for remat, count in found.items()}
+    assert attentions == ({"none": 1, "minimal": 1, "full": 2} if mixer == "attention" else dict.fromkeys(found, 0))
+    products = {remat: count["dot_general"] for remat, count in found.items()}
+    assert products["minimal"] == products["none"] < products["full"]
 
 
 def test_dropout_acts_with_a_key_and_is_the_keys_alone(tokens):

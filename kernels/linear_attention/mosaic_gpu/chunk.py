@@ -7,10 +7,12 @@ wgmma cannot be interpreted: it is written against a machine `m` that multiplies
     m.load(shared)             shared memory -> float32
     m.rows(vector, width)      [64] in shared memory -> [64, width]: one number a row, float32
     m.columns(vector)          [64] in shared memory -> [64, 64]: one number a column
-    m.stage(x)                 x rounded to bfloat16, in shared memory until the next `stage`
-    m.keep(x)                  as `stage`, until the next `keep`
+    m.stage_all(x, ...)        each x rounded to bfloat16, in shared memory until the next such call
+    m.stage(x)                 one
     m.transposed(shared)
     m.half(x)                  x rounded to bfloat16
+    m.ones(which)              in shared memory, bfloat16: 1 where column t is "upto", "from", "before" or "after" row i
+                               (t <= i, t >= i, t < i, t > i), else 0
     m.dots(start, (a, b), ..)  start + sum of a b, float32; start may be None; b in shared memory, a there or bfloat16
 
 With P_ij = exp(sum of g over (j, i]) for j <= i, else 0, A = q k^T o P (per key, P is inside the sum over keys), S the
@@ -21,8 +23,11 @@ total that of all:
     dv  = scale A^T do +     e^write (k R)                       R' = e^total R + scale (q e^read)^T do
     dq  = scale (do v^T o P) k + scale e^read (do S^T)           dk = scale (v do^T o P^T) q + e^write (v R^T)
 
-Each line is one function, read from left to right and, with q and k, v and do, S and R, read and write, <= and >=
-exchanged, from right to left (`reverse`).
+The first two lines are one function each, read from left to right and, with q and k, v and do, S and R, read and write,
+<= and >= exchanged, from right to left (`reverse`). The gradient of g_t:
+
+    dg_t = sum_{t' >= t} (q dq - k (dk without its last term))_t' + sum_{t' < t} (k e^write (v R^T))_t'
+           + e^total sum_V S R
 """
 
 from typing import Any, NamedTuple
@@ -31,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 CHUNK = 64  # tokens; and rows and columns of a tile
+FASTEST = -50.0  # log-decay: e^-50 leaves nothing, and sums of more extreme ones lose digits
 LEVELS = 6  # of pairs: 1, 2, 4 ... 32 tokens and less apart
 
 
@@ -51,15 +57,13 @@ class PerKey(NamedTuple):
     high: Any
     low: Any
 
-    def sums(self, m, counted):
-        """sum_t g_t over the tokens t with counted[i, t], for each i."""
-        ones = m.half(jnp.where(counted, 1.0, 0.0))
+    def sums(self, m, ones):
+        """sum_t ones[i, t] g_t, for each i."""
         return m.dots(None, (ones, self.high), (ones, self.low))
 
     def gate(self, m, reads):
         """exp of the sum up to each token, or after it."""
-        i, t = m.index(0), m.index(1)
-        return jnp.exp(self.sums(m, t <= i if reads else t > i))
+        return jnp.exp(self.sums(m, m.ones("upto" if reads else "after")))
 
     def level(self, m, level):
         """exp of the sum between a token and the middle of its block of 2^(level + 1) tokens: [64, 64].
@@ -69,7 +73,8 @@ class PerKey(NamedTuple):
         i, t = m.index(0), m.index(1)
         size = lax.shift_left(jnp.int32(1), level)
         upto = (t & (size - 1)) <= (i & (size - 1))
-        return jnp.exp(self.sums(m, (i >> level == t >> level) & (((i & size) != 0) == upto)))
+        counted = (i >> level == t >> level) & (((i & size) != 0) == upto)
+        return jnp.exp(self.sums(m, m.half(jnp.where(counted, 1.0, 0.0))))
 
 
 def seen(m, reverse):
@@ -78,12 +83,12 @@ def seen(m, reverse):
     return i <= j if reverse else i >= j
 
 
-def pairs_of_level(m, level, reverse):
-    """Pairs on both sides of the middle of a block of 2^(level + 1) tokens: the highest bit in which they differ."""
+def pairs_of_level(m, level):
+    """A token (row) and an earlier one on both sides of the middle of a block of 2^(level + 1) tokens: the highest bit
+    in which they differ."""
     i, j = m.index(0), m.index(1)
     size = lax.shift_left(jnp.int32(1), level)
-    later, earlier = (j, i) if reverse else (i, j)
-    return (i >> (level + 1) == j >> (level + 1)) & ((later & size) > (earlier & size))
+    return (i >> (level + 1) == j >> (level + 1)) & ((i & size) > (j & size))
 
 
 def over_levels(step, value):
@@ -105,69 +110,102 @@ def update(m, decay, reverse, scale, x, y, total, state):
     return m.dots(state * m.rows(total, state.shape[1]), (m.transposed(written), y))
 
 
-def read(m, decays, reverse, scale, x, y, w, state):
-    """out (or dv), [64, V] float32. x, y: q, k (or k, q), and `decays`, `state`: a tile for each 64 keys; w: v (or do).
+def read(m, decay, reverse, scale, x, y, w, state):
+    """out (or dv) of scalar decays, [64, V] float32.
 
-    `state` is S (or R). Scalar decays are those of the first entry.
+    x, y: q, k (or k, q), and `state`, S (or R): a tile for each 64 keys; w: v (or do).
     """
-    gate_scale = 1.0 if reverse else scale
-    if isinstance(decays[0], PerKey):
-        scores = per_key_scores(m, decays, reverse, x, y)
-        out = None
-        for decay, x_tile, state_tile in zip(decays, x, state, strict=True):
-            gate = decay.gate(m, reads=not reverse)
-            out = m.dots(out, (m.half(m.load(x_tile) * gate * gate_scale), state_tile))
-    else:
-        scores = m.dots(None, *((a, m.transposed(b)) for a, b in zip(x, y, strict=True)))
-        scores = scores * scalar_pairs(m, decays[0], reverse)
-        out = m.dots(None, *zip(x, state, strict=True))
-        out = out * (gate_scale * m.rows(decays[0].gate, out.shape[1]))
-    return m.dots(out, (m.half(scale * scores), w))
+    pairs = m.dots(None, *((a, m.transposed(b)) for a, b in zip(x, y, strict=True)))
+    pairs = pairs * scalar_pairs(m, decay, reverse)
+    out = m.dots(None, *zip(x, state, strict=True))
+    out = out * ((1.0 if reverse else scale) * m.rows(decay.gate, out.shape[1]))
+    return m.dots(out, (m.half(scale * pairs), w))
 
 
-def per_key_scores(m, decays, reverse, x, y):
-    """A (or A^T): level by level, each a product of what is left of x and of y at the middle of their block."""
-    scores = m.dots(None, *((a, m.transposed(b)) for a, b in zip(x, y, strict=True)))  # a token with itself
-    scores = jnp.where(m.index(0) == m.index(1), scores, 0.0)
-
-    def add_level(level, scores):
-        products = None
-        for decay, x_tile, y_tile in zip(decays, x, y, strict=True):
-            left = decay.level(m, level)
-            b = m.transposed(m.stage(m.load(y_tile) * left))
-            products = m.dots(products, (m.half(m.load(x_tile) * left), b))
-        return jnp.where(pairs_of_level(m, level, reverse), products, scores)
-
-    return over_levels(add_level, scores)
+def read_per_key(m, decays, reverse, scale, x, pairs, w, state):
+    """`read` of decays per key, one for each 64; pairs: A, with the scale in it."""
+    out = m.dots(None, (m.transposed(pairs) if reverse else pairs, w))
+    for decay, x_tile, state_tile in zip(decays, x, state, strict=True):
+        gate = decay.gate(m, reads=not reverse)
+        out = m.dots(out, (m.half(m.load(x_tile) * gate * (1.0 if reverse else scale)), state_tile))
+    return out
 
 
-def key_gradient(m, decay, reverse, scale, y, u, w, state):
-    """dq (or dk) of 64 keys, [64, 64] float32, and the part of it that is not a token's own key.
+def scores(m, decay, q, k, earlier):
+    """A of 64 keys, without the scale, [64, 64] float32, plus that of `earlier` ones, which may be None.
 
-    y: k (or q) [64, 64]; u, w: do, v (or v, do) [64, V]; state: S (or R) [64, V].
+    Level by level, each a product of what is left of q and of k at the middle of their block.
     """
-    pairs = scale * m.dots(None, (u, m.transposed(w)))
-    gradient = m.dots(None, (u, m.transposed(state))) * (1.0 if reverse else scale)
-    if not isinstance(decay, PerKey):
-        gradient = gradient * m.rows(decay.gate, CHUNK)
-        gradient = m.dots(gradient, (m.half(pairs * scalar_pairs(m, decay, reverse)), y))
-        return gradient, gradient  # the own parts of q dq and k dk are the same number
-    gradient = gradient * decay.gate(m, reads=not reverse)
-    pairs = m.keep(pairs)  # over the levels, registers would not be enough
+    own = m.dots(None, (q, m.transposed(k)))  # a token with itself
+    own = jnp.where(m.index(0) == m.index(1), own, 0.0)
 
-    def add_level(level, gradient):
+    def add_level(level, values):
         left = decay.level(m, level)
-        of_level = m.half(jnp.where(pairs_of_level(m, level, reverse), m.load(pairs), 0.0))
-        return gradient + left * m.dots(None, (of_level, m.stage(m.load(y) * left)))
+        b = m.transposed(m.stage(m.load(k) * left))
+        products = m.dots(None, (m.half(m.load(q) * left), b))
+        return values + jnp.where(pairs_of_level(m, level), products, 0.0)
 
-    gradient = over_levels(add_level, gradient)
+    return over_levels(add_level, own if earlier is None else own + earlier)
+
+
+class Products(NamedTuple):
+    """Sums over V, float32: [64, 64] without scales and decays, and `states` [64 keys]."""
+
+    pairs: Any  # do v^T
+    dq: Any  # do S^T
+    dk: Any  # v R^T
+    states: Any  # of S and R
+
+
+def add_products(m, sums, v, d_out, state, d_state):
+    """`sums`, or None for none yet, and those over some columns of v, do, S and R: tiles of 64 x 64."""
+    pairs, dq, dk, states = sums or (None,) * 4
+    new = jnp.sum(m.load(state) * m.load(d_state), axis=1)
+    return Products(
+        m.dots(pairs, (d_out, m.transposed(v))),
+        m.dots(dq, (d_out, m.transposed(state))),
+        m.dots(dk, (v, m.transposed(d_state))),
+        new if states is None else states + new,
+    )
+
+
+def key_gradients(m, reads, writes, scale, q, k, products):
+    """dq, dk of 64 keys and scalar decays, and the two terms of dg, one number a token: at t' >= t, and at t' < t."""
+    pairs = m.stage(scale * products.pairs * scalar_pairs(m, reads, reverse=False))
+    dq = m.dots(products.dq * (scale * m.rows(reads.gate, CHUNK)), (pairs, k))
+    dk = m.dots(None, (m.transposed(pairs), q))
+    written = products.dk * m.rows(writes.gate, CHUNK)
+    from_here_on = jnp.sum(m.load(q) * dq - m.load(k) * dk, axis=1)
+    before = jnp.sum(m.load(k) * written, axis=1)
+    return dq, dk + written, from_here_on, before
+
+
+def key_gradients_per_key(m, decay, q, k, pairs, dq, dk, later):
+    """dq, dk, and dg of 64 keys, [64, 64] float32.
+
+    pairs, dq, dk: of `Products`, with the scale in the first two, bfloat16; later [64]: e^total sum_V S R.
+    """
     own = m.half(jnp.where(m.index(0) == m.index(1), m.load(pairs), 0.0))
-    return m.dots(gradient, (own, y)), gradient
+    dq = m.dots(m.load(dq) * decay.gate(m, reads=True), (own, k))
+    within = m.dots(None, (own, q))
+
+    def add_level(level, gradients):
+        left = decay.level(m, level)
+        of_level = jnp.where(pairs_of_level(m, level), m.load(pairs), 0.0)
+        of_level, k_left, q_left = m.stage_all(of_level, m.load(k) * left, m.load(q) * left)
+        return (
+            gradients[0] + left * m.dots(None, (of_level, k_left)),
+            gradients[1] + left * m.dots(None, (m.transposed(of_level), q_left)),
+        )
+
+    dq, within = over_levels(add_level, (dq, within))
+    written = m.load(dk) * decay.gate(m, reads=False)
+    changes = sums_over(m, "from", m.load(q) * dq - m.load(k) * within)
+    changes = changes + sums_over(m, "before", m.load(k) * written) + m.columns(later)
+    return dq, within + written, jnp.where(m.load(decay.high) > FASTEST, changes, 0.0)
 
 
-def sums_of_later(m, changes):
-    """The sums of [64, 64] float32 over each token and all later ones: of what bfloat16 holds, and of the rest."""
-    ones = m.half(jnp.where(seen(m, reverse=True), 1.0, 0.0))
-    high = m.half(changes)
-    sums = m.dots(None, (ones, m.stage(changes)))
-    return m.dots(sums, (ones, m.stage(changes - high.astype(jnp.float32))))
+def sums_over(m, which, values):
+    """sum_t values_t over the tokens that `m.ones(which)` counts: of what bfloat16 holds, and of the rest."""
+    high, low = m.stage_all(values, values - m.half(values).astype(jnp.float32))
+    return m.dots(None, (m.ones(which), high), (m.ones(which), low))

@@ -14,11 +14,11 @@ from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_gpu import launch
 from kernels.linear_attention.mosaic_gpu.blocks import Plan
-from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
+from kernels.linear_attention.mosaic_gpu.chunk import CHUNK, FASTEST
 from kernels.segments import segment_starts
 
-WIDTHS = (64, 128, 256)  # K and V
-FASTEST = -50.0  # log-decay: e^-50 leaves nothing, and sums of more extreme ones lose digits
+SMALLEST = 64  # K and V: smaller ones would be mostly padding
+WIDEST_KEYS, WIDEST_VALUES = 256, 512
 SEGMENT_START = -128.0  # exp of it is 0 in float32
 
 
@@ -34,11 +34,11 @@ def mosaic_gpu(
     scale: float,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; time is padded to a multiple of it.
+    """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; T, K and V are padded to multiples.
 
     Raises:
-      NotImplementedError: inputs that are not bfloat16, a bonus, K or V that is none of 64, 128 and 256, or more than
-        65535 sequences or chunks.
+      NotImplementedError: inputs that are not bfloat16, a bonus, K not from 64 to 256 or V not from 64 to 512, or more
+        than 65535 sequences or chunks.
     """
     batch, time, heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
@@ -46,23 +46,31 @@ def mosaic_gpu(
         raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected bfloat16")
     if bonus is not None:
         raise NotImplementedError("it has no bonus")
-    if key_dim not in WIDTHS or value_dim not in WIDTHS:
-        raise NotImplementedError(f"K {key_dim}, V {value_dim}: expected of {WIDTHS}")
-    chunks = -(-time // CHUNK)
+    if not (SMALLEST <= key_dim <= WIDEST_KEYS and SMALLEST <= value_dim <= WIDEST_VALUES):
+        wanted = f"K from {SMALLEST} to {WIDEST_KEYS}, V from {SMALLEST} to {WIDEST_VALUES}"
+        raise NotImplementedError(f"K {key_dim}, V {value_dim}: expected {wanted}")
     per_key = log_decay.shape[-1] > 1
-    plan = Plan(batch, chunks * CHUNK, groups, heads, key_dim, value_dim, scale, per_key, parts=1)
+    chunks, keys, values = (-(-size // CHUNK) for size in (time, key_dim, value_dim))
+    plan = Plan(batch, chunks * CHUNK, groups, heads, keys * CHUNK, values * CHUNK, scale, per_key, parts=1)
     plan = plan.with_parts(specs.time_parts(plan.sequences * plan.key_tiles * plan.value_blocks, chunks))
     if max(plan.sequences, chunks) > 65535:
         raise NotImplementedError(f"{plan.sequences} sequences of {chunks} chunks: more than 65535 of either")
 
     g = jnp.broadcast_to(log_decay, (batch, time, *log_decay.shape[2:])).astype(jnp.float32)
-    g = jnp.maximum(g, FASTEST)
     if segment_ids is not None:
         g = jnp.where(segment_starts(segment_ids)[:, :, None, None], SEGMENT_START, g)
-    # Padding has no decay, and keys of zero.
-    q, k, v, g = (jnp.pad(x, ((0, 0), (0, plan.time - time), (0, 0), (0, 0))) for x in (q, k, v, g))
-    out, state = attend(plan, q, k, v, g, initial_state.reshape(-1, key_dim, value_dim))
-    return out[:, :time], state.reshape(initial_state.shape)
+    padding = (plan.time - time, plan.key_dim - key_dim, plan.value_dim - value_dim)
+    q, k, v = (pad(x, padding[0], padding[i]) for x, i in ((q, 1), (k, 1), (v, 2)))
+    g = pad(g, padding[0], padding[1] if per_key else 0)  # padding has no decay, and keys of zero
+    out, state = attend(plan, q, k, v, g, pad(initial_state.reshape(-1, key_dim, value_dim), *padding[1:]))
+    return out[:, :time, :, :value_dim], state[:, :key_dim, :value_dim].reshape(initial_state.shape)
+
+
+def pad(x, first, last):
+    """Zeros after axis 1 and the last one."""
+    widths = [(0, 0)] * x.ndim
+    widths[1], widths[-1] = (0, first), (0, last)
+    return jnp.pad(x, widths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,21 +83,27 @@ def attend_forward(plan, q, k, v, g, initial_state):
     decay, totals = decays(plan, g)
     starts = part_starts(plan, False, k, v, decay, totals, initial_state)
     states, ends = launch.sweep(plan, False, k, v, decay, totals, starts, keep=True)
-    out = launch.read(plan, False, q, k, v, decay, states)
+    pairs = launch.scores(plan, q, k, decay) if plan.per_key else None
+    out = launch.read(plan, False, q, pairs if plan.per_key else k, v, decay, states)
     final_state = ends.reshape(plan.sequences, plan.parts, *ends.shape[1:])[:, -1]
-    return (out, final_state), (q, k, v, g, starts, final_state)
+    # Of decays per key, the halves that the kernels read, not g, which is as large.
+    return (out, final_state), (q, k, v, decay, None if plan.per_key else g, totals, starts, pairs)
 
 
 def attend_backward(plan, residuals, cotangents):
-    q, k, v, g, starts, final_state = residuals
+    q, k, v, decay, g, totals, starts, pairs = residuals
     d_out, d_final_state = cotangents[0].astype(jnp.bfloat16), cotangents[1].astype(jnp.float32)
-    decay, totals = decays(plan, g)
     states, _ = launch.sweep(plan, False, k, v, decay, totals, starts, keep=True)
     d_starts = part_starts(plan, True, q, d_out, decay, totals, d_final_state)
     d_states, d_ends = launch.sweep(plan, True, q, d_out, decay, totals, d_starts, keep=True)
-    dv = launch.read(plan, True, k, q, d_out, decay, d_states)
-    dq, dk, changes = launch.gradients(plan, q, k, v, d_out, decay, states, d_states)
-    d_g = log_decay_gradient(plan, changes, states, final_state, d_states)
+    dv = launch.read(plan, True, k, pairs if plan.per_key else q, d_out, decay, d_states)
+    if plan.per_key:
+        pairs, dq, dk, products = launch.products(plan, v, d_out, states, d_states)
+        dq, dk, d_g = launch.key_gradients(plan, q, k, pairs, dq, dk, decay, totals * products)
+    else:
+        dq, dk, from_here_on, before, products = launch.gradients(plan, q, k, v, d_out, decay, states, d_states)
+        d_g = log_decay_gradient(plan, from_here_on, before, totals * products)
+        d_g = jnp.where(g > FASTEST, d_g, 0.0)
     d_initial_state = d_ends.reshape(plan.sequences, plan.parts, *d_ends.shape[1:])[:, 0]
     return sum_shared(plan, dq), sum_shared(plan, dk), dv, d_g, d_initial_state
 
@@ -99,20 +113,22 @@ attend.defvjp(attend_forward, attend_backward)
 
 def decays(plan, g):
     """What launch.py calls decays and totals."""
+    g = jnp.maximum(g, FASTEST)
     chunks = g.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, -1)
     totals = jnp.exp(jnp.sum(chunks, axis=2)).transpose(0, 2, 1, 3)
     totals = jnp.broadcast_to(totals, (*totals.shape[:3], plan.key_dim)).reshape(plan.sequences, -1)
     if plan.per_key:
         high = jax.lax.reduce_precision(g, exponent_bits=8, mantissa_bits=7)
         return (high.astype(jnp.bfloat16), (g - high).astype(jnp.bfloat16)), totals
-    sums = over_chunk(plan, g[..., 0].transpose(0, 2, 1), jnp.triu)
+    sums = over_chunk(plan, g[..., 0].transpose(0, 2, 1), "upto")
     write = jnp.exp(jnp.minimum(sums[..., -1:] - sums, 0.0))
     return jnp.stack([sums, jnp.exp(sums), write]).reshape(3, plan.sequences, plan.time), totals
 
 
-def over_chunk(plan, x, triangle):
-    """Sums of [..., T] within chunks, [B H, N, 64]: over tokens up to each (jnp.triu), or from each on (jnp.tril)."""
-    ones = triangle(jnp.ones((CHUNK, CHUNK), jnp.float32))
+def over_chunk(plan, x, counted):
+    """Sums of [..., T] over tokens of each one's chunk, [B H, N, 64]: those "upto" it, "from" it on, or "before" it."""
+    t, i = jnp.indices((CHUNK, CHUNK))
+    ones = {"upto": t <= i, "from": t >= i, "before": t < i}[counted].astype(jnp.float32)
     return jnp.matmul(x.reshape(plan.sequences, plan.chunks, CHUNK), ones, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -132,18 +148,10 @@ def part_starts(plan, reverse, x, y, decay, totals, state):
     return jnp.moveaxis(starts, 0, 1).reshape(zeros.shape)
 
 
-def log_decay_gradient(plan, changes, states, final_state, d_states):
-    """d g_t = the sum of `changes` over the tokens from t on in its chunk, plus sum_v(S' dS') at the chunk's end, which
-    stands for all later ones: [B, T, H, K|1]."""
-    shape = (plan.sequences, plan.chunks, plan.key_dim, plan.value_dim)
-    states, d_states = states.reshape(shape), d_states.reshape(shape)
-    ends = jnp.concatenate([states[:, 1:], final_state[:, None].astype(states.dtype)], axis=1)
-    later = jnp.einsum("snkv,snkv->snk", ends, d_states, preferred_element_type=jnp.float32)
-    if plan.per_key:
-        later = later.reshape(plan.batch, plan.heads, plan.chunks, 1, -1).transpose(0, 2, 3, 1, 4)
-        chunks = changes.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, -1)
-        return (chunks + later).reshape(changes.shape)
-    sums = over_chunk(plan, jnp.sum(changes, axis=0), jnp.tril) + jnp.sum(later, axis=-1, keepdims=True)
+def log_decay_gradient(plan, from_here_on, before, later):
+    """The gradient of scalar log-decays, [B, T, H, 1]: chunk.py's three terms, the last of which is [B H, N K]."""
+    sums = over_chunk(plan, jnp.sum(from_here_on, axis=0), "from") + over_chunk(plan, jnp.sum(before, axis=0), "before")
+    sums += jnp.sum(later.reshape(plan.sequences, plan.chunks, -1), axis=-1, keepdims=True)
     return sums.reshape(plan.batch, plan.heads, plan.time).transpose(0, 2, 1)[..., None]
 
 
