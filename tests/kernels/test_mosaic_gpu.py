@@ -102,9 +102,20 @@ def test_parts_of_the_time_are_one_sequence(machine, decay, monkeypatch):
     assert_close(*make(decay, time=300))
 
 
+@pytest.mark.parametrize("decay", ["fixed", "scalar", "vector"])
+def test_a_bonus_reads_the_state_before_the_decay(machine, decay):
+    arguments, cotangents = make(decay, batch=2, heads=4, groups=2)
+    arguments["bonus"] = normal(np.random.default_rng(5), 4, 64)
+    assert_close(arguments, cotangents)
+    assert_close(arguments, cotangents, segments(2, 150))
+
+
+@pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
-def test_extreme_decays_in_packed_rows(machine, decay):
+def test_extreme_decays_in_packed_rows(machine, decay, bonus):
     arguments, cotangents = make(decay, batch=2)
+    if bonus:
+        arguments["bonus"] = normal(np.random.default_rng(5), 2, 64)
     log_decay = arguments["log_decay"]
     kind = np.random.default_rng(3).integers(0, 3, log_decay.shape)
     arguments["log_decay"] = jnp.select([kind == 0, kind == 1], [log_decay * 0 - 1e4, log_decay * 0], log_decay)
@@ -132,7 +143,6 @@ def test_two_runs_are_the_same_to_the_last_bit(decay):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"bonus": jnp.zeros((2, 64))}, "bonus"),
         ({"q": jnp.zeros((1, 150, 1, 64)), "k": jnp.zeros((1, 150, 1, 64))}, "expected bfloat16"),
         (make("none", key_dim=32)[0], "K 32, V 64"),
         (make("none", value_dim=576)[0], "K 64, V 576"),

@@ -37,15 +37,13 @@ def mosaic_gpu(
     """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; T, K and V are padded to multiples.
 
     Raises:
-      NotImplementedError: inputs that are not bfloat16, a bonus, K not from 64 to 256 or V not from 64 to 512, or more
-        than 65535 sequences or chunks.
+      NotImplementedError: inputs that are not bfloat16, K not from 64 to 256 or V not from 64 to 512, or more than
+        65535 sequences or chunks.
     """
     batch, time, heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected bfloat16")
-    if bonus is not None:
-        raise NotImplementedError("it has no bonus")
     if not (SMALLEST <= key_dim <= WIDEST_KEYS and SMALLEST <= value_dim <= WIDEST_VALUES):
         wanted = f"K from {SMALLEST} to {WIDEST_KEYS}, V from {SMALLEST} to {WIDEST_VALUES}"
         raise NotImplementedError(f"K {key_dim}, V {value_dim}: expected {wanted}")
@@ -57,12 +55,31 @@ def mosaic_gpu(
         raise NotImplementedError(f"{plan.sequences} sequences of {chunks} chunks: more than 65535 of either")
 
     g = jnp.broadcast_to(log_decay, (batch, time, *log_decay.shape[2:])).astype(jnp.float32)
-    if segment_ids is not None:
-        g = jnp.where(segment_starts(segment_ids)[:, :, None, None], SEGMENT_START, g)
-    padding = (plan.time - time, plan.key_dim - key_dim, plan.value_dim - value_dim)
-    q, k, v = (pad(x, padding[0], padding[i]) for x, i in ((q, 1), (k, 1), (v, 2)))
-    g = pad(g, padding[0], padding[1] if per_key else 0)  # padding has no decay, and keys of zero
-    out, state = attend(plan, q, k, v, g, pad(initial_state.reshape(-1, key_dim, value_dim), *padding[1:]))
+    starts = None if segment_ids is None else segment_starts(segment_ids)[:, :, None, None]
+    if bonus is None:
+        return in_whole_chunks(plan, q, k, v, g, starts, initial_state)
+    # Token t reads what the recurrence without a bonus has at t with the keys, values and decays of t - 1.
+    before = [jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1] for x in (k, v, g)]
+    if starts is not None:
+        before[0] = jnp.where(starts, 0, before[0])
+    out, state = in_whole_chunks(plan, q, *before, starts, initial_state)
+    last_k = jnp.repeat(k[:, -1], heads // groups, axis=1).astype(jnp.float32)
+    state = jnp.exp(g[:, -1])[..., None] * state + last_k[..., None] * v[:, -1, :, None].astype(jnp.float32)
+    own = (q.astype(jnp.float32) * k)[:, :, :, None] * bonus.reshape(groups, -1, key_dim)
+    own = jnp.sum(own, axis=-1).reshape(batch, time, heads, 1)
+    return (out + scale * own * v).astype(v.dtype), state
+
+
+def in_whole_chunks(plan, q, k, v, g, starts, initial_state):
+    """`attend`, after padding T, K and V to the plan's: padding has no decay, and keys of zero."""
+    time, key_dim, value_dim = v.shape[1], k.shape[3], v.shape[3]
+    if starts is not None:
+        g = jnp.where(starts, SEGMENT_START, g)
+    later, more_keys, more_values = plan.time - time, plan.key_dim - key_dim, plan.value_dim - value_dim
+    q, k, v = pad(q, later, more_keys), pad(k, later, more_keys), pad(v, later, more_values)
+    g = pad(g, later, more_keys if plan.per_key else 0)
+    state = pad(initial_state.reshape(-1, key_dim, value_dim), more_keys, more_values)
+    out, state = attend(plan, q, k, v, g, state)
     return out[:, :time, :, :value_dim], state[:, :key_dim, :value_dim].reshape(initial_state.shape)
 
 
@@ -113,7 +130,7 @@ attend.defvjp(attend_forward, attend_backward)
 
 def decays(plan, g):
     """What launch.py calls decays and totals."""
-    g = jnp.maximum(g, FASTEST)
+    g = jnp.where(g == SEGMENT_START, g, jnp.maximum(g, FASTEST))
     chunks = g.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, -1)
     totals = jnp.exp(jnp.sum(chunks, axis=2)).transpose(0, 2, 1, 3)
     totals = jnp.broadcast_to(totals, (*totals.shape[:3], plan.key_dim)).reshape(plan.sequences, -1)
