@@ -8,8 +8,8 @@ latency is hidden by the other blocks of a multiprocessor, and in `sweep` by fet
     read       (batch x head, chunk, up to 128 values): out from q, k, v, S; dv from k, q, do, R
     gradients  (batch x head, chunk, 64 keys): dq, dk, and what the gradient of the decay is a sum of
 
-Per key the last are two, `products` and `key_gradients`: the one needs the memory of a multiprocessor, the other blocks
-that hide the latency of its many small steps.
+Per key the last are two: `products`, over V, and `key_gradients`, whose many small steps need other blocks beside them
+that hide their latency, and so memory left for those.
 
 Arrays: q, k [B, T, G, K]; v, do [B, T, H, V]; T a multiple of 64, N = T / 64 chunks; K and V multiples of 64. States
 [B H, N K, V], scores and pairs [B H, T, 64], bfloat16. Decays, if scalar: [3, B H, T] float32 (sums, e^read, e^write);
@@ -223,9 +223,9 @@ def _sum_products(plan, fetches, refs, sequence, n, block):
         copies = {
             "v_tile": refs.v.at[batch, tokens, head, values],
             "d_out_tile": refs.d_out.at[batch, tokens, head, values],
+            "state_tile": refs.states.at[sequence, rows, values],
+            "d_state_tile": refs.d_states.at[sequence, rows, values],
         }
-        copies |= {"state_tile": refs.states.at[sequence, rows, values]}
-        copies |= {"d_state_tile": refs.d_states.at[sequence, rows, values]}
         fetches.start(refs, turn, copies)
 
     sums = None
