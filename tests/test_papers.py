@@ -121,3 +121,9 @@ def test_h3s_set_ups_decay_all_but_A_B_and_dt():
     still = {name for name, moves in moved.items() if not moves}
     assert still == {"log_dt", "log_rate", "frequency", "b_real", "b_imag", "b"}
     assert all(moved[name] for name in ("D", "scale", "bias", "kernel", "c", "c_real"))
+
+
+def test_every_set_up_has_runs_of_its_own():
+    for paper, setups in papers.SETUPS.items():
+        names = [(setup.label, setup.mixer) for setup in setups()]
+        assert len(set(names)) == len(names), paper

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import precision
+
 HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
@@ -177,9 +179,7 @@ def _masked(x, visible, value):
 
 
 def _dot(equation, a, b):
-    # GPUs and TPUs round float32 operands if they are not asked not to.
-    precision = None if a.dtype == jnp.bfloat16 else "highest"
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=precision.exact(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _rows(x, start, options):

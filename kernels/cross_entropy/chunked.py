@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels import dispatch
+from kernels import dispatch, precision
 
 
 def tokens_at_once(vocab: int) -> int:
@@ -89,9 +89,7 @@ def _logits(hidden, head, softcap):
 
 
 def _dot(a, b):
-    # GPUs and TPUs round float32 operands if they are not asked not to.
-    precision = None if a.dtype == jnp.bfloat16 else "highest"
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.dot(a, b, precision=precision.exact(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _nll(logits, logsumexp, targets, weights):

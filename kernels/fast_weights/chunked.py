@@ -18,6 +18,7 @@ The scan's body is computed again in the backward pass, so that of a chunk only 
 import jax
 import jax.numpy as jnp
 
+from kernels.precision import dot
 from kernels.segments import segment_starts
 
 
@@ -86,11 +87,3 @@ def sides(x, size):
     """The tokens before and after the middles: [..., C, X] -> twice [..., C / (2 size), size, X]."""
     x = x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
     return x[..., 0::2, :, :], x[..., 1::2, :, :]
-
-
-def dot(equation, a, b, like):
-    """A matmul of operands in like's dtype, its sums (and its result) in float32 or wider."""
-    precision = jax.lax.Precision.DEFAULT if like.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    result = jnp.promote_types(like.dtype, jnp.float32)
-    a, b = a.astype(like.dtype), b.astype(like.dtype)
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=result)

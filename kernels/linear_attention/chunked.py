@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
+from kernels.precision import dot
 from kernels.segments import segment_starts
 
 PIECE = 64  # chunks that are computed at once
@@ -297,11 +298,3 @@ def sum_to(x, like):
     shape = (1,) * (x.ndim - like.ndim) + like.shape
     axes = tuple(i for i, size in enumerate(shape) if size == 1 != x.shape[i])
     return jnp.sum(x, axis=axes, keepdims=True).reshape(like.shape).astype(like.dtype)
-
-
-def dot(equation, a, b, like):
-    """A matmul of operands in like's dtype, its sums (and its result) in float32 or wider."""
-    precision = jax.lax.Precision.DEFAULT if like.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    result = jnp.promote_types(like.dtype, jnp.float32)
-    a, b = a.astype(like.dtype), b.astype(like.dtype)
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=result)

@@ -1,0 +1,16 @@
+"""Matmuls in full precision: GPUs and TPUs round float32 operands if they are not asked not to."""
+
+import jax
+import jax.numpy as jnp
+
+
+def exact(dtype) -> jax.lax.Precision:
+    """What keeps the digits of operands of `dtype`; bfloat16 ones lose none anyway."""
+    return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+
+def dot(equation, a, b, like):
+    """A matmul of operands in like's dtype, its sums (and its result) in float32 or wider."""
+    result = jnp.promote_types(like.dtype, jnp.float32)
+    a, b = a.astype(like.dtype), b.astype(like.dtype)
+    return jnp.einsum(equation, a, b, precision=exact(like.dtype), preferred_element_type=result)
