@@ -88,19 +88,6 @@ def tiles(
     return Tiles(chunk, block, step_heads, unroll, unroll)
 
 
-MULTIPROCESSORS = 132  # of an H100 or H200
-SHORTEST_PART = 8  # chunks: a part costs a state read and written
-
-
-def time_parts(blocks: int, chunks: int) -> int:
-    """Parts of the time that the Hopper kernels sweep at once, where one would have `blocks` of threads. Unmeasured.
-
-    More than one read their operands twice: as many as give each multiprocessor two blocks, if there are too few.
-    """
-    wanted = 1 if blocks >= MULTIPROCESSORS else -(-2 * MULTIPROCESSORS // blocks)
-    return max(1, min(wanted, chunks // SHORTEST_PART))
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The heads of a layer: G of q and k, H of v, widths K and V; `decay` is "fixed", "scalar" or "vector"."""

@@ -7,10 +7,17 @@ from kernels.array_typing import Array, Float, Int
 from kernels.checks import check_chunk_size, check_rank, check_shape
 from kernels.selective_scan.chunked import chunked
 from kernels.selective_scan.jla import jla
+from kernels.selective_scan.mosaic_gpu import mosaic_gpu
 from kernels.selective_scan.mosaic_tpu import mosaic_tpu
 from kernels.selective_scan.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "mosaic_tpu": mosaic_tpu, "jla": jla}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "chunked": chunked,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+    "jla": jla,
+}
 OP = "selective_scan"
 
 

@@ -68,11 +68,13 @@ class Case:
         return self.op(inputs, segment_ids, implementation)
 
 
-def here(table):
-    """The implementations in an op's table to hold against its reference on this device."""
+def here(table, interpreted=("mosaic_tpu",)):
+    """The implementations in an op's table to hold against its reference on this device: `interpreted` are the kernels
+    that a CPU can run."""
     device = dispatch.device()
-    elsewhere = {"reference"} | ({"mosaic_tpu"} if device.platform == "gpu" else set())
-    return tuple(name for name in table if name not in elsewhere | (set() if device.is_hopper else {"mosaic_gpu"}))
+    run = {"cpu": interpreted, "tpu": ("mosaic_tpu",), "gpu": ("mosaic_gpu",) if device.is_hopper else ()}
+    elsewhere = {"mosaic_tpu", "mosaic_gpu"} - set(run[device.platform])
+    return tuple(name for name in table if name not in elsewhere | {"reference"})
 
 
 def normal(rng, *shape):
@@ -193,7 +195,7 @@ def _selective_scan(with_skip, channels=6, state_size=3, chunk_size=CHUNK):
     return Case(
         op,
         inputs,
-        here(SELECTIVE_SCAN),
+        here(SELECTIVE_SCAN, interpreted=("mosaic_tpu", "mosaic_gpu")),
         over_time=("x", "dt", "B", "C"),
         state="initial_state",
         step=lambda inputs, state: selective_scan_step(**inputs, state=state),

@@ -1,4 +1,5 @@
-"""Pallas TPU kernels in the interpreter that models a TPU's memories: races are errors, what was not written is NaN."""
+"""Pallas kernels in the interpreters that model a TPU's or a GPU's memories: races are errors, what was not written is
+NaN. The GPU's knows a block of threads as one thread, and the copies beside it."""
 
 import contextlib
 import os
@@ -8,12 +9,15 @@ from unittest import mock
 import jax
 from jax._src.core import eval_jaxpr
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call, thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import mosaic_gpu
 from kernels.mosaic_tpu import use_interpret
 
 CORES = min(2, len(os.sched_getaffinity(0)))  # the threads of two cores wait for each other if one runs at a time
 PARAMS = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=CORES)
+GPU_PARAMS = mosaic_gpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 _compiling, _programs = threading.Lock(), {}
 
 
@@ -25,18 +29,29 @@ def checked():
       AssertionError: at the end, two accesses of a kernel without an order between them, or no kernel ran. Newer
         versions of jax raise an error of their own, where it happens.
     """
+    one_program = mock.patch.object(thread_map, "_run_jaxpr", _run_jaxpr)
+    with use_interpret(PARAMS), one_program, _states_checked(interpret_pallas_call, "RaceDetectionState"):
+        yield
+
+
+@contextlib.contextmanager
+def checked_on_gpu():
+    """`checked` for kernels of Hopper GPUs, block after block."""
+    state = "GPURaceDetectionState" if hasattr(gpu_callbacks, "GPURaceDetectionState") else "RaceDetectionState"
+    with mosaic_gpu.use_interpret(GPU_PARAMS), _states_checked(gpu_callbacks, state):
+        yield
+
+
+@contextlib.contextmanager
+def _states_checked(module, name):
     kernels = []  # jax keeps the state of the last kernel only
 
-    class State(interpret_pallas_call.RaceDetectionState):
+    class State(getattr(module, name)):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             kernels.append(self)
 
-    with (
-        use_interpret(PARAMS),
-        mock.patch.object(interpret_pallas_call, "RaceDetectionState", State),
-        mock.patch.object(thread_map, "_run_jaxpr", _run_jaxpr),
-    ):
+    with mock.patch.object(module, name, State):
         yield
         jax.effects_barrier()
     assert kernels, "no kernel was interpreted"

@@ -1,16 +1,16 @@
 """A block of threads of a Hopper GPU, one warpgroup: the sizes of its call, its machine, its copies, its launch."""
 
 import dataclasses
-from types import SimpleNamespace
+import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import mosaic_gpu
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
-from kernels.mosaic_gpu import COLUMNS, PARAMS, ROWS, WGMMA, load, shared_tile, transposed
+from kernels.mosaic_gpu import COLUMNS, ROWS, WGMMA, load, shared_tile, transposed
 
 WIDEST = 128  # columns of v that a block computes
 
@@ -28,10 +28,6 @@ class Plan:
     scale: float
     per_key: bool
     parts: int  # of the time, that are swept at once
-
-    def with_parts(self, wanted):
-        """In `wanted` parts or fewer, none of them empty."""
-        return dataclasses.replace(self, parts=pl.cdiv(self.chunks, pl.cdiv(self.chunks, wanted)))
 
     @property
     def sequences(self):
@@ -127,65 +123,19 @@ class Registers:
         return pl.run_scoped(from_zero, plgpu.ACC((CHUNK, pairs[0][1].shape[1]), jnp.float32))
 
 
-class Fetches:
-    """TMA copies into shared memory. All of a turn arrive on one barrier; `slots` turns are under way at once."""
-
-    def __init__(self, slots=1, barrier="barrier"):
-        self.slots, self.barrier, self.shapes = slots, barrier, {}
+class Fetches(mosaic_gpu.Fetches):
+    """Tiles of bfloat16, one copy each matrix of them, and vectors of float32."""
 
     def tile(self, name, *shape):
-        self.shapes[name] = (shape, jnp.bfloat16)
+        self.add(name, shared_tile(self.slots, *shape), copies=math.prod(shape[:-2]))
 
     def vector(self, *names):
         for name in names:
-            self.shapes[name] = ((CHUNK,), jnp.float32)
-
-    def scratch(self):
-        types = {}
-        for name, (shape, dtype) in self.shapes.items():
-            shape = (self.slots, *shape)
-            types[name] = plgpu.SMEM(shape, dtype) if dtype == jnp.float32 else shared_tile(*shape)
-        types[self.barrier] = plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)
-        return types
-
-    def start(self, refs, turn, copies):
-        """Copies sources by the names of their tiles."""
-        slot = turn % self.slots
-        for name, source in copies.items():
-            plgpu.copy_gmem_to_smem(source, getattr(refs, name).at[slot], getattr(refs, self.barrier).at[slot])
-
-    def wait(self, refs, turn):
-        """The tiles of a turn by name, once they are there."""
-        slot = turn % self.slots
-        plgpu.barrier_wait(getattr(refs, self.barrier).at[slot])
-        return {name: getattr(refs, name).at[slot] for name in self.shapes}
-
-    @property
-    def copies(self):
-        return sum(shape[0] if len(shape) == 3 else 1 for shape, _ in self.shapes.values())
+            self.add(name, plgpu.SMEM((self.slots, CHUNK), jnp.float32))
 
 
 def launch(plan, body, inputs, outputs, scratch, grid, name):
-    """Run `body(refs, *indices in the grid)` on `inputs`; `refs` has inputs, outputs and scratch by name.
-
-    Args:
-      outputs: shape and dtype by name, and so are the results.
-      grid: sequences, chunks or parts of the time, blocks of them. The last index is the fastest.
-      name: of the kernel, after the kind of decay.
-    """
-    names = [*inputs, *outputs, *scratch]
-
-    def named(*refs):
-        refs = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-        body(refs, *(lax.axis_index(axis) for axis in ("sequence", "time", "block")))
-
-    named.__name__ = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
-    call = plgpu.kernel(
-        named,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs.values()],
-        scratch_types=list(scratch.values()),
-        grid=grid,
-        grid_names=("sequence", "time", "block"),
-        compiler_params=PARAMS,
-    )
-    return dict(zip(outputs, call(*inputs.values()), strict=True))
+    """`mosaic_gpu.launch` over sequences, chunks or parts of the time, and blocks of them."""
+    name = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
+    grid = dict(zip(("sequence", "time", "block"), grid, strict=True))
+    return mosaic_gpu.launch(name, body, inputs, outputs, scratch, grid)

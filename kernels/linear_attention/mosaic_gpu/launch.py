@@ -78,7 +78,7 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
             return first + (count - 1 - i if reverse else i)
 
         def fetch(i):
-            slot, n = lax.rem(i, jnp.int32(AHEAD)), chunk_index(i)
+            n = chunk_index(i)
             tokens, rows = pl.ds(n * CHUNK, CHUNK), pl.ds(n * plan.key_dim + key_tile * CHUNK, CHUNK)
             copies = {"x_tile": refs.x.at[batch, tokens, group, keys], "y_tile": refs.y.at[batch, tokens, head, values]}
             if plan.per_key:
@@ -87,14 +87,13 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
             else:
                 copies["gate"] = refs.decay.at[1 if reverse else 2, sequence, tokens]
             copies["total"] = refs.totals.at[sequence, rows]
-            for name, source in copies.items():
-                plgpu.copy_gmem_to_smem(source, getattr(refs, name).at[slot], refs.barrier.at[slot])
+            fetches.start(refs, i, copies)
 
         for i in range(AHEAD):
             pl.when(i < count)(lambda i=i: fetch(jnp.int32(i)))
 
         def step(i, state):
-            slot, n = lax.rem(i, jnp.int32(AHEAD)), chunk_index(i)
+            n = chunk_index(i)
             if keep:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             else:
@@ -106,12 +105,12 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
                 plgpu.commit_smem()
                 rows = pl.ds(n * plan.key_dim + key_tile * CHUNK, CHUNK)
                 plgpu.copy_smem_to_gmem(refs.kept, refs.states.at[sequence, rows, values])
-            plgpu.barrier_wait(refs.barrier.at[slot])
+            tiles = SimpleNamespace(**fetches.wait(refs, i))
             if plan.per_key:
-                tile_decay = chunk.PerKey(refs.high_tile.at[slot], refs.low_tile.at[slot])
+                tile_decay = chunk.PerKey(tiles.high_tile, tiles.low_tile)
             else:
-                tile_decay = chunk.Scalar(None, refs.gate.at[slot])
-            x, y, total = (getattr(refs, name).at[slot] for name in ("x_tile", "y_tile", "total"))
+                tile_decay = chunk.Scalar(None, tiles.gate)
+            x, y, total = tiles.x_tile, tiles.y_tile, tiles.total
             return chunk.update(m, tile_decay, reverse, plan.scale, x, y, total, state)
 
         index = sequence * plan.parts + part

@@ -5,13 +5,14 @@ a zero state gives what it adds, a scan over the few parts the state that each s
 all chunks. From right to left likewise. Then `read` and `gradients` have a block of threads for each chunk.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from kernels import mosaic_gpu as hopper
 from kernels.array_typing import Array, Float, Int
-from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_gpu import launch
 from kernels.linear_attention.mosaic_gpu.blocks import Plan
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK, FASTEST
@@ -50,7 +51,8 @@ def mosaic_gpu(
     per_key = log_decay.shape[-1] > 1
     chunks, keys, values = (-(-size // CHUNK) for size in (time, key_dim, value_dim))
     plan = Plan(batch, chunks * CHUNK, groups, heads, keys * CHUNK, values * CHUNK, scale, per_key, parts=1)
-    plan = plan.with_parts(specs.time_parts(plan.sequences * plan.key_tiles * plan.value_blocks, chunks))
+    parts = hopper.time_parts(plan.sequences * plan.key_tiles * plan.value_blocks, chunks)
+    plan = dataclasses.replace(plan, parts=parts)
     if max(plan.sequences, chunks) > 65535:
         raise NotImplementedError(f"{plan.sequences} sequences of {chunks} chunks: more than 65535 of either")
 

@@ -1,0 +1,17 @@
+"""The selective scan as Pallas kernels for Hopper GPUs."""
+
+from kernels import dispatch
+
+
+def mosaic_gpu(*arrays, **options):
+    """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for TPUs.
+
+    Raises:
+      NotImplementedError: another device than a Hopper GPU or a CPU, or what `op.mosaic_gpu` refuses.
+    """
+    device = dispatch.device()
+    if not (device.is_hopper or device.platform == "cpu"):
+        raise NotImplementedError(f"it is a kernel for Hopper GPUs, not for {device.kind}")
+    from kernels.selective_scan.mosaic_gpu import op
+
+    return op.mosaic_gpu(*arrays, **options)

@@ -1,0 +1,129 @@
+"""The call around the kernels: padding, the layout of channels, and states between parts of the time.
+
+N is padded to a power of 2 and channels to what blocks of threads hold: with A = B = C = 0 and dt = x = 0 the states of
+the padding stay zero. T is padded with steps of no time and no input.
+
+Where sequences and groups of channels are too few to fill the GPU, parts of the time run at once: first each from a
+zero state, which gives what it adds, then, after a scan over the few parts, from the state that it starts with.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels import mosaic_gpu as hopper
+from kernels.segments import segment_starts
+from kernels.selective_scan.mosaic_gpu import launch
+from kernels.selective_scan.mosaic_gpu.recurrence import LOG2_E, Tile
+
+SMALLEST_STATE, LARGEST_STATE = 8, 64  # N
+SLOWEST = -1e-20  # rate of a packed call: exp(dt A) is 1 for each step size in use, and 0 for START_STEP
+
+
+def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None):
+    """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here. Interpreted on a CPU.
+
+    Raises:
+      NotImplementedError: x or dt that is neither float32 nor bfloat16, states of more than 64 numbers a channel, or
+        more than 65535 sequences.
+    """
+    del chunk_size
+    how = hopper.interpret()
+    for name, array in (("x", x), ("dt", dt)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(f"{name} is {array.dtype}, expected float32 or bfloat16")
+    batch, time, channels = x.shape
+    numbers = A.shape[1]
+    if numbers > LARGEST_STATE:
+        raise NotImplementedError(f"N {numbers}: states of more than {LARGEST_STATE} numbers a channel")
+    if batch > 65535:
+        raise NotImplementedError(f"{batch} sequences: more than 65535")
+    state = max(SMALLEST_STATE, 1 << (numbers - 1).bit_length())
+    block = Tile(state, interpret=how is not None).channels_shape
+    groups, chunks = -(-channels // math.prod(block)), -(-time // launch.CHUNK)
+    parts = hopper.time_parts(batch * groups, chunks)
+    plan = launch.Plan(batch, chunks * launch.CHUNK, groups, state, parts, segment_ids is not None, how)
+
+    def by_channel(array):  # [..., D] -> [..., G, 4, W]
+        padding = groups * math.prod(block) - channels
+        array = jnp.pad(array, ((0, 0),) * (array.ndim - 1) + ((0, padding),))
+        return array.reshape(*array.shape[:-1], groups, *block)
+
+    def by_number(array):  # [..., D, N] -> [..., G, 4, N, W]
+        array = jnp.pad(array.astype(jnp.float32), ((0, 0),) * (array.ndim - 1) + ((0, state - numbers),))
+        return jnp.moveaxis(by_channel(array.mT), -4, -2)
+
+    def over_time(array):
+        return jnp.pad(array, ((0, 0), (0, plan.time - time)) + ((0, 0),) * (array.ndim - 2))
+
+    def rows(array):
+        array = over_time(array.astype(jnp.float32))
+        return jnp.pad(array, ((0, 0), (0, 0), (0, state - numbers)))
+
+    starts = None
+    if plan.packed:
+        starts = over_time(segment_starts(segment_ids) * launch.START_STEP).reshape(batch, chunks, launch.CHUNK)
+        starts = jnp.tile(starts, 2)
+    D = jnp.zeros(channels, jnp.float32) if D is None else D.astype(jnp.float32)
+    y, final_state = scan(
+        plan,
+        by_channel(over_time(x)),
+        by_channel(over_time(dt)),
+        by_number(A),
+        rows(B),
+        rows(C),
+        by_channel(D),
+        by_number(initial_state),
+        starts,
+    )
+    final_state = jnp.moveaxis(final_state, -2, -4).reshape(batch, state, -1)[:, :numbers, :channels].mT
+    return y.reshape(batch, plan.time, -1)[:, :time, :channels], final_state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(plan, x, dt, A, B, C, D, initial_state, starts):
+    """Arrays as in launch.py, of one part; A in place of A2."""
+    return _forward(plan, x, dt, A, B, C, D, initial_state, starts, keep=False)[0]
+
+
+def _forward(plan, x, dt, A, B, C, D, initial_state, starts, keep=True):
+    A2 = _rates(plan, A)
+    states = _part_starts(plan, False, x, dt, A2, B, starts, initial_state)
+    y, final_states, kept = launch.forward(plan, x, dt, A2, B, C, D, starts, states, keep)
+    return (y, final_states[:, -1]), (x, dt, A, B, C, D, starts, kept)
+
+
+def _backward(plan, residuals, cotangents):
+    x, dt, A, B, C, D, starts, kept = residuals
+    dy, d_final_state = cotangents
+    A2 = _rates(plan, A)
+    d_states = _part_starts(plan, True, dy, dt, A2, C, starts, d_final_state)
+    d = launch.backward(plan, x, dt, A2, B, C, D, starts, kept, dy, d_states)
+    dB, dC = (d[name].sum(1).reshape(B.shape) for name in ("dB", "dC"))
+    dA, dD = (d[name].sum((0, 1)) for name in ("dA", "dD"))
+    return d["dx"], d["ddt"], dA, dB, dC, dD, d["d_states"][:, 0], None
+
+
+scan.defvjp(_forward, _backward)
+
+
+def _rates(plan, A):
+    return jnp.minimum(A * LOG2_E, SLOWEST) if plan.packed else A * LOG2_E
+
+
+def _part_starts(plan, reverse, x, dt, A2, B, starts, state):
+    """The state that each part starts with (its gradient at each part's end), [B, P, G, 4, N, W], from the first's."""
+    if plan.parts == 1:
+        return state[:, None]
+    added = launch.ends(plan, reverse, x, dt, A2, B, starts)
+    elapsed = dt.astype(jnp.float32)
+    if starts is not None:
+        elapsed += starts[..., : launch.CHUNK].reshape(plan.batch, plan.time, 1, 1, 1)
+    elapsed = jnp.pad(elapsed, ((0, 0), (0, plan.parts * plan.part_chunks * launch.CHUNK - plan.time), *((0, 0),) * 3))
+    elapsed = elapsed.reshape(plan.batch, plan.parts, -1, *elapsed.shape[2:]).sum(2)
+    decays = jnp.exp2(elapsed[..., None, :] * A2)
+    parts = jnp.moveaxis(decays, 1, 0), jnp.moveaxis(added, 1, 0)
+    _, states = jax.lax.scan(lambda state, part: (part[0] * state + part[1], state), state, parts, reverse=reverse)
+    return jnp.moveaxis(states, 0, 1)
