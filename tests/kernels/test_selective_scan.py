@@ -1,27 +1,62 @@
 """`selective_scan` beyond the conformance suite: blocks, extreme steps, memory."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import selective_scan, selective_scan_step
+from kernels import dispatch, selective_scan, selective_scan_step
 from kernels.selective_scan import chunked as module
+from tests.kernels import hopper
 from tests.kernels.conformance import CASES, assert_close, cotangents, error_ratio, normal, random_segments, results
+from tests.kernels.tpu import compile_for_tpu as compile_without_cache
 
 NAME = "selective_scan-skip"
 
 
-def test_blocks_of_channels_change_nothing(monkeypatch):
-    inputs, segment_ids = CASES[NAME].make(), random_segments()
-    monkeypatch.setattr(module, "STATE_FLOATS", 6)  # 2 of the 6 channels
-
+def assert_chunked_is_the_reference(inputs, segment_ids):
     @jax.jit
     def run(inputs, cotangents):
         values, pull = jax.vjp(lambda inputs: CASES[NAME].run(inputs, segment_ids, "chunked"), inputs)
         return values, pull(cotangents)[0]
 
     assert_close(run(inputs, cotangents(NAME, inputs)), results(NAME, "reference", inputs, segment_ids))
+
+
+def test_blocks_of_channels_change_nothing(monkeypatch):
+    monkeypatch.setattr(module, "CPU", dataclasses.replace(module.CPU, state_floats=6))  # 2 of the 6 channels
+    assert_chunked_is_the_reference(CASES[NAME].make(), random_segments())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("time", [2, 50])
+def test_the_loops_of_a_gpu_are_the_reference(time, packed):
+    segment_ids = random_segments(length=time) if packed else None
+    with dispatch.use_device(dispatch.Device("gpu", "NVIDIA A100-SXM4-40GB")):
+        assert_chunked_is_the_reference(CASES[NAME].make(length=time), segment_ids)
+
+
+@pytest.mark.gpu_compile
+def test_a_gpu_loops_over_chunks_alone():
+    time, device = 128, hopper.h200()
+
+    def struct(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    def loss(x, dt, A, B, C):
+        return selective_scan(x, dt, A, B, C, implementation="chunked")[0].sum()
+
+    row, of_state = struct(4, time, 256), struct(4, time, 16)
+    with dispatch.use_device(device):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).trace(row, row, struct(256, 16), of_state, of_state)
+        text = compile_without_cache(traced.lower(lowering_platforms=("cuda",))).as_text()
+    assert re.findall(r'known_trip_count":{"n":"(\d+)"', text) == [str(time // 16)] * 2  # no other loop
+    for body in re.findall(r"body=%?([\w.]+)", text):
+        computation = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.S | re.M)[0]
+        assert 1 < len(re.findall(r" (fusion|copy|custom-call)\(", computation)) < 4 * 16  # a token once took 4 and 7
 
 
 @pytest.mark.parametrize(("time", "size"), [(65, 22), (64, 32), (33, 17), (5, 5)])
