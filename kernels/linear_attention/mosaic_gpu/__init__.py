@@ -4,13 +4,13 @@ from kernels import dispatch
 
 
 def mosaic_gpu(q, k, v, log_decay, **options):
-    """`op.mosaic_gpu`, which says what it takes; other devices than Hopper GPUs are refused before it is imported.
+    """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for other devices.
 
     Raises:
-      NotImplementedError: another device, or what `op.mosaic_gpu` refuses.
+      NotImplementedError: another device than a Hopper GPU or a CPU, or what `op.mosaic_gpu` refuses.
     """
     device = dispatch.device()
-    if not device.is_hopper:
+    if not (device.is_hopper or device.platform == "cpu"):
         raise NotImplementedError(f"it is a kernel for Hopper GPUs, not for {device.kind}")
     from kernels.linear_attention.mosaic_gpu import op
 

@@ -28,6 +28,11 @@ class Plan:
     scale: float
     per_key: bool
     parts: int  # of the time, that are swept at once
+    interpret: object
+
+    @property
+    def machine(self):
+        return Registers if self.interpret is None else Interpreted
 
     @property
     def sequences(self):
@@ -77,14 +82,17 @@ class Registers:
     def index(self, axis):
         return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
 
+    def read(self, ref, layout):
+        return load(ref, layout)
+
     def load(self, shared):
-        return load(shared, WGMMA).astype(jnp.float32)
+        return self.read(shared, WGMMA).astype(jnp.float32)
 
     def rows(self, vector, width):
-        return lax.broadcast_in_dim(load(vector, ROWS), (CHUNK, width), [0])
+        return lax.broadcast_in_dim(self.read(vector, ROWS), (CHUNK, width), [0])
 
     def columns(self, vector):
-        return lax.broadcast_in_dim(load(vector, COLUMNS), (CHUNK, CHUNK), [1])
+        return lax.broadcast_in_dim(self.read(vector, COLUMNS), (CHUNK, CHUNK), [1])
 
     def half(self, x):
         return x.astype(jnp.bfloat16)
@@ -106,7 +114,7 @@ class Registers:
     def ones(self, which):
         # Not in registers: ptxas of CUDA 13.0 sets those that are constant after the product that reads them.
         mask = self.masks.at[0 if which in ("upto", "from") else 1]
-        return mask if which in ("upto", "before") else transposed(mask)
+        return mask if which in ("upto", "before") else self.transposed(mask)
 
     def dots(self, start, *pairs):
         def multiply(accumulator):
@@ -121,6 +129,28 @@ class Registers:
             return accumulator[...]
 
         return pl.run_scoped(from_zero, plgpu.ACC((CHUNK, pairs[0][1].shape[1]), jnp.float32))
+
+
+class Interpreted(Registers):
+    """On a CPU, which has no layouts and whose interpreter has no accumulators. The four warps are one thread here."""
+
+    def index(self, axis):
+        return lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
+
+    def read(self, ref, layout):
+        return ref[...]
+
+    def half(self, x):  # XLA may leave out a rounding that is only a conversion there and back
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+
+    def transposed(self, shared):
+        return shared[...].T
+
+    def dots(self, start, *pairs):
+        pairs = [(a[...], b[...]) for a, b in pairs]
+        assert all(x.dtype == jnp.bfloat16 and x.shape[0] % CHUNK == 0 for pair in pairs for x in pair)
+        products = [jnp.dot(a, b, preferred_element_type=jnp.float32) for a, b in pairs]
+        return sum(products, 0.0 if start is None else start)
 
 
 class Fetches(mosaic_gpu.Fetches):
@@ -138,4 +168,4 @@ def launch(plan, body, inputs, outputs, scratch, grid, name):
     """`mosaic_gpu.launch` over sequences, chunks or parts of the time, and blocks of them."""
     name = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
     grid = dict(zip(("sequence", "time", "block"), grid, strict=True))
-    return mosaic_gpu.launch(name, body, inputs, outputs, scratch, grid)
+    return mosaic_gpu.launch(name, body, inputs, outputs, scratch, grid, plan.interpret)

@@ -1,7 +1,6 @@
 """A chunk of 64 tokens of one head, as products of 64 x 64 tiles: what a warpgroup of a Hopper GPU does.
 
-The same code runs on registers and shared memory (launch.py) and on plain arrays (tests/kernels/hopper.py), because
-wgmma cannot be interpreted: it is written against a machine `m` that multiplies.
+It is written against a machine `m` (blocks.py), of a GPU or of a CPU, whose interpreter cannot multiply in wgmma's way.
 
     m.index(axis)              row or column numbers of a tile, int32
     m.load(shared)             shared memory -> float32

@@ -24,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.linear_attention.mosaic_gpu import chunk
-from kernels.linear_attention.mosaic_gpu.blocks import Fetches, Registers, launch
+from kernels.linear_attention.mosaic_gpu.blocks import Fetches, launch
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
-from kernels.mosaic_gpu import WGMMA, load, shared_tile
+from kernels.mosaic_gpu import shared_tile
 
 AHEAD = 3  # chunks that a sweep has fetched or is fetching
 
@@ -72,7 +72,7 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
         keys, values = pl.ds(key_tile * CHUNK, CHUNK), pl.ds(value_block * plan.width, plan.width)
         first = part * plan.part_chunks
         count = jnp.minimum(plan.part_chunks, plan.chunks - first)
-        m = Registers(refs.stage, masks=getattr(refs, "masks", None))
+        m = plan.machine(refs.stage, masks=getattr(refs, "masks", None))
 
         def chunk_index(i):
             return first + (count - 1 - i if reverse else i)
@@ -114,7 +114,7 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
             return chunk.update(m, tile_decay, reverse, plan.scale, x, y, total, state)
 
         index = sequence * plan.parts + part
-        state = load(refs.starts.at[index, keys, values], WGMMA)
+        state = m.load(refs.starts.at[index, keys, values])
         state = lax.fori_loop(0, count, step, state)
         refs.ends[index, keys, values] = state
         plgpu.wait_smem_to_gmem(0)
@@ -142,7 +142,7 @@ def scores(plan, q, k, decay):
             heads = {"q": group, "k": group, "high": head, "low": head}
             fetches.start(refs, tile, {f"{x}_tile": getattr(refs, x).at[batch, tokens, heads[x], keys] for x in inputs})
 
-        m, values = Registers(refs.stage), None
+        m, values = plan.machine(refs.stage), None
         for tile in _turns(plan.key_tiles, fetches, refs, fetch):
             q_tile, k_tile, high, low = (tile[f"{x}_tile"] for x in inputs)
             values = chunk.scores(m, chunk.PerKey(high, low), q_tile, k_tile, values)
@@ -190,7 +190,7 @@ def read(plan, reverse, x, y, w, decay, states):
         else:
             fetch(refs.decay.at[0, sequence, tokens], "sums")
             fetch(refs.decay.at[2 if reverse else 1, sequence, tokens], "gate")
-        m = Registers(refs.stage, masks=getattr(refs, "masks", None))
+        m = plan.machine(refs.stage, masks=getattr(refs, "masks", None))
         plgpu.barrier_wait(refs.barrier.at[0])
 
         def of_keys(name):
@@ -229,7 +229,7 @@ def _sum_products(plan, fetches, refs, sequence, n, block):
 
     sums = None
     for tiles in _turns(plan.value_dim // CHUNK, fetches, refs, fetch):
-        sums = chunk.add_products(Registers(), sums, *(tiles[name] for name in PRODUCT_TILES))
+        sums = chunk.add_products(plan.machine(), sums, *(tiles[name] for name in PRODUCT_TILES))
     return sums
 
 
@@ -271,7 +271,7 @@ def gradients(plan, q, k, v, d_out, decay, states, d_states):
         q_tile, k_tile, sums, read_gate, write_gate = once.wait(refs, 0).values()
         reads, writes = chunk.Scalar(sums, read_gate), chunk.Scalar(sums, write_gate)
         dq, dk, from_here_on, before = chunk.key_gradients(
-            Registers(refs.stage), reads, writes, plan.scale, q_tile, k_tile, products
+            plan.machine(refs.stage), reads, writes, plan.scale, q_tile, k_tile, products
         )
         refs.row_sums[0] = from_here_on
         refs.row_sums[1] = before
@@ -362,7 +362,7 @@ def key_gradients(plan, q, k, pairs, dq, dk, decay, later):
         copies["pairs_tile"] = refs.pairs.at[sequence, tokens]
         copies["later_tile"] = refs.later.at[sequence, pl.ds(n * plan.key_dim + block * CHUNK, CHUNK)]
         fetches.start(refs, 0, copies)
-        m = Registers(*(getattr(refs, name) for name in staged), masks=refs.masks)
+        m = plan.machine(*(getattr(refs, name) for name in staged), masks=refs.masks)
         tiles = SimpleNamespace(**fetches.wait(refs, 0))
         dq, dk, changes = chunk.key_gradients_per_key(
             m, chunk.PerKey(tiles.high_tile, tiles.low_tile), tiles.q_tile, tiles.k_tile,

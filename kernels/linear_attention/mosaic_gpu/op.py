@@ -36,11 +36,13 @@ def mosaic_gpu(
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; T, K and V are padded to multiples.
+    Interpreted on a CPU.
 
     Raises:
       NotImplementedError: inputs that are not bfloat16, K not from 64 to 256 or V not from 64 to 512, or more than
         65535 sequences or chunks.
     """
+    how = hopper.interpret()
     batch, time, heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
@@ -50,7 +52,7 @@ def mosaic_gpu(
         raise NotImplementedError(f"K {key_dim}, V {value_dim}: expected {wanted}")
     per_key = log_decay.shape[-1] > 1
     chunks, keys, values = (-(-size // CHUNK) for size in (time, key_dim, value_dim))
-    plan = Plan(batch, chunks * CHUNK, groups, heads, keys * CHUNK, values * CHUNK, scale, per_key, parts=1)
+    plan = Plan(batch, chunks * CHUNK, groups, heads, keys * CHUNK, values * CHUNK, scale, per_key, 1, how)
     parts = hopper.time_parts(plan.sequences * plan.key_tiles * plan.value_blocks, chunks)
     plan = dataclasses.replace(plan, parts=parts)
     if max(plan.sequences, chunks) > 65535:
