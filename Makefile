@@ -22,7 +22,7 @@ build/gpu-compile: $(VENV)/test
 	  | $(RUN) -m pip install --quiet --no-deps --target=$@ --requirement=/dev/stdin
 	touch $@
 
-.PHONY: demo test test-slow test-gpu-compile lint clean
+.PHONY: demo test test-slow test-gpu-compile test-gpu lint clean
 
 # Train the tiny GLA on the embedded corpus, evaluate it, let it write.
 demo: $(VENV)/base
@@ -40,6 +40,12 @@ test-slow: $(VENV)/test
 # Compile the Hopper kernels without a GPU (Linux; 500 MB of packages).
 test-gpu-compile: build/gpu-compile
 	PYTHONPATH=build/gpu-compile JAX_PLATFORMS=cpu $(RUN) -m pytest -m gpu_compile
+
+# On a Hopper GPU, with jax[cuda13] in the environment: what holds its kernels to the references.
+test-gpu: $(VENV)/test
+	JAX_PLATFORMS=cuda,cpu XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -n 8 \
+	  tests/kernels/test_mosaic_gpu.py tests/kernels/test_selective_scan_gpu.py tests/kernels/test_selective_scan.py \
+	  tests/kernels/test_attention.py tests/kernels/test_conformance.py
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

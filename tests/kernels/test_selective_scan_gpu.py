@@ -1,5 +1,6 @@
 """The Hopper kernels of the selective scan, interpreted on a CPU, on a GPU, and compiled without one."""
 
+import functools
 import re
 
 import jax
@@ -10,13 +11,18 @@ from jax.sharding import SingleDeviceSharding
 
 from kernels import dispatch, mosaic_gpu, selective_scan
 from tests.kernels import hopper, races
-from tests.kernels.test_selective_scan_tpu import abstract_call, assert_is_the_reference, cotangents, make, segments
-from tests.kernels.test_selective_scan_tpu import value_and_gradients as of_implementation
+from tests.kernels import test_selective_scan_tpu as tpu
+from tests.kernels.test_selective_scan_tpu import abstract_call, cotangents, make, segments
 from tests.kernels.tpu import compile_for_tpu as compile_without_cache
+
+# A GPU's exponential is off by up to 2 units in the last place, a state by those of all tokens in it.
+assert_is_the_reference = functools.partial(
+    tpu.assert_is_the_reference, value_bound=5e-6 if dispatch.device().is_hopper else 1e-6
+)
 
 
 def value_and_gradients(segment_ids=None):
-    return jax.jit(of_implementation("mosaic_gpu", segment_ids))
+    return jax.jit(tpu.value_and_gradients("mosaic_gpu", segment_ids))
 
 
 CASES = {  # tokens, channels and numbers that are no multiple of anything
