@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 Implementation = str | Sequence[str] | None
+KERNEL_RESULT = "kernel_result"  # `checkpoint_name` of what a kernel for GPUs made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Matmuls in full precision: GPUs and TPUs round float32 operands if they are not asked not to."""
+"""Matmuls in full precision (GPUs and TPUs round float32 operands if not asked not to), and roundings that stay."""
 
 import jax
 import jax.numpy as jnp
@@ -14,3 +14,9 @@ def dot(equation, a, b, like):
     result = jnp.promote_types(like.dtype, jnp.float32)
     a, b = a.astype(like.dtype), b.astype(like.dtype)
     return jnp.einsum(equation, a, b, precision=exact(like.dtype), preferred_element_type=result)
+
+
+def narrow(x, dtype):
+    """x in a dtype no wider, and in memory so. Without the barrier XLA, for which more digits are as good, drops a
+    rounding that is undone after it, and what waits for a sum over x waits in float32."""
+    return x if x.dtype == dtype else jax.lax.optimization_barrier(x.astype(dtype))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from zoo import ops, sharding
 from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
@@ -252,13 +253,13 @@ def _products_saveable(primitive: Any, *operands, **params) -> bool:
 
     What is left to compute again is elementwise. `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` alone would
     keep nothing here: a function with a gradient of its own, as `zoo.layers.linear` is, comes as one `custom_vjp_call`.
-    cuDNN's attention is a primitive, and a kernel for Mosaic GPU is a `custom_vmap_call`.
+    cuDNN's attention is a primitive, and the results of kernels for Mosaic GPU have a name.
     """
     if primitive.name == "custom_vjp_call":
         return "dot_general" in str(params["call_jaxpr"])
     return (
         primitive.name.startswith("dot_product_attention_fwd")
-        or primitive.name == "custom_vmap_call"
+        or (primitive.name == "name" and params["name"] == dispatch.KERNEL_RESULT)
         or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
     )
 

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import dispatch
+from kernels.precision import narrow
 from kernels.segments import tokens_since_start
 from kernels.toeplitz import toeplitz
 
 FEW_TAPS = 16  # for which shifts are faster than a product
+AT_ONCE = 4  # taps whose gradients accelerators sum up in one kernel
 
 
 def chunked(x, weight, bias, *, activation, initial_state, segment_ids):
@@ -31,9 +34,9 @@ def chunked(x, weight, bias, *, activation, initial_state, segment_ids):
     if from_zero and age is None and FEW_TAPS < T <= taps:
         matrix = toeplitz(jnp.flip(weight, 1)[:, :T].astype(jnp.float32))
         y = jnp.einsum("dut,btd->bud", matrix, x.astype(jnp.float32), precision="highest")
+        y = y if bias is None else y + bias.astype(jnp.float32)
     else:
-        y = _convolve(padded, weight, age)
-    y = y if bias is None else y + bias.astype(jnp.float32)
+        y = _convolve(padded, weight, bias, age)
     y = jax.nn.silu(y) if activation == "silu" else y
 
     final_state = padded[:, T:]
@@ -44,20 +47,22 @@ def chunked(x, weight, bias, *, activation, initial_state, segment_ids):
 
 
 @jax.custom_vjp
-def _convolve(padded, weight, age):
+def _convolve(padded, weight, bias, age):
     T = padded.shape[1] - weight.shape[1] + 1
-    return sum(
+    start = 0.0 if bias is None else bias.astype(jnp.float32)
+    return start + sum(
         weight[:, tap].astype(jnp.float32) * _within(lax.slice_in_dim(padded, tap, tap + T, axis=1), age, lag)
         for tap, lag in _taps(weight)
     )
 
 
-def _forward(padded, weight, age):
-    return _convolve(padded, weight, age), (padded, weight, age)
+def _forward(padded, weight, bias, age):
+    return _convolve(padded, weight, bias, age), (padded, weight, bias, age)
 
 
 def _backward(residuals, dz):
-    padded, weight, age = residuals
+    padded, weight, bias, age = residuals
+    dz = narrow(dz, padded.dtype)  # it is read often; the sums are float32
     length, T, margin = padded.shape[1], dz.shape[1], weight.shape[1] - 1
     wide = jnp.pad(dz, ((0, 0), (margin, margin), (0, 0)))
     wide_age = None if age is None else jnp.pad(age, ((0, 0), (margin, margin)))
@@ -67,12 +72,16 @@ def _backward(residuals, dz):
         shifted = _within(lax.slice_in_dim(wide, lag, lag + length, axis=1), shifted_age, lag)
         dpadded = dpadded + weight[:, tap].astype(jnp.float32) * shifted
 
-    def dtap(tap):  # a loop: fused into one, the reductions of many taps are slow to compile and to run
+    def dtap(tap):
         inputs = _within(lax.dynamic_slice_in_dim(padded, tap, T, axis=1), age, margin - tap)
-        return jnp.sum(inputs * dz, (0, 1))
+        return jnp.sum(inputs.astype(jnp.float32) * dz, (0, 1))
 
-    dweight = lax.map(dtap, jnp.arange(margin + 1)).T
-    return dpadded.astype(padded.dtype), dweight.astype(weight.dtype), None
+    if margin < AT_ONCE and dispatch.device().platform != "cpu":
+        dweight = jnp.stack([dtap(tap) for tap in range(margin + 1)], 1)  # x and dz are read once
+    else:  # fused into one, the reductions of many taps are slow to compile and to run
+        dweight = lax.map(dtap, jnp.arange(margin + 1)).T
+    dbias = None if bias is None else jnp.sum(dz, (0, 1), dtype=jnp.float32).astype(bias.dtype)
+    return dpadded.astype(padded.dtype), dweight.astype(weight.dtype), dbias, None
 
 
 _convolve.defvjp(_forward, _backward)

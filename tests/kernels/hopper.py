@@ -1,16 +1,12 @@
-"""Hopper GPUs that are not there: ahead-of-time compilation."""
-
-import pathlib
+"""Hopper GPUs that are not there, to compile for."""
 
 import jax
 import pytest
-from jax.experimental import topologies
 
-TARGET = pathlib.Path(__file__).with_name("h200.txtpb")  # what the compiler asks a GPU for
+from benchmarks import gpu_static
 
 
 def h200() -> jax.Device:
-    """An H200 to compile for; skips the test where jax's CUDA plugin is not installed."""
+    """An H200; skips the test where jax's CUDA plugin is not installed."""
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin and ptxas: make test-gpu-compile")
-    options = {"target_config": TARGET.read_text(), "topology": "1x1x1"}
-    return topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices[0]
+    return gpu_static.h200()

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.precision import narrow
+
 
 def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, statistics in float32.
@@ -42,6 +44,7 @@ class GatedRMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        x = narrow(x, self.dtype).astype(jnp.float32)  # it waits for the statistics
         parts = x.reshape(*x.shape[:-1], self.groups, -1)
         parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, -1, keepdims=True) + self.epsilon)
         return (parts.reshape(x.shape) * self.scale[...]).astype(self.dtype)
