@@ -6,7 +6,7 @@ import `kernels`.
 """
 
 import kernels
-from kernels import attention, cross_entropy, diagonal_ssm, fast_weights, short_conv
+from kernels import cross_entropy, diagonal_ssm, dispatch, fast_weights, short_conv
 from zoo import sharding
 
 __all__ = [
@@ -19,6 +19,31 @@ __all__ = [
     "selective_scan",
     "short_conv",
 ]
+
+
+def attention(q, k, v, *, segment_ids=None, q_positions=None, kv_positions=None, **options):
+    """`kernels.attention`, on TPUs with each device's sequences and heads on it; see there.
+
+    Elsewhere the compiler partitions it, over time too: what runs there is XLA's or cuDNN's.
+    """
+    pair = isinstance(segment_ids, tuple)
+    ids = dict(zip(("q_ids", "kv_ids"), segment_ids if pair else (segment_ids,), strict=False))
+
+    def call(arrays):
+        local = tuple(arrays.pop(name) for name in ids if name in arrays)
+        local = local if pair else local[0] if local else None
+        return kernels.attention(**arrays, segment_ids=local, **options)
+
+    of_tokens = ids | {"q_positions": q_positions, "kv_positions": kv_positions}
+    if dispatch.device().platform != "tpu":
+        given = {name: array for name, array in of_tokens.items() if array is not None}
+        return call({"q": q, "k": k, "v": v} | given)
+    groups = k.shape[2]  # a device has the heads of q that read its heads of k, or the only one
+    heads = "heads" if groups == 1 or groups % sharding.axis_size("heads") == 0 else None
+    of_keys = ("batch", None, None if groups == 1 else heads, None)
+    arrays = {"q": (q, ("batch", None, heads, None)), "k": (k, of_keys), "v": (v, of_keys)}
+    arrays |= {name: (array, ("batch", None)) for name, array in of_tokens.items()}
+    return sharding.on_each_device(call, arrays, ("batch", None, heads, None))
 
 
 def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None, segment_ids=None, **options):

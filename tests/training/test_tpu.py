@@ -9,6 +9,19 @@ from zoo import config, sharding
 from zoo.training import step
 
 
+@pytest.mark.parametrize("mixer", ["attention", pytest.param("gla,attention", marks=pytest.mark.slow)])
+def test_the_step_with_softmax_attention_compiles_for_four_chips(mixer):
+    chips = devices("v5e")
+    c = config.preset("tiny")
+    c.model.mixer, c.model.vocab_size, c.model.dtype, c.model.num_layers = mixer, 512, "bfloat16", 2
+    c.train.batch_size, c.train.context_length, c.mesh.data, c.mesh.tensor = 4, 256, 2, 2
+    programs = step.build(c, sharding.make_mesh(c.mesh, chips))
+    batch = {name: jnp.int32 for name in ("tokens", "targets", "segment_ids")} | {"weights": jnp.float32}
+    batch = {n: jax.ShapeDtypeStruct((4, 256), dtype, sharding=programs.batch_sharding) for n, dtype in batch.items()}
+    compiled = compile_for_tpu(programs.train.lower(programs.abstract_state, batch))
+    assert compiled.as_text().count("tpu_custom_call") >= 3  # splash attention: forward, dq, dk and dv
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["gla", "retnet"])
 def test_the_step_of_340m_compiles_with_the_kernels_in_it(mixer):

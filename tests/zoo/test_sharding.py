@@ -169,6 +169,38 @@ def test_the_selective_scan_on_eight_devices_is_that_on_one():
     _run(program)
 
 
+def test_attention_on_eight_devices_is_that_on_one():
+    """As on TPUs, whose kernel is not partitioned: heads of k that the devices divide, that they do not, and one."""
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_num_cpu_devices", 8)
+        from kernels import dispatch
+        from zoo import ops, sharding
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+
+        def draw(i, *shape):
+            return jax.random.normal(jax.random.key(i), shape)
+
+        for batch, heads, groups, pair in ((2, 8, 4, False), (2, 8, 2, True), (2, 8, 1, False), (3, 6, 6, True)):
+            args = draw(0, batch, 9, heads, 4), draw(1, batch, 9, groups, 4), draw(2, batch, 9, groups, 5)
+            ids = jnp.repeat(jnp.array([[0, 1, 2]]), 3, axis=1).repeat(batch, 0)
+            given = {"segment_ids": (ids, ids) if pair else ids}
+            given |= {"q_positions": jnp.arange(9)[None].repeat(batch, 0)} if pair else {}
+
+            def run(args):
+                out, pull = jax.vjp(lambda *args: ops.attention(*args, window=3, **given), *args)
+                return out, pull(out)
+
+            alone = jax.jit(run)(args)
+            with sharding.use_mesh(mesh), dispatch.use_device(dispatch.Device("tpu", "TPU v5 lite")):
+                spread = jax.jit(lambda args: run(args))(args)
+            assert len(spread[0].sharding.device_set) == 8
+            for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    """
+    _run(program)
+
+
 def _run(program):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
