@@ -296,6 +296,8 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a process beside this one needs memory too
     if (args.table or dispatch.device().platform) == "gpu":
         return gpu_table(args, parser.error)
+    if args.calls:
+        parser.error("--calls is of the GPU's table; add --table=gpu")
     if unknown := [op for op in args.ops if op not in CASES]:
         parser.error(f"unknown op {unknown[0]!r}; expected some of {', '.join(CASES)}")
     shapes = [QUICK] if args.quick else [LONG, TRAINING, SMALL]
