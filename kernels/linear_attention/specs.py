@@ -15,8 +15,8 @@ def order(device: Device, q, v, log_decay) -> list[str]:
     On two CPU cores the chunked form takes 1.1 to 3.6 times as long forward as the recurrent one, and 0.7 to 1.7 times
     forward and backward, at the three shapes of benchmarks/results/kernels.cpu.json, in 1.1 to 1.7 times the memory: a
     decay per key costs it log2(chunk) passes over q and k on top of its matmuls, and short rows suit it. Heads of v
-    that share q and k do so in the chunked form only, and with more cores it has the matmuls to use them. On an H200 `mosaic_gpu` is 4.6
-    to 7.6 times as fast as the chunked form, forward and backward (docs/benchmarks.md).
+    that share q and k do so in the chunked form only, and with more cores it has the matmuls to use them. On an H200
+    `mosaic_gpu` is 4.6 to 7.6 times as fast as the chunked form, forward and backward (docs/benchmarks.md).
     """
     if device.platform == "tpu":
         return ["mosaic_tpu", "chunked"]
