@@ -41,10 +41,10 @@ class Kernel:
     loop: int  # which of the loops over layers
 
 
-def h200() -> jax.Device:
-    """An H200 to compile for."""
-    options = {"target_config": TARGET.read_text(), "topology": "1x1x1"}
-    return topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices[0]
+def h200(count: int = 1) -> list[jax.Device]:
+    """H200s to compile for."""
+    options = {"target_config": TARGET.read_text(), "topology": f"1x1x{count}"}
+    return list(topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices)
 
 
 def compile_step(settings: config.Config, device: jax.Device) -> str:
@@ -127,7 +127,7 @@ def main():
     parser.add_argument("--remat", default="minimal")
     parser.add_argument("--kernels", type=int, default=8)
     flags = parser.parse_args()
-    device = h200()
+    (device,) = h200()
     for mixer in flags.mixers.split(","):
         settings = config.preset(flags.size)
         model, train = settings.model, settings.train

@@ -221,8 +221,7 @@ def forward_and_backward(call, function, arrays):
 
 def supported(call, arrays):
     """The functions of a call's operands that can be traced, and the reasons of those that cannot."""
-    interpreted = {"mosaic_gpu"} if dispatch.device().platform == "cpu" else set()
-    names = [name for name in TABLES[call.op] if name not in NOT_FOR_GPUS | interpreted]
+    names = [name for name in TABLES[call.op] if name not in NOT_FOR_GPUS]
     functions = {name: functools.partial(implementation, call, name) for name in names}
     if call.op != "attention":
         functions["jla, kernels alone"] = functools.partial(jla_kernels, call)

@@ -55,8 +55,8 @@ _interpret: contextvars.ContextVar[InterpretGPUParams | None] = contextvars.Cont
 
 
 @contextlib.contextmanager
-def use_interpret(params: InterpretGPUParams) -> Iterator[None]:
-    """While tracing: how kernels are interpreted on a CPU."""
+def use_interpret(params: InterpretGPUParams | None) -> Iterator[None]:
+    """While tracing: let a CPU interpret kernels, as tests do, or not (None). It is slow, and refuses `jax.checkpoint`."""
     token = _interpret.set(params)
     try:
         yield
@@ -65,8 +65,17 @@ def use_interpret(params: InterpretGPUParams) -> Iterator[None]:
 
 
 def interpret() -> InterpretGPUParams | None:
-    """What `launch` is given as `interpret` on this device, a Hopper GPU or a CPU."""
-    return None if dispatch.device().is_hopper else _interpret.get() or InterpretGPUParams()
+    """What `launch` is given as `interpret` on this device.
+
+    Raises:
+      NotImplementedError: neither a Hopper GPU nor a CPU inside of `use_interpret`.
+    """
+    device = dispatch.device()
+    if device.is_hopper:
+        return None
+    if device.platform != "cpu" or _interpret.get() is None:
+        raise NotImplementedError(f"it is a kernel for Hopper GPUs, not for {device.kind}")
+    return _interpret.get()
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -76,7 +85,7 @@ SHORTEST_PART = 8  # chunks: a part costs a state read and written
 def time_parts(blocks: int, chunks: int) -> int:
     """Parts of the time to run at once, where one would have `blocks` of threads; none is empty. Unmeasured.
 
-    More than one read their operands twice: as many as give each multiprocessor two blocks, if there are too few.
+    More than one read their operands twice: as many as make two blocks for each multiprocessor, if there are too few.
     """
     wanted = 1 if blocks >= MULTIPROCESSORS else -(-2 * MULTIPROCESSORS // blocks)
     wanted = max(1, min(wanted, chunks // SHORTEST_PART))
@@ -124,10 +133,12 @@ def launch(name, body, inputs, outputs, scratch, grid, interpret=None, **params)
       params: of the compiler.
     """
     names = [*inputs, *outputs, *scratch]
+    # Of an axis that a mesh around has too, the index would be the device's, not the block's.
+    axes = tuple(f"{name}.{axis}" for axis in grid)
 
     def named(*refs):
         refs = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-        body(refs, *(lax.axis_index(axis) for axis in grid))
+        body(refs, *(lax.axis_index(axis) for axis in axes))
 
     named.__name__ = name
     call = plgpu.kernel(
@@ -135,7 +146,7 @@ def launch(name, body, inputs, outputs, scratch, grid, interpret=None, **params)
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs.values()],
         scratch_types=list(scratch.values()),
         grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid_names=axes,
         compiler_params=plgpu.CompilerParams(**_LANE, **params),
         interpret=interpret,
     )

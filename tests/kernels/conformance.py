@@ -195,7 +195,7 @@ def _selective_scan(with_skip, channels=6, state_size=3, chunk_size=CHUNK):
     return Case(
         op,
         inputs,
-        here(SELECTIVE_SCAN, interpreted=("mosaic_tpu", "mosaic_gpu")),
+        here(SELECTIVE_SCAN, interpreted=("mosaic_tpu", *["mosaic_gpu"] * with_skip)),  # once: it takes its time
         over_time=("x", "dt", "B", "C"),
         state="initial_state",
         step=lambda inputs, state: selective_scan_step(**inputs, state=state),

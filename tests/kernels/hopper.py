@@ -8,5 +8,9 @@ from benchmarks import gpu_static
 
 def h200() -> jax.Device:
     """An H200; skips the test where jax's CUDA plugin is not installed."""
+    return h200s(1)[0]
+
+
+def h200s(count: int) -> list[jax.Device]:
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin and ptxas: make test-gpu-compile")
-    return gpu_static.h200()
+    return gpu_static.h200(count)

@@ -1,5 +1,6 @@
 """Pallas kernels in the interpreters that model a TPU's or a GPU's memories: races are errors, what was not written is
-NaN. The GPU's knows a block of threads as one thread, and the copies beside it."""
+NaN. The GPU's knows a block of threads as one thread, and beside it the copies into shared memory; those out of it from
+jax 0.12 on."""
 
 import contextlib
 import os

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kernels import dispatch, linear_attention, mosaic_gpu
 from kernels.linear_attention import specs
 from tests.kernels import hopper, races
 from tests.kernels.conformance import error_ratio, log_gate, normal
 from tests.kernels.tpu import compile_for_tpu as compile_without_cache
+from zoo import ops, sharding
 
 H200 = dispatch.Device("gpu", "NVIDIA H200")
 DECAYS = {"none": "", "fixed": "H", "scalar": "BTH", "vector": "BTHK"}
@@ -167,6 +168,33 @@ def test_default_on_hopper_gpus_alone(kind, first):
     arguments = make("scalar")[0]
     device = dispatch.Device("gpu", kind)
     assert specs.order(device, arguments["q"], arguments["v"], arguments["log_decay"])[0] == first
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("op", ["linear_attention", "selective_scan"])
+def test_blocks_on_a_mesh_know_their_sequence(op, monkeypatch, capfd):
+    """The index of a grid axis that a mesh around names too would be the device's: each block the first sequence."""
+    devices = hopper.h200s(2)
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2), devices)
+    split = NamedSharding(mesh, PartitionSpec("data"))
+
+    def struct(*shape, dtype=jnp.bfloat16, sharding=split):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    if op == "linear_attention":
+        args = {name: struct(4, 100, 2, 64) for name in "qkv"} | {"log_decay": struct(4, 100, 2, dtype=jnp.float32)}
+    else:
+        args = {name: struct(4, 100, 128) for name in ("x", "dt")} | {name: struct(4, 100, 16) for name in "BC"}
+        args["A"] = struct(128, 16, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def loss(args):
+        return getattr(ops, op)(**args, implementation="mosaic_gpu")[0].astype(jnp.float32).sum()
+
+    with sharding.use_mesh(mesh):
+        compile_without_cache(jax.jit(jax.grad(loss)).trace(args).lower(lowering_platforms=("cuda",)))
+    entries = "".join(capfd.readouterr()).split(".entry ")[1:]
+    assert len(entries) >= 2 and all("%ctaid.z" in entry for entry in entries)
 
 
 COMPILED = {  # every width of K and of V, one and several blocks of threads a chunk, parts of the time, packed rows

@@ -42,11 +42,27 @@ def test_values_and_gradients_are_the_references(name, packed):
     assert_is_the_reference(results, inputs, segment_ids)
 
 
+def at_edges(batch, time):
+    """Segments that start at, before and after the edges of chunks of 16 tokens and of parts of two chunks."""
+    return jnp.cumsum(jnp.isin(jnp.arange(time), jnp.array([16, 31, 32, 33, 64])), dtype=jnp.int32)[None].repeat(
+        batch, 0
+    )
+
+
+def test_steps_of_the_narrow_type():
+    inputs = make(time=37, channels=70)
+    inputs["dt"] = inputs["dt"].astype(jnp.bfloat16)
+    y, state = jax.jit(tpu.value_and_gradients("reference"))(inputs, cotangents(inputs))[0]
+    (out, final_state), gradients = value_and_gradients()(inputs, cotangents(inputs))
+    assert max(map(tpu.error_ratio, (out, final_state), (y, state))) < 5e-6
+    assert gradients["dt"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one_segment", "packed"])
 def test_parts_of_the_time_are_one_sequence(packed, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "time_parts", lambda blocks, chunks: 3)  # of 2, 2 and 1 chunks
     inputs = make(batch=2, time=75, channels=10)
-    segment_ids = segments(2, 75) if packed else None
+    segment_ids = at_edges(2, 75) if packed else None
     results = value_and_gradients(segment_ids)(inputs, cotangents(inputs))
     assert_is_the_reference(results, inputs, segment_ids)
 
@@ -76,6 +92,15 @@ def test_no_races_and_no_uninitialised_memory(monkeypatch):
     with races.checked_on_gpu():
         results = jax.block_until_ready(value_and_gradients(segment_ids)(inputs, cotangents(inputs)))
     assert_is_the_reference(results, inputs, segment_ids)
+
+
+def test_a_cpu_takes_the_next_where_nobody_asks_it_to_interpret():
+    inputs = make(time=4, channels=8)
+    with mosaic_gpu.use_interpret(None):
+        with pytest.raises(NotImplementedError, match="not for cpu"):
+            selective_scan(**inputs, implementation="mosaic_gpu")
+        y, _ = selective_scan(**inputs, implementation=("mosaic_gpu", "chunked"))
+    assert y.shape == inputs["x"].shape
 
 
 def test_what_it_does_not_do_is_said():

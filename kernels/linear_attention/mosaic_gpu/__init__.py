@@ -7,7 +7,7 @@ def mosaic_gpu(q, k, v, log_decay, **options):
     """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for other devices.
 
     Raises:
-      NotImplementedError: another device than a Hopper GPU or a CPU, or what `op.mosaic_gpu` refuses.
+      NotImplementedError: another device than a Hopper GPU, or what `op.mosaic_gpu` refuses.
     """
     device = dispatch.device()
     if not (device.is_hopper or device.platform == "cpu"):

@@ -36,11 +36,11 @@ def mosaic_gpu(
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Arguments as in `reference`. Chunks have 64 tokens, whatever `chunk_size`; T, K and V are padded to multiples.
-    Interpreted on a CPU.
+    A CPU interprets it inside of `mosaic_gpu.use_interpret`.
 
     Raises:
-      NotImplementedError: inputs that are not bfloat16, K not from 64 to 256 or V not from 64 to 512, or more than
-        65535 sequences or chunks.
+      NotImplementedError: another device, inputs that are not bfloat16, K not from 64 to 256 or V not from 64 to 512,
+        or more than 65535 sequences or chunks.
     """
     how = hopper.interpret()
     batch, time, heads, value_dim = v.shape

@@ -4,10 +4,10 @@ from kernels import dispatch
 
 
 def mosaic_gpu(*arrays, **options):
-    """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for TPUs.
+    """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for other devices.
 
     Raises:
-      NotImplementedError: another device than a Hopper GPU or a CPU, or what `op.mosaic_gpu` refuses.
+      NotImplementedError: another device than a Hopper GPU, or what `op.mosaic_gpu` refuses.
     """
     device = dispatch.device()
     if not (device.is_hopper or device.platform == "cpu"):

@@ -6,12 +6,12 @@
                first those before every few tokens, into shared memory, then those of the few, into registers
 
 Chunks are fetched by TMA while others are at work. Threads share nothing but what is fetched and what is stored, so the
-barriers are written out: the compiler would add two a token.
+barriers are written out: the compiler would add two a store.
 
 Arrays, with the channels as [G, 4, W], G groups of what a block holds (recurrence.py): x, dt, y [B, T, G, 4, W], T a
 multiple of 16; B, C [B, T, N] float32; A2 [G, 4, N, W], rates times log2 e; D [G, 4, W]; states of P parts
 [B, P, G, 4, N, W]; starts [B, T / 16, 32] float32, START_STEP where a segment starts, else 0, or None (a chunk's 16
-twice, since TMA takes multiples of 128 bytes).
+twice, since Pallas copies multiples of 128 bytes).
 """
 
 import dataclasses

@@ -23,11 +23,14 @@ SLOWEST = -1e-20  # rate of a packed call: exp(dt A) is 1 for each step size in 
 
 
 def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None):
-    """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here. Interpreted on a CPU.
+    """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here.
+
+    A CPU interprets it inside of `mosaic_gpu.use_interpret`. In packed rows rates above 0 count as 0, and what is not
+    finite passes the starts of segments.
 
     Raises:
-      NotImplementedError: x or dt that is neither float32 nor bfloat16, states of more than 64 numbers a channel, or
-        more than 65535 sequences.
+      NotImplementedError: another device, x or dt that is neither float32 nor bfloat16, states of more than 64 numbers
+        a channel, or more than 65535 sequences.
     """
     del chunk_size
     how = hopper.interpret()
@@ -64,8 +67,8 @@ def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None
 
     starts = None
     if plan.packed:
-        starts = over_time(segment_starts(segment_ids) * launch.START_STEP).reshape(batch, chunks, launch.CHUNK)
-        starts = jnp.tile(starts, 2)
+        starts = over_time(segment_starts(segment_ids).astype(jnp.float32) * launch.START_STEP)
+        starts = jnp.tile(starts.reshape(batch, chunks, launch.CHUNK), 2)
     D = jnp.zeros(channels, jnp.float32) if D is None else D.astype(jnp.float32)
     y, final_state = scan(
         plan,
