@@ -56,7 +56,7 @@ _interpret: contextvars.ContextVar[InterpretGPUParams | None] = contextvars.Cont
 
 @contextlib.contextmanager
 def use_interpret(params: InterpretGPUParams | None) -> Iterator[None]:
-    """While tracing: let a CPU interpret kernels, as tests do, or not (None). It is slow, and refuses `jax.checkpoint`."""
+    """While tracing: let a CPU interpret kernels, as tests do (None: not). It is slow, and refuses `jax.checkpoint`."""
     token = _interpret.set(params)
     try:
         yield
