@@ -195,7 +195,7 @@ def _selective_scan(with_skip, channels=6, state_size=3, chunk_size=CHUNK):
     return Case(
         op,
         inputs,
-        here(SELECTIVE_SCAN, interpreted=("mosaic_tpu", *["mosaic_gpu"] * with_skip)),  # once: it takes its time
+        here(SELECTIVE_SCAN, interpreted=("mosaic_tpu", "mosaic_gpu")),
         over_time=("x", "dt", "B", "C"),
         state="initial_state",
         step=lambda inputs, state: selective_scan_step(**inputs, state=state),
@@ -311,7 +311,9 @@ def pairs(keep=lambda case: True):
     """(case, implementation) as parameters of a test."""
     for name, case in CASES.items():
         if keep(case):
-            yield from ((name, each) for each in case.implementations if supported(name, each))
+            for each in filter(functools.partial(supported, name), case.implementations):
+                interpreted = each == "mosaic_gpu" and not dispatch.device().is_hopper
+                yield pytest.param(name, each, marks=[pytest.mark.slow] * interpreted)
             if "mosaic_tpu" in case.implementations:
                 yield pytest.param(name, RACES, marks=pytest.mark.slow)
 
