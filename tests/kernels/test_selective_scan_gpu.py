@@ -85,7 +85,7 @@ def test_steps_from_1e_6_to_1e3_and_rates_of_zero():
     assert_is_the_reference(results, inputs, segment_ids)
 
 
-@pytest.mark.skipif(dispatch.device().is_hopper, reason="interpreted")
+@pytest.mark.skipif(dispatch.device().is_hopper, reason="only the interpreter tells races")
 def test_no_races_and_no_uninitialised_memory(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "time_parts", lambda blocks, chunks: 2)
     inputs, segment_ids = make(time=70, channels=10, numbers=50), segments(1, 70)

@@ -23,13 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.mosaic_gpu import Fetches, launch
-from kernels.selective_scan.mosaic_gpu.recurrence import LOG2_E, WARPS, Tile, advance, decay, pull, read
+from kernels.selective_scan.mosaic_gpu.recurrence import WARPS, Tile, advance, decay, pull, read
+from kernels.selective_scan.pallas import LOG2_E
 
 CHUNK = 16  # tokens of a fetch, and between two states that are kept
 TURN = 4  # tokens whose states the backward pass holds in registers
 TURNS = CHUNK // TURN
 OF_CHUNKS = ("kept", "starts")  # arrays with one row a chunk
-START_STEP = 1e30  # dt of the decay where a segment starts: nothing is left of the state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from kernels import mosaic_gpu as hopper
 from kernels.segments import segment_starts
 from kernels.selective_scan.mosaic_gpu import launch
-from kernels.selective_scan.mosaic_gpu.recurrence import LOG2_E, Tile
+from kernels.selective_scan.mosaic_gpu.recurrence import Tile
+from kernels.selective_scan.pallas import START_STEP, check_supported, rates
 
-SMALLEST_STATE, LARGEST_STATE = 8, 64  # N
-SLOWEST = -1e-20  # rate of a packed call: exp(dt A) is 1 for each step size in use, and 0 for START_STEP
+SMALLEST_STATE = 8  # N
 
 
 def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None):
@@ -34,13 +34,9 @@ def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None
     """
     del chunk_size
     how = hopper.interpret()
-    for name, array in (("x", x), ("dt", dt)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"{name} is {array.dtype}, expected float32 or bfloat16")
+    check_supported(x, dt, A)
     batch, time, channels = x.shape
     numbers = A.shape[1]
-    if numbers > LARGEST_STATE:
-        raise NotImplementedError(f"N {numbers}: states of more than {LARGEST_STATE} numbers a channel")
     if batch > 65535:
         raise NotImplementedError(f"{batch} sequences: more than 65535")
     state = max(SMALLEST_STATE, 1 << (numbers - 1).bit_length())
@@ -67,7 +63,7 @@ def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None
 
     starts = None
     if plan.packed:
-        starts = over_time(segment_starts(segment_ids).astype(jnp.float32) * launch.START_STEP)
+        starts = over_time(segment_starts(segment_ids).astype(jnp.float32) * START_STEP)
         starts = jnp.tile(starts.reshape(batch, chunks, launch.CHUNK), 2)
     D = jnp.zeros(channels, jnp.float32) if D is None else D.astype(jnp.float32)
     y, final_state = scan(
@@ -92,7 +88,7 @@ def scan(plan, x, dt, A, B, C, D, initial_state, starts):
 
 
 def _forward(plan, x, dt, A, B, C, D, initial_state, starts, keep=True):
-    A2 = _rates(plan, A)
+    A2 = rates(A, plan.packed)
     states = _part_starts(plan, False, x, dt, A2, B, starts, initial_state)
     y, final_states, kept = launch.forward(plan, x, dt, A2, B, C, D, starts, states, keep)
     return (y, final_states[:, -1]), (x, dt, A, B, C, D, starts, kept)
@@ -101,7 +97,7 @@ def _forward(plan, x, dt, A, B, C, D, initial_state, starts, keep=True):
 def _backward(plan, residuals, cotangents):
     x, dt, A, B, C, D, starts, kept = residuals
     dy, d_final_state = cotangents
-    A2 = _rates(plan, A)
+    A2 = rates(A, plan.packed)
     d_states = _part_starts(plan, True, dy, dt, A2, C, starts, d_final_state)
     d = launch.backward(plan, x, dt, A2, B, C, D, starts, kept, dy, d_states)
     dB, dC = (d[name].sum(1).reshape(B.shape) for name in ("dB", "dC"))
@@ -110,10 +106,6 @@ def _backward(plan, residuals, cotangents):
 
 
 scan.defvjp(_forward, _backward)
-
-
-def _rates(plan, A):
-    return jnp.minimum(A * LOG2_E, SLOWEST) if plan.packed else A * LOG2_E
 
 
 def _part_starts(plan, reverse, x, dt, A2, B, starts, state):

@@ -19,7 +19,6 @@ from kernels.mosaic_gpu import load, store
 WARPS = 4
 STATES = 512  # numbers that a warp holds
 THREAD = 4  # rows and columns of a thread's tile
-LOG2_E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.selective_scan.mosaic_tpu.recurrence import LANES, LOG2_E, ROWS, advance, pull, read, row_sums
+from kernels.selective_scan.mosaic_tpu.recurrence import LANES, ROWS, advance, pull, read, row_sums
+from kernels.selective_scan.pallas import LOG2_E, START_STEP
 
 VMEM_LIMIT = 100 * 2**20  # bytes; of 128 MiB on v5e and v6e
 BLOCK = 128  # tokens of a step: as many as lanes, for the transposes that spread B and C
 TURN = 16  # tokens of a turn of the loops: a tile of bfloat16 rows
-START_STEP = 1e30  # dt of the decay where a segment starts: nothing is left of the state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,12 @@ from kernels import dispatch
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 from kernels.selective_scan.mosaic_tpu import launch
-from kernels.selective_scan.mosaic_tpu.recurrence import LANES, LOG2_E, ROWS
+from kernels.selective_scan.mosaic_tpu.recurrence import LANES, ROWS
+from kernels.selective_scan.pallas import check_supported, rates
 
-LARGEST_STATE = 64  # N
 MOST_NUMBERS = 2**20  # of the states of a sequence, which stay in VMEM, with their gradients and those of A
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips whose cores share a grid
 STEP_FLOATS = 8 * 1024  # of the states that a step updates: with their rates and gradients they stay in registers
-SLOWEST = -1e-20  # rate of a packed call: exp(dt A) is 1 for each step size in use, and 0 for START_STEP
 
 _width: contextvars.ContextVar[int | None] = contextvars.ContextVar("width", default=None)
 
@@ -46,13 +45,9 @@ def mosaic_tpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None
     """
     del chunk_size
     device, how = dispatch.device(), interpret()
-    for name, array in (("x", x), ("dt", dt)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"{name} is {array.dtype}, expected float32 or bfloat16")
+    check_supported(x, dt, A)
     batch, time, channels = x.shape
     numbers = A.shape[1]
-    if numbers > LARGEST_STATE:
-        raise NotImplementedError(f"N {numbers}: states of more than {LARGEST_STATE} numbers a channel")
     if numbers * channels > MOST_NUMBERS:
         raise NotImplementedError(f"D {channels}, N {numbers}: states of more than {MOST_NUMBERS} numbers a sequence")
     state = numbers + -numbers % ROWS
@@ -129,7 +124,5 @@ def _operands(plan, x, dt, A, B, C, D, starts):
         padding = ((0, 0), (0, -plan.time % launch.BLOCK), (0, 0 if array is starts else plan.state - array.shape[2]))
         return jnp.pad(array, padding).reshape(plan.batch, plan.blocks, -1, LANES)
 
-    A2 = A * LOG2_E
-    if plan.packed:
-        A2, starts = jnp.minimum(A2, SLOWEST), rows(starts)
-    return x, dt, A2, rows(B), rows(C), D, starts
+    starts = rows(starts) if plan.packed else None
+    return x, dt, rates(A, plan.packed), rows(B), rows(C), D, starts

@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 ROWS = 8  # sublanes of a vector register of float32
-LOG2_E = 1.4426950408889634
 
 
 def over_lanes(x, width):
