@@ -146,8 +146,7 @@ def make_model(setup: Setup, seed: int) -> LanguageModel:
     config.dropout = setup.embedding_dropout
     for field, value in setup.settings.items():
         setattr(getattr(config, setup.mixer), field, value)
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(seed))
+    model = LanguageModel(config, rngs=nnx.Rngs(seed))
     for block in model.units.blocks:
         block.dropout = 0.0  # these set-ups drop embeddings alone
     if setup.as_gpt2:

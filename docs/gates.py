@@ -96,6 +96,5 @@ def costs() -> None:
 
 
 if __name__ == "__main__":
-    with nnx.use_eager_sharding(False):
-        draw(ROOT / "docs" / "gates.png")
-        costs()
+    draw(ROOT / "docs" / "gates.png")
+    costs()

@@ -90,8 +90,7 @@ def run(tmp_path_factory, text):
     config.train.batch_size, config.train.context_length = 2, 64
     config.data.source, config.data.cache_dir = str(text), str(text.parent / "cache")
     (workdir / "config.json").write_text(to_json(config))
-    with nnx.use_eager_sharding(False):
-        params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
     checkpointer = Checkpointer(workdir / "checkpoints")
     checkpointer.save(7, State(params, {"count": jnp.zeros(())}))
     checkpointer.close()

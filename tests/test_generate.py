@@ -28,8 +28,7 @@ def build(mixer, **settings):
     config.num_layers = len(mixer.split(","))
     for name, value in settings.items():
         setattr(config, name, value)
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     model.embed.embedding[...] *= 50.0
     model.head.kernel[...] *= 10.0
     return model

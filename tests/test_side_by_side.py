@@ -16,8 +16,7 @@ from zoo.model import LanguageModel
 def test_a_state_at_a_position_has_the_shapes_and_counts_of_a_prefilled_one(mixer):
     config = preset("tiny").model
     config.mixer, config.vocab_size, config.num_layers, config.d_model = mixer, 64, 2, 32
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     tokens = np.zeros((1, 24), np.int32)
     _, prefilled = jax.jit(lambda state: model(tokens, state=state))(model.init_state(1, 24 + 8))
     placed = side_by_side._state_at(model, 24, 8)
@@ -40,8 +39,7 @@ def test_positions_take_turns_and_the_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(side_by_side.time, "perf_counter", perf_counter)
     config = small("gla", "tiny", 1).model
     config.vocab_size = 16
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     assert side_by_side.decode_speeds(model, rounds=3) == {"16": 2 / 2, "32": 2 / 20}
 
 

@@ -189,8 +189,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[zoo_c
     steps = complete_steps(directory)
     if step is not None and step not in steps:
         raise UsageError(f"{directory} has no checkpoint of step {step}; it has {_listed(steps)}")
-    with nnx.use_eager_sharding(False):
-        model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model, nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = {

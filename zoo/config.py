@@ -331,7 +331,15 @@ def validate(config: Config) -> None:
     Raises:
       UsageError: with every problem found, one a line.
     """
-    problems = _check_model(config.model) + _check_training(config)
+    _refuse(_check_model(config.model) + _check_training(config))
+
+
+def validate_model(model: ModelConfig) -> None:
+    """`validate` of the model alone."""
+    _refuse(_check_model(model))
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise UsageError("\n       ".join(problems))
 

@@ -69,8 +69,7 @@ def state_bytes(model: ModelConfig, context_length: int) -> int:
     def init():
         return LanguageModel(smallest, rngs=nnx.Rngs(0)).init_state(1, context_length)
 
-    with nnx.use_eager_sharding(False):
-        state = jax.eval_shape(init)
+    state = jax.eval_shape(init)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -15,7 +15,8 @@ from flax import nnx
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from zoo import ops, sharding
-from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
+from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern, validate_model
+from zoo.errors import UsageError
 from zoo.layers import MLPS, dropout, embedding, linear, rms_norm
 from zoo.mixers import MIXERS, Sizes
 
@@ -87,12 +88,13 @@ class LanguageModel(nnx.Module):
     """A causal language model over `config.vocab_size` tokens.
 
     Raises:
-      ValueError: `config.vocab_size` is still 0 (resolve it from the tokenizer first).
+      UsageError: settings that make no model; `config.vocab_size` must be known.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        if config.vocab_size < 1:
-            raise ValueError("LanguageModel: config.vocab_size is 0; set it to the tokenizer's, rounded up")
+        validate_model(config)
+        if config.vocab_size == 0:
+            raise UsageError("model.vocab_size: got 0, expected the number of token ids, such as tokenizer.vocab_size")
         layers = pattern(config)
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.dropout, self.logit_softcap = config.dropout, config.logit_softcap

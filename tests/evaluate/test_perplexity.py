@@ -23,8 +23,7 @@ def build(scale=1.0):
     """At scale 0 the embedding is zero, and the head with it: every id is equally likely."""
     config = preset("tiny").model
     config.mixer, config.num_layers, config.d_model, config.vocab_size = "gla", 1, 16, VOCAB
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     model.embed.embedding[...] *= scale
     return model
 

@@ -8,6 +8,7 @@ from flax import nnx
 from zoo.checkpoints import named_leaves
 from zoo.config import ModelConfig, OptimizerConfig
 from zoo.errors import UsageError
+from zoo.layers import parameter
 from zoo.model import LanguageModel
 from zoo.training.optimizer import decays, is_matrix, make_optimizer
 
@@ -16,8 +17,7 @@ from zoo.training.optimizer import decays, is_matrix, make_optimizer
 def params():
     config = ModelConfig(mixer="gla,attention", num_layers=4, d_model=16, vocab_size=64)
     config.gla.num_heads = config.attention.num_heads = 2
-    with nnx.use_eager_sharding(False):
-        return nnx.state(jax.jit(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))[1])(), nnx.Param)
+    return nnx.state(jax.jit(lambda: nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))[1])(), nnx.Param)
 
 
 def variables(params):
@@ -97,8 +97,7 @@ def test_muon_leaves_tables_norms_biases_and_gates_to_adamw(params):
 
 
 def test_filters_of_a_convolution_are_no_matrices():
-    make = lambda axes: nnx.Param(jnp.ones((8, 4)), out_sharding=axes)  # noqa: E731
-    with nnx.use_eager_sharding(False):
-        assert is_matrix(make(("embed", "mlp")))
-        assert not is_matrix(make(("mlp", None)))
-        assert not is_matrix(make(("heads", "state")))
+    make = lambda axes: parameter(jnp.ones((8, 4)), axes)  # noqa: E731
+    assert is_matrix(make(("embed", "mlp")))
+    assert not is_matrix(make(("mlp", None)))
+    assert not is_matrix(make(("heads", "state")))

@@ -46,8 +46,7 @@ def config_of(case: str):
 def build(case: str, dtype=jnp.float32, d_model: int = D_MODEL, seed: int = 0):
     """The mixer of a case, as the first of two layers."""
     sizes = Sizes(d_model=d_model, num_layers=2, dtype=dtype)
-    with nnx.use_eager_sharding(False):
-        return MIXERS[CASES[case][0]](config_of(case), sizes, layer_index=jnp.asarray(0), rngs=nnx.Rngs(seed))
+    return MIXERS[CASES[case][0]](config_of(case), sizes, layer_index=jnp.asarray(0), rngs=nnx.Rngs(seed))
 
 
 def apply(mixer, dtype=jnp.float32):

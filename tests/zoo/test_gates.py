@@ -160,8 +160,7 @@ def test_the_phase_of_gateloop_is_exact_after_many_tokens():
 def model_of(mixer, num_layers):
     config = preset("tiny").model
     config.mixer, config.num_layers, config.d_model, config.vocab_size = mixer, num_layers, 16, 8
-    with nnx.use_eager_sharding(False):
-        return LanguageModel(config, rngs=nnx.Rngs(0))
+    return LanguageModel(config, rngs=nnx.Rngs(0))
 
 
 def test_lower_bounds_of_hgrn2_grow_over_its_own_layers():

@@ -33,8 +33,7 @@ def golden(request):
                 setattr(getattr(config, name), field, setting)
         else:
             setattr(config, name, value)
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     graphdef, parameters = nnx.split(model)
     names = list(named_leaves(parameters))
     assert set(names) == set(groups["parameter"])

@@ -19,8 +19,7 @@ PROGRAM = """
 
     config = config_of({family!r}, "tiny", 1).model
     config.vocab_size, config.remat = 320, {remat!r}
-    with nnx.use_eager_sharding(False):
-        model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 256, (1, {length}), np.int32)
     graphdef, parameters = nnx.split(model)
 

@@ -28,8 +28,7 @@ def tiny(**settings):
 
 
 def build(config, seed=0):
-    with nnx.use_eager_sharding(False):
-        return LanguageModel(config, rngs=nnx.Rngs(seed))
+    return LanguageModel(config, rngs=nnx.Rngs(seed))
 
 
 def jitted(model):
@@ -70,8 +69,7 @@ def test_prefill_and_decoding_equal_the_full_pass(settings, tokens):
 
 
 def test_the_mlp_without_a_gate_is_its_equation():
-    with nnx.use_eager_sharding(False):
-        mlp = GELU(4, 8, init_scale=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    mlp = GELU(4, 8, init_scale=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
     inner = x @ np.asarray(mlp.up.kernel[...], np.float64)
     inner = inner / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))

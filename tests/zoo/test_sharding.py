@@ -42,8 +42,7 @@ def test_every_dimension_of_every_parameter_is_named_in_the_rule_table(family):
     config = preset("tiny").model
     config.mixer, config.vocab_size, config.tie_embeddings = family, 64, False
     config.mlp = "channel_mixing" if family == "rwkv6" else "swiglu"
-    with nnx.use_eager_sharding(False):
-        state = jax.eval_shape(lambda: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
+    state = jax.eval_shape(lambda: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
     names = {name for name, _ in RULES}
     for path, variable in nnx.to_flat_state(state):
         axes = variable.get_metadata().get("out_sharding")

@@ -45,8 +45,7 @@ def recurrence(w, x, prefix, discretization, init):
 
 def build(name, **settings):
     config = MIXERS[name].config_class(**settings)
-    with nnx.use_eager_sharding(False):
-        mixer = MIXERS[name](config, Sizes(d_model=D_MODEL, num_layers=2), layer_index=0, rngs=nnx.Rngs(0))
+    mixer = MIXERS[name](config, Sizes(d_model=D_MODEL, num_layers=2), layer_index=0, rngs=nnx.Rngs(0))
     parameters = [mixer.ssm.log_rate, mixer.ssm.b_real, mixer.ssm.b_imag] + ([mixer.shift.b] if name == "h3" else [])
     for i, parameter in enumerate(parameters):  # each A and B another: they start equal
         if parameter is not None:
@@ -72,11 +71,10 @@ def test_s4d_is_the_recurrence_in_float64(init, discretization, n_ssm, train_b):
 
 
 def test_initial_rates_are_the_papers():
-    with nnx.use_eager_sharding(False):
-        made = {
-            init: weights(DiagonalSSM(3, DiagonalSSMConfig(state_dim=8, init=init, train_b=True), rngs=nnx.Rngs(0)))
-            for init in ("lin", "inv", "real")
-        }
+    made = {
+        init: weights(DiagonalSSM(3, DiagonalSSMConfig(state_dim=8, init=init, train_b=True), rngs=nnx.Rngs(0)))
+        for init in ("lin", "inv", "real")
+    }
     np.testing.assert_allclose(made["lin"]["frequency"][2], np.pi * np.arange(4), rtol=1e-6)
     np.testing.assert_allclose(made["inv"]["frequency"][2], 8 / np.pi * (8 / (2 * np.arange(4) + 1) - 1), rtol=1e-6)
     np.testing.assert_allclose(np.exp(made["lin"]["log_rate"]), 0.5, rtol=1e-6)
@@ -87,8 +85,7 @@ def test_initial_rates_are_the_papers():
 
 
 def test_weight_decay_is_of_the_read_outs_alone():
-    with nnx.use_eager_sharding(False):
-        layer = DiagonalSSM(4, DiagonalSSMConfig(state_dim=8, n_ssm=1, train_b=True), rngs=nnx.Rngs(0))
+    layer = DiagonalSSM(4, DiagonalSSMConfig(state_dim=8, n_ssm=1, train_b=True), rngs=nnx.Rngs(0))
     flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
     assert {path[-1] for path, variable in flat if decays(variable)} == {"c_real", "c_imag"}
 
@@ -113,8 +110,7 @@ def test_h3_is_its_two_recurrences_in_float64(head_dim):
 
 
 def test_the_shift_of_h3_starts_as_its_read_out_and_a_normal_skip():
-    with nnx.use_eager_sharding(False):
-        shift = ShiftSSM(200, 16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    shift = ShiftSSM(200, 16, dtype=jnp.float32, rngs=nnx.Rngs(0))
     taps, w = np.asarray(shift.taps()), weights(shift)
     np.testing.assert_allclose(taps, w["c"] + w["D"][:, None] * np.eye(16)[0], atol=1e-6)
     assert np.abs(w["c"]).max() <= 0.25 and 0.13 < w["c"].std() < 0.16 and 0.8 < w["D"].std() < 1.2
@@ -129,8 +125,7 @@ def test_the_8b_hybrid_has_the_papers_layers():
     assert (model.num_layers, model.d_model, model.positions) == (56, 4096, "none")
     share = model.num_layers // len(layers)
     assert {name: share * layers.count(name) for name in set(layers)} == {"mamba2": 24, "attention": 4, "mlp": 28}
-    with nnx.use_eager_sharding(False):
-        abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
     parameters = nnx.state(abstract, nnx.Param)
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     assert count == num_parameters(model) and 8.5e9 < count < 8.8e9

@@ -6,6 +6,7 @@ from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
 from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, rms_norm
+from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.rotary import rotary
 from zoo.layers.short_conv import ShortConv
 from zoo.layers.step_size import step_size_bias
@@ -25,8 +26,10 @@ __all__ = [
     "embedding",
     "in_pieces",
     "linear",
+    "parameter",
     "rms_norm",
     "rotary",
     "step_size_bias",
     "token_shift",
+    "with_axes",
 ]

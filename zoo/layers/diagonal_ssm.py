@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from zoo import ops
+from zoo.layers.parameter import parameter
 from zoo.layers.step_size import log_uniform
 
 INITS = ("lin", "inv", "real")
@@ -60,19 +61,19 @@ class DiagonalSSM(nnx.Module):
         def rows(values):
             return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (different, self.size))
 
-        of_A = {"out_sharding": ("heads" if different == channels else "state", "state"), "decay": False}
+        of_A = {"axes": ("heads" if different == channels else "state", "state"), "decay": False}
         log_dt = jnp.log(log_uniform(rngs.params(), (channels,), config.dt_min, config.dt_max))
-        self.log_dt = nnx.Param(log_dt, out_sharding=("heads",), decay=False)
-        self.log_rate = nnx.Param(rows(np.log(rate)), **of_A)  # Re A = -exp(log_rate)
-        of_c = {"out_sharding": ("heads", "state")}  # weight decay holds for c, as in the authors' code
+        self.log_dt = parameter(log_dt, ("heads",), decay=False)
+        self.log_rate = parameter(rows(np.log(rate)), **of_A)  # Re A = -exp(log_rate)
+        of_c = {"axes": ("heads", "state")}  # weight decay holds for c, as in the authors' code
         deviation = math.sqrt(0.5) if self.is_complex else 1.0
-        self.c_real = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
+        self.c_real = parameter(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
         if self.is_complex:
-            self.frequency = nnx.Param(rows(frequency), **of_A)  # Im A
-            self.c_imag = nnx.Param(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
-        self.b_real = nnx.Param(rows(np.ones(n.shape)), **of_A) if config.train_b else None
-        self.b_imag = nnx.Param(rows(np.zeros(n.shape)), **of_A) if config.train_b and self.is_complex else None
-        self.D = nnx.Param(jax.random.normal(rngs.params(), (channels,)), out_sharding=("heads",), decay=False)
+            self.frequency = parameter(rows(frequency), **of_A)  # Im A
+            self.c_imag = parameter(deviation * jax.random.normal(rngs.params(), (channels, self.size)), **of_c)
+        self.b_real = parameter(rows(np.ones(n.shape)), **of_A) if config.train_b else None
+        self.b_imag = parameter(rows(np.zeros(n.shape)), **of_A) if config.train_b and self.is_complex else None
+        self.D = parameter(jax.random.normal(rngs.params(), (channels,)), ("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
         log_a, b, c = self.discrete()

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from zoo.layers.parameter import with_axes
+
 
 def linear(
     d_in: int,
@@ -31,8 +33,8 @@ def linear(
         d_out,
         use_bias=bias,
         dtype=dtype,
-        kernel_init=nnx.with_partitioning(init, axes, decay=decay),
-        bias_init=nnx.with_partitioning(jax.nn.initializers.zeros, (axes[1],), decay=False),
+        kernel_init=with_axes(init, axes, decay=decay),
+        bias_init=with_axes(jax.nn.initializers.zeros, (axes[1],), decay=False),
         dot_general=_project,
         rngs=rngs,
     )
@@ -71,4 +73,4 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 def embedding(entries: int, width: int, axes: tuple[str, str], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Embed:
     """A table [entries, width], drawn from a normal of standard deviation 0.02 (GPT-2's)."""
     init = jax.nn.initializers.normal(0.02)
-    return nnx.Embed(entries, width, dtype=dtype, embedding_init=nnx.with_partitioning(init, axes), rngs=rngs)
+    return nnx.Embed(entries, width, dtype=dtype, embedding_init=with_axes(init, axes), rngs=rngs)

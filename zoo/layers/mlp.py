@@ -10,6 +10,7 @@ from flax import nnx
 
 from zoo import sharding
 from zoo.layers.linear import linear
+from zoo.layers.parameter import parameter
 from zoo.layers.token_shift import token_shift
 
 
@@ -77,8 +78,8 @@ class ChannelMixing(nnx.Module):
     def __init__(self, d_model: int, d_ff: int, *, init_scale: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.d_model = d_model
         ramp = 1.0 - jnp.arange(d_model) / d_model  # from channels that see the previous token to those that do not
-        self.key_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)
-        self.receptance_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)
+        self.key_mix = parameter(ramp, ("norm",), decay=False)
+        self.receptance_mix = parameter(ramp, ("norm",), decay=False)
         self.key = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.receptance = linear(d_model, d_model, ("embed", "width"), dtype=dtype, rngs=rngs)
         self.value = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)

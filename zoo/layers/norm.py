@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.precision import narrow
+from zoo.layers.parameter import parameter, with_axes
 
 
 def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -12,7 +13,7 @@ def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) ->
 
     On [..., heads, width] it is a norm per head, with one scale for all heads.
     """
-    scale_init = nnx.with_partitioning(jax.nn.initializers.ones, ("norm",), decay=False)
+    scale_init = with_axes(jax.nn.initializers.ones, ("norm",), decay=False)
     return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_init=scale_init, rngs=rngs)
 
 
@@ -24,8 +25,8 @@ class HeadLayerNorm(nnx.Module):
 
     def __init__(self, heads: int, width: int, *, epsilon: float, dtype: jnp.dtype, bias: bool = False):
         self.epsilon, self.dtype = epsilon, dtype
-        self.scale = nnx.Param(jnp.ones((heads * width,)), out_sharding=("norm",), decay=False)
-        self.bias = nnx.Param(jnp.zeros((heads * width,)), out_sharding=("norm",), decay=False) if bias else None
+        self.scale = parameter(jnp.ones((heads * width,)), ("norm",), decay=False)
+        self.bias = parameter(jnp.zeros((heads * width,)), ("norm",), decay=False) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -40,7 +41,7 @@ class GatedRMSNorm(nnx.Module):
 
     def __init__(self, width: int, *, groups: int, epsilon: float, dtype: jnp.dtype):
         self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
-        self.scale = nnx.Param(jnp.ones((width,)), out_sharding=("norm",), decay=False)
+        self.scale = parameter(jnp.ones((width,)), ("norm",), decay=False)
 
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo import ops
+from zoo.layers.parameter import parameter
 
 
 class ShortConv(nnx.Module):
@@ -17,8 +18,8 @@ class ShortConv(nnx.Module):
         self.channels, self.width, self.dtype = channels, width, dtype
         bound = width**-0.5
         taps = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
-        self.weight = nnx.Param(taps, out_sharding=("heads", "state"), decay=False)
-        self.bias = nnx.Param(jnp.zeros((channels,)), out_sharding=("heads",), decay=False)
+        self.weight = parameter(taps, ("heads", "state"), decay=False)
+        self.bias = parameter(jnp.zeros((channels,)), ("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
         weight = self.weight[...].astype(self.dtype)

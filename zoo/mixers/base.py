@@ -14,10 +14,10 @@ State = Any  # a pytree of arrays
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a mixer is told of the model around it."""
+    """What a mixer is told of the model around it; `d_model` alone for a layer of somebody else's."""
 
     d_model: int
-    num_layers: int
+    num_layers: int = 1
     rope: bool = True  # turn q and k by rotary positions, in families that leave it to the model
     norm_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm
+from zoo.layers import linear, parameter, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 
 
@@ -42,8 +42,8 @@ class DFW(Mixer):
         self.value_gate = linear(d, d, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
         # Rows and columns of a head start with memories of 7 to 400 tokens: sigmoid(2) ... sigmoid(6).
         bias = jnp.tile(jnp.linspace(2.0, 6.0, self.width), self.heads)
-        self.key_bias = nnx.Param(bias, out_sharding=("norm",), decay=False)
-        self.value_bias = nnx.Param(bias, out_sharding=("norm",), decay=False)
+        self.key_bias = parameter(bias, ("norm",), decay=False)
+        self.value_bias = parameter(bias, ("norm",), decay=False)
         self.norm = rms_norm(self.width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 

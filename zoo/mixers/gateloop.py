@@ -25,7 +25,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm
+from zoo.layers import linear, parameter, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 
 
@@ -64,7 +64,7 @@ class GateLoop(Mixer):
         self.magnitude = linear(d, d_k, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
         # Keys of a head start with memories of 3 to 400 tokens: sigmoid(1) ... sigmoid(6).
         bias = jnp.tile(jnp.linspace(1.0, 6.0, self.key_width), self.heads)
-        self.magnitude_bias = nnx.Param(bias, out_sharding=("norm",), decay=False)
+        self.magnitude_bias = parameter(bias, ("norm",), decay=False)
         self.phase = linear(d, d_k, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear
+from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, parameter
 from zoo.mixers.base import Mixer, Sizes
 
 
@@ -42,9 +42,9 @@ class ShiftSSM(nnx.Module):
         bound = width**-0.5
         c = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
         b = jnp.zeros((channels, width)).at[:, 0].set(1.0)
-        self.b = nnx.Param(b, out_sharding=("heads", "state"), decay=False)
-        self.c = nnx.Param(c, out_sharding=("heads", "state"))
-        self.D = nnx.Param(jax.random.normal(rngs.params(), (channels,)), out_sharding=("heads",), decay=False)
+        self.b = parameter(b, ("heads", "state"), decay=False)
+        self.c = parameter(c, ("heads", "state"))
+        self.D = parameter(jax.random.normal(rngs.params(), (channels,)), ("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
         taps = self.taps().astype(self.dtype)

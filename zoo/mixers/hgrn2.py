@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm
+from zoo.layers import linear, parameter, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 
 
@@ -40,7 +40,7 @@ class HGRN2(Mixer):
         self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.forget = linear(d, d, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.bound = nnx.Param(jnp.zeros((d,)), out_sharding=("norm",), decay=False)  # b
+        self.bound = parameter(jnp.zeros((d,)), ("norm",), decay=False)  # b
         self.norm = rms_norm(d, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import ShortConv, linear, step_size_bias
+from zoo.layers import ShortConv, linear, parameter, step_size_bias
 from zoo.mixers.base import Mixer, Sizes
 
 
@@ -49,12 +49,12 @@ class Mamba(Mixer):
         self.select = linear(self.channels, self.rank + 2 * n, ("heads", "rank"), dtype=dtype, rngs=rngs)  # dt, B, C
         bound = self.rank**-0.5
         dt_up = jax.random.uniform(rngs.params(), (self.rank, self.channels), minval=-bound, maxval=bound)
-        self.dt_up = nnx.Param(dt_up, out_sharding=("rank", "heads"), decay=False)
+        self.dt_up = parameter(dt_up, ("rank", "heads"), decay=False)
         dt_bias = step_size_bias(rngs.params(), (self.channels,), config.dt_min, config.dt_max)
-        self.dt_bias = nnx.Param(dt_bias, out_sharding=("heads",), decay=False)
+        self.dt_bias = parameter(dt_bias, ("heads",), decay=False)
         A = jnp.broadcast_to(jnp.arange(1.0, n + 1), (self.channels, n))
-        self.A_log = nnx.Param(jnp.log(A), out_sharding=("heads", "state"), decay=False)
-        self.D = nnx.Param(jnp.ones((self.channels,)), out_sharding=("heads",), decay=False)
+        self.A_log = parameter(jnp.log(A), ("heads", "state"), decay=False)
+        self.D = parameter(jnp.ones((self.channels,)), ("heads",), decay=False)
         self.out = linear(self.channels, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import GatedRMSNorm, ShortConv, in_pieces, linear, step_size_bias
+from zoo.layers import GatedRMSNorm, ShortConv, in_pieces, linear, parameter, step_size_bias
 from zoo.mixers.base import Mixer, Sizes, check_heads
 from zoo.mixers.mamba import check_steps
 
@@ -52,11 +52,11 @@ class Mamba2(Mixer):
         self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.in_dt = linear(d, self.heads, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
         self.conv = ShortConv(conv_channels, config.conv_width, dtype=dtype, rngs=rngs)
-        vector = {"out_sharding": ("norm",), "decay": False}
-        self.dt_bias = nnx.Param(step_size_bias(rngs.params(), (self.heads,), config.dt_min, config.dt_max), **vector)
+        vector = {"axes": ("norm",), "decay": False}
+        self.dt_bias = parameter(step_size_bias(rngs.params(), (self.heads,), config.dt_min, config.dt_max), **vector)
         A = jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(A), **vector)
-        self.D = nnx.Param(jnp.ones((self.heads,)), **vector)
+        self.A_log = parameter(jnp.log(A), **vector)
+        self.D = parameter(jnp.ones((self.heads,)), **vector)
         self.norm = GatedRMSNorm(self.channels, groups=self.groups, epsilon=sizes.norm_epsilon, dtype=dtype)
         self.out = linear(self.channels, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 

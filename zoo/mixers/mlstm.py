@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import HeadLayerNorm, linear
+from zoo.layers import HeadLayerNorm, linear, parameter
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 
 
@@ -71,9 +71,9 @@ class MLSTM(Mixer):
         self.input_gate = linear(d, self.heads, ("embed", "gates"), **gate)
         self.forget_gate = linear(d, self.heads, ("embed", "gates"), **gate)
         # Heads start with memories of 20 to 400 tokens, as in the paper.
-        vector = {"out_sharding": ("norm",), "decay": False}
-        self.input_bias = nnx.Param(jnp.full((self.heads,), config.input_gate_bias, jnp.float32), **vector)
-        self.forget_bias = nnx.Param(jnp.linspace(3.0, 6.0, self.heads), **vector)
+        vector = {"axes": ("norm",), "decay": False}
+        self.input_bias = parameter(jnp.full((self.heads,), config.input_gate_bias, jnp.float32), **vector)
+        self.forget_bias = parameter(jnp.linspace(3.0, 6.0, self.heads), **vector)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)

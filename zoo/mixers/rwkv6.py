@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import HeadLayerNorm, in_pieces, linear, token_shift
+from zoo.layers import HeadLayerNorm, in_pieces, linear, parameter, token_shift
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 
 MIXTURES = 5  # r, w, k, v, g
@@ -57,8 +57,8 @@ class RWKV6(Mixer):
         ramp = 1.0 - channel**rest
         steep = 1.0 - channel ** (0.5 * rest)
         mix = jnp.stack([steep, ramp, ramp, ramp - 0.3 * place, steep])
-        self.shared_mix = nnx.Param(ramp, out_sharding=("norm",), decay=False)  # mu
-        self.mix = nnx.Param(mix, out_sharding=("gates", "norm"), decay=False)  # mu_z
+        self.shared_mix = parameter(ramp, ("norm",), decay=False)  # mu
+        self.mix = parameter(mix, ("gates", "norm"), decay=False)  # mu_z
         self.mix_down = linear(d, MIXTURES * config.mix_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
         self.mix_up = linear(
             config.mix_rank, MIXTURES * d, ("rank", "width"), init_scale=0.1, decay=False, dtype=dtype, rngs=rngs
@@ -74,8 +74,8 @@ class RWKV6(Mixer):
         key = jnp.arange(d_k) / max(d_k - 1, 1)
         zigzag = (jnp.arange(d_k) + 1) % 3 - 1
         bonus = place * (1.0 - key) + 0.1 * zigzag
-        self.decay_bias = nnx.Param(-6.0 + 5.0 * key ** (0.7 + 1.3 * place), out_sharding=("norm",), decay=False)
-        self.bonus = nnx.Param(bonus.reshape(self.heads, -1), out_sharding=("gates", "norm"), decay=False)  # u
+        self.decay_bias = parameter(-6.0 + 5.0 * key ** (0.7 + 1.3 * place), ("norm",), decay=False)
+        self.bonus = parameter(bonus.reshape(self.heads, -1), ("gates", "norm"), decay=False)  # u
         self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, bias=True)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 

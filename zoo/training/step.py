@@ -59,13 +59,11 @@ def build(config: Config, mesh: Mesh) -> Programs:
 
     def make_params(key: jax.Array) -> nnx.State:
         # Parameters name logical axes; jit's out_shardings place them, so that no device ever holds them all.
-        with nnx.use_eager_sharding(False), sharding.use_mesh(mesh):
+        with sharding.use_mesh(mesh):
             return nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(key)), nnx.Param)
 
-    with nnx.use_eager_sharding(False):
-        graphdef, abstract_params = nnx.split(
-            nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))), nnx.Param
-        )
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    graphdef, abstract_params = nnx.split(model, nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
     learning_rate = schedule(config.optimizer, config.train.steps)
 
