@@ -1,62 +1,6 @@
-"""Train a language model, or resume training it: repeat the command.
+"""`python train.py --config=gla:tiny --workdir=runs/gla`: see zoo/train.py, or --help."""
 
-    python train.py --config=configs/gla.py:tiny --workdir=runs/gla
-    python train.py --config=configs/gla.py:tiny --workdir=runs/retnet --config.model.mixer=retnet
-    python train.py --config=runs/gla/config.json --workdir=runs/more --init_from=runs/gla
-    python train.py --list
-
---config.SECTION.FIELD=VALUE overrides any setting of the config; --list shows them.
-"""
-
-import logging as python_logging
-import sys
-
-from absl import app, flags, logging
-
-from zoo.errors import UsageError, exit_with_message
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "", "Folder of the run; a run that stands there is resumed.")
-flags.DEFINE_string("init_from", "", "Workdir of a run whose weights the new run starts from.")
-flags.DEFINE_integer("profile", 0, "Trace that many steps into WORKDIR/profile (--profile alone: 5).", lower_bound=0)
-flags.DEFINE_boolean("list", False, "Show mixers, sizes, config files and all settings with their defaults, and exit.")
-
-
-def parse(argv: list[str]) -> list[str]:
-    with exit_with_message():
-        if any(argument in ("--help", "-help", "-h", "--helpshort") for argument in argv[1:]):
-            print(__doc__, FLAGS.module_help(sys.modules[__name__]), sep="\n")
-            sys.exit(0)
-        from zoo.training import command_line  # here, so that --help needs no jax
-
-        return command_line.define_and_parse(["--profile=5" if a == "--profile" else a for a in argv])
-
-
-def quiet_libraries() -> None:
-    """What a run has to say it prints. Orbax logs what it also raises, hundreds of lines for one full disk."""
-    logging.set_verbosity(logging.FATAL)
-    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
-
-
-def main(argv: list[str]) -> None:
-    from zoo.training import command_line, train
-
-    with exit_with_message():
-        if FLAGS.list:
-            print(command_line.listing())
-            return
-        if len(argv) > 1:
-            raise UsageError(f"unexpected argument {argv[1]!r}; settings are given as --config.NAME=VALUE")
-        if not FLAGS["config"].present:
-            raise UsageError("--config is missing; for example --config=configs/gla.py:tiny (see --list)")
-        if not FLAGS.workdir:
-            raise UsageError("--workdir is missing; for example --workdir=runs/gla")
-        quiet_libraries()
-        try:
-            train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile_steps=FLAGS.profile)
-        except KeyboardInterrupt:  # the second Ctrl-C: the first one saves and ends
-            sys.exit(130)
-
+from zoo.train import run
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    run()

@@ -153,8 +153,8 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m zoo.compare", description=__doc__.split("\n")[0], allow_abbrev=False)
+def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a workdir")
     add("--output", default="comparison", help="folder for comparison.json and the plots; default: comparison")
@@ -162,8 +162,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = _arguments(argv)
+def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") -> None:
+    arguments = _arguments(argv, program)
     with exit_with_message():
         runs = read_runs(arguments.runs)
         context_length = arguments.context_length

@@ -168,7 +168,7 @@ def preset(size: str) -> Config:
       UsageError: an unknown size.
     """
     if size not in SIZES:
-        raise UsageError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} (as in configs/gla.py:tiny)")
+        raise UsageError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} (as in --config=gla:tiny)")
     s = SIZES[size]
     config = Config()
     config.model.num_layers, config.model.d_model, config.model.dtype = s.num_layers, s.d_model, s.dtype

@@ -1,4 +1,4 @@
-"""train.py that writes down each batch it trains on, and takes its time, so that a test can stop it in between.
+"""zoo.train that writes down each batch it trains on, and takes its time, so that a test can stop it in between.
 
     recording_train.py RECORD SECONDS_PER_STEP --config=... --workdir=...
 
@@ -11,10 +11,7 @@ import json
 import sys
 import time
 
-from absl import app
-
-import train
-from zoo import data
+from zoo import data, train
 
 record, pause = open(sys.argv[1], "a", buffering=1), float(sys.argv[2])
 original = data.training_dataset
@@ -38,4 +35,4 @@ class Recorded:
 
 data.training_dataset = lambda config: Recorded(original(config))
 sys.argv[1:3] = []
-app.run(train.main, flags_parser=train.parse)
+train.run()

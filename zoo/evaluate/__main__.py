@@ -23,8 +23,8 @@ from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m zoo.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--workdir", required=True, help="the run to load")
     add("--step", type=int, help="the checkpoint's step; default: the newest")
@@ -66,8 +66,8 @@ def _with_data(config: Config, workdir: str, source: str | None) -> Config:
     return config
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = _arguments(argv)
+def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate") -> None:
+    arguments = _arguments(argv, program)
     with exit_with_message():
         tasks = _tasks(arguments.tasks)
         if arguments.batches < 0:

@@ -17,8 +17,8 @@ from zoo.errors import UsageError, exit_with_message
 from zoo.generate.sampler import Generation, Sampling, check_request, generate_measured
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m zoo.generate", description=__doc__.split("\n")[0], allow_abbrev=False)
+def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--workdir", required=True, help="the run to load")
     add("--step", type=int, help="the checkpoint's step; default: the newest")
@@ -89,8 +89,8 @@ def _costs(result: Generation, rows: int) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = _arguments(argv)
+def main(argv: list[str] | None = None, program: str = "python -m zoo.generate") -> None:
+    arguments = _arguments(argv, program)
     with exit_with_message():
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         if arguments.max_tokens < 1:

@@ -96,5 +96,10 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(2)
 
 
+def run(argv: list[str] | None = None) -> None:
+    """The command, `argv[0]` being its name."""
+    app.run(main, argv=argv, flags_parser=_parse)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    run()
