@@ -115,9 +115,9 @@ def measure(family: str, size: str, steps: int, workdir: pathlib.Path, decode_ag
             "bits_per_byte": summary["eval_bits_per_byte"],
         }
     if decode_again or list(row.get("decode_tokens_per_second", ())) != [str(n) for n in POSITIONS]:
-        saved, model, _ = checkpoints.load_run(workdir)
-        row["decode_tokens_per_second"] = decode_speeds(model)
-        row["state_bytes"] = {str(n): flops.state_bytes(saved.model, n) for n in POSITIONS}
+        run = checkpoints.load_run(workdir)
+        row["decode_tokens_per_second"] = decode_speeds(run.model)
+        row["state_bytes"] = {str(n): flops.state_bytes(run.config.model, n) for n in POSITIONS}
         kept.write_text(json.dumps(row, indent=1) + "\n")
     return row
 

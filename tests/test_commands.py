@@ -198,7 +198,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(run, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zoo.generate.__main__.generate_measured", stop)
+    monkeypatch.setattr("zoo.generate.__main__.generate", stop)
     with pytest.raises(SystemExit) as exit_:
         generate([f"--workdir={run}", "--prompt=x", "--max_tokens=8"])
     assert exit_.value.code == 130 and capsys.readouterr().err.endswith("\ninterrupted\n")

@@ -11,7 +11,7 @@ from flax import nnx
 from zoo.config import preset
 from zoo.data import tokenizer
 from zoo.errors import UsageError
-from zoo.generate import Sampling, generate, generate_measured, sample, sampler
+from zoo.generate import Sampling, generate, sample, sampler
 from zoo.generate.__main__ import Printer
 from zoo.generate.sampler import STEPS_PER_CALL
 from zoo.model import LanguageModel
@@ -56,10 +56,15 @@ def rerun_greedily(model, prompt, count):
     return tokens[0, len(prompt) :].tolist()
 
 
+def write(model, prompts, max_tokens, *, temperature=1.0, **rest):
+    """The tokens alone."""
+    return generate(model, prompts, max_tokens, Sampling(temperature), **rest).tokens
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_text_after_2000_tokens_is_that_of_rerunning_the_sequence(mixer):
     model = build(mixer)
-    written = generate(model, [prompt(2000)], 40, temperature=0)[0]
+    written = write(model, [prompt(2000)], 40, temperature=0)[0]
     assert written == rerun_greedily(model, prompt(2000), 40)
     assert len(set(written)) > 4  # a text, not one token for ever
 
@@ -72,37 +77,37 @@ def test_greedy_text_after_2000_tokens_is_that_of_rerunning_the_sequence(mixer):
 def test_prompts_of_different_lengths_continue_as_if_alone(settings):
     model = build("gla,gla,attention", **settings)
     prompts = [prompt(length, seed=length) for length in (1, 9, 70, 32)]
-    together = generate(model, prompts, 20, temperature=0)
-    assert together == [generate(model, [p], 20, temperature=0)[0] for p in prompts]
+    together = write(model, prompts, 20, temperature=0)
+    assert together == [write(model, [p], 20, temperature=0)[0] for p in prompts]
     assert len({tuple(text) for text in together}) == len(prompts)
 
 
 def test_a_seed_fixes_a_rows_text_whatever_the_other_rows_are():
     model = build("gla")
     first, other = prompt(9, seed=1), prompt(40, seed=2)
-    alone = generate(model, [first], 20, seed=3)
-    assert alone == generate(model, [first], 20, seed=3)
-    assert alone[0] == generate(model, [first, other], 20, seed=3)[0]
-    assert alone != generate(model, [first], 20, seed=4)
-    same_prompt_twice = generate(model, [first, first], 20, seed=3)
+    alone = write(model, [first], 20, seed=3)
+    assert alone == write(model, [first], 20, seed=3)
+    assert alone[0] == write(model, [first, other], 20, seed=3)[0]
+    assert alone != write(model, [first], 20, seed=4)
+    same_prompt_twice = write(model, [first, first], 20, seed=3)
     assert same_prompt_twice[0] != same_prompt_twice[1]
 
 
 def test_a_shorter_text_is_the_beginning_of_a_longer_one():
     model = build("gla")
-    longest = generate(model, [prompt(9)], 2 * STEPS_PER_CALL + 1, seed=3)[0]
+    longest = write(model, [prompt(9)], 2 * STEPS_PER_CALL + 1, seed=3)[0]
     assert len(longest) == 2 * STEPS_PER_CALL + 1
     for count in (1, STEPS_PER_CALL, STEPS_PER_CALL + 1):
-        assert generate(model, [prompt(9)], count, seed=3)[0] == longest[:count]
+        assert write(model, [prompt(9)], count, seed=3)[0] == longest[:count]
 
 
 def test_a_row_ends_at_the_stop_token_and_the_others_go_on():
     model = build("gla")
     prompts = [prompt(9, seed=1), prompt(12, seed=2)]
-    free = generate(model, prompts, 40, seed=3)
+    free = write(model, prompts, 40, seed=3)
     stop = next(token for token in free[0] if token not in free[1])
     heard = [[], []]
-    stopped = generate(model, prompts, 40, seed=3, stop_id=stop, on_token=lambda row, token: heard[row].append(token))
+    stopped = write(model, prompts, 40, seed=3, stop_id=stop, on_token=lambda row, token: heard[row].append(token))
     assert stopped == [free[0][: free[0].index(stop)], free[1]]
     assert heard == stopped
 
@@ -110,29 +115,30 @@ def test_a_row_ends_at_the_stop_token_and_the_others_go_on():
 def test_generation_ends_when_all_rows_have_stopped():
     model = build("gla")
     allowed = np.arange(VOCAB) == 5
-    result = generate_measured(model, [prompt(9)], 10 * STEPS_PER_CALL, Sampling(), stop_id=5, allowed=allowed)
+    result = generate(model, [prompt(9)], 10 * STEPS_PER_CALL, stop_id=5, allowed=allowed)
     assert result.tokens == [[]] and result.decode_tokens == STEPS_PER_CALL
 
 
-def test_only_allowed_ids_are_drawn():
-    model, allowed = build("gla"), np.arange(VOCAB) < 5
-    for temperature in (0, 100.0):
-        texts = generate(model, [prompt(9)] * 4, 64, temperature=temperature, allowed=allowed)
-        assert set().union(*texts) <= set(range(5))
+def test_only_allowed_ids_that_the_tokenizer_knows_are_drawn():
+    model, allowed = nnx.clone(build("gla")), np.arange(VOCAB) > 1
+    model.tokenizer_size = 5  # the vocabulary is rounded up
+    for temperature, allowed_too in ((0, allowed), (100.0, allowed), (100.0, None)):
+        texts = write(model, [prompt(9)] * 4, 64, temperature=temperature, allowed=allowed_too)
+        assert set().union(*texts) <= set(range(0 if allowed_too is None else 2, 5))
     assert set().union(*texts) == set(range(5))
 
 
 def test_prompts_of_similar_lengths_share_their_programs():
     model = build("gla")
-    generate(model, [prompt(33)], 20)
+    write(model, [prompt(33)], 20)
     programs = sampler._prefill._cache_size(), sampler._decode._cache_size()
-    generate(model, [prompt(64)], 17, seed=1)
+    write(model, [prompt(64)], 17, seed=1)
     assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == programs
 
 
 def test_costs_count_the_prompts_own_tokens_and_the_state():
     model = build("gla,gla,attention")
-    result = generate_measured(model, [prompt(5), prompt(9)], STEPS_PER_CALL, Sampling())
+    result = generate(model, [prompt(5), prompt(9)], STEPS_PER_CALL)
     state = model.init_state(2, 32 + STEPS_PER_CALL)
     assert result.prefill_tokens == 14 and result.decode_tokens == 2 * STEPS_PER_CALL
     assert result.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -184,9 +190,28 @@ def test_tokens_are_drawn_by_the_law(settings):
     assert (abs(frequency - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / count)).all()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-9}])
+# Denormal as float64 and as float32, and either side of what counts as 0.
+SHARPEST = [{"temperature": t} for t in (0, 1e-320, 1e-45, 1e-38, 1e-30, 9.9e-7, 1e-6, 1e-4)]
+SHARPEST += [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-50}]
+
+
+@pytest.mark.parametrize("settings", SHARPEST)
 def test_the_sharpest_settings_take_the_likeliest(settings):
-    assert (draws([0.3, 2.0, -1.0, 1.9], 100, **settings) == 1).all()
+    rows = jnp.asarray([[0.3, 2.0, -jnp.inf, 1.9], [0.3e38, 2.0e38, -jnp.inf, 1.9e38]] * 50)
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    assert (jax.jit(functools.partial(sample, sampling=Sampling(**settings)))(rows, keys) == 1).all()
+
+
+def test_among_equals_a_temperature_of_0_takes_the_first_and_none_above_it_prefers_one():
+    for temperature in (0, 1e-30):
+        assert (draws([-1.0, 3.0, 3.0, 3.0], 100, temperature=temperature) == 1).all()
+    assert set(draws([-1.0, 3.0, 3.0, 3.0], 500, temperature=1e-5)) == {1, 2, 3}
+
+
+def test_the_highest_temperature_draws_all_alike_and_nothing_impossible():
+    for temperature in (1e25, 1e300):
+        counts = np.bincount(draws([1e3, -1e3, 0.0, -np.inf], 3000, temperature=temperature), minlength=4)
+        assert counts[3] == 0 and (abs(counts[:3] - 1000) < 120).all()
 
 
 def test_the_nucleus_holds_just_enough():
@@ -220,6 +245,8 @@ def test_impossible_tokens_stay_impossible():
         ({"max_tokens": 0}, "max_tokens: got 0, expected at least 1"),
         ({"prompts": []}, "got none"),
         ({"prompts": [[1], []]}, "prompt 1: no tokens"),
+        ({"allowed": np.ones(5, bool)}, r"allowed: got the shape \(5,\), expected \(64,\)"),
+        ({"allowed": np.zeros(VOCAB, bool)}, "allowed: no id that the tokenizer knows is left"),
         ({"prompts": [[VOCAB]]}, f"expected 0 to {VOCAB - 1}"),
         ({"max_tokens": 112}, "9 tokens and max_tokens = 112 exceed the model's 120 learned positions"),
     ],
@@ -227,7 +254,9 @@ def test_impossible_tokens_stay_impossible():
 def test_bad_settings_are_named(settings, message):
     model = build("gla,gla,attention", positions="learned", max_positions=120)
     with pytest.raises(UsageError, match=message):
-        generate(model, **({"prompts": [prompt(9)], "max_tokens": 4} | settings))
+        sampling = Sampling(**{name: value for name, value in settings.items() if hasattr(Sampling, name)})
+        request = {name: value for name, value in settings.items() if not hasattr(Sampling, name)}
+        generate(model, **({"prompts": [prompt(9)], "max_tokens": 4, "sampling": sampling} | request))
 
 
 def test_characters_are_printed_when_they_are_whole(capsys):

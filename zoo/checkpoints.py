@@ -10,6 +10,7 @@ has its digest: there is always a good one to go back to.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from zoo import config as zoo_config
+from zoo.data.tokenizer import Tokenizer, for_run
 from zoo.errors import RunError, UsageError
 from zoo.model import LanguageModel
 
@@ -175,16 +177,27 @@ class Checkpointer:
         )
 
 
-def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[zoo_config.Config, LanguageModel, int]:
-    """Reopen a run: its config, its model with the parameters of `step` (None: the newest undamaged), the step.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, reopened."""
+
+    model: LanguageModel  # its `tokenizer_size` is the tokenizer's
+    tokenizer: Tokenizer  # `zoo.data.tokenizer` says what it can do
+    config: zoo_config.Config
+    step: int  # whose parameters the model has
+
+
+def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
+    """Reopen a run with the parameters of `step` (None: of the newest undamaged checkpoint), on the first device.
 
     Only JSON and arrays are read; nothing in the folder is executed, changed or deleted.
 
     Raises:
-      UsageError: no run in `workdir`, or no (undamaged) checkpoint of that step.
+      UsageError: no run in `workdir`, no (undamaged) checkpoint of that step, or no tokenizer.
     """
     workdir = pathlib.Path(workdir).absolute()
     config = read_config(workdir)
+    tokenizer = for_run(workdir, config)
     directory = workdir / "checkpoints"
     steps = complete_steps(directory)
     if step is not None and step not in steps:
@@ -208,7 +221,9 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[zoo_c
             except Exception as error:
                 _warn(f"checkpoint {path} is damaged ({_reason(error)}); passed over")
                 continue
-            return config, nnx.merge(graphdef, _with_leaves(abstract, items["params"])), candidate
+            model = nnx.merge(graphdef, _with_leaves(abstract, items["params"]))
+            model.tokenizer_size = min(tokenizer.vocab_size, model.vocab_size)
+            return Run(model, tokenizer, config, candidate)
     finally:
         orbax.close()
     raise UsageError(

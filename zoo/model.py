@@ -87,6 +87,10 @@ class Unit(nnx.Module):
 class LanguageModel(nnx.Module):
     """A causal language model over `config.vocab_size` tokens.
 
+    Attributes:
+      tokenizer_size: how many ids the tokenizer has, where the vocabulary is rounded up; `zoo.generate` draws no
+        others. `zoo.load_run` sets it; until then it is vocab_size.
+
     Raises:
       UsageError: settings that make no model; `config.vocab_size` must be known.
     """
@@ -97,6 +101,7 @@ class LanguageModel(nnx.Module):
             raise UsageError("model.vocab_size: got 0, expected the number of token ids, such as tokenizer.vocab_size")
         layers = pattern(config)
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
+        self.tokenizer_size = config.vocab_size
         self.dropout, self.logit_softcap = config.dropout, config.logit_softcap
         self.learned_positions, self.tied = config.positions == "learned", config.tie_embeddings
         self.remat = config.remat

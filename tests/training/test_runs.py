@@ -64,11 +64,11 @@ def test_a_run_leaves_what_is_promised(run, config, losses):
 
 
 def test_evaluation_is_the_mean_over_the_validation_tokens(run, config):
-    saved, model, _ = checkpoints.load_run(run)
+    reopened = checkpoints.load_run(run)
     nats = tokens = text_bytes = 0.0
-    for rows in data.validation_batches(saved, max_batches=saved.eval.batches):
+    for rows in data.validation_batches(reopened.config, max_batches=reopened.config.eval.batches):
         batch = jax.tree.map(jnp.asarray, rows)
-        losses = model.token_losses(
+        losses = reopened.model.token_losses(
             batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]
         )
         nats, tokens, text_bytes = (
@@ -118,7 +118,7 @@ def test_damage_to_the_newest_checkpoint_costs_steps_but_changes_nothing(run, co
     captured = capsys.readouterr()
     assert "10 is damaged" in captured.err and "at step 5" in captured.out
     assert losses(run) == before
-    assert checkpoints.load_run(run)[2] == STEPS
+    assert checkpoints.load_run(run).step == STEPS
 
 
 def test_rows_are_means_since_the_row_before_also_over_a_resume(make_config, tmp_path, config):
@@ -211,10 +211,10 @@ def test_a_vocabulary_smaller_than_a_token_is_refused(make_config, tmp_path):
 
 
 def test_load_run_finds_the_step_asked_for(run):
-    _, newest, step = checkpoints.load_run(run)
-    _, older, five = checkpoints.load_run(run, step=5)
-    assert (step, five) == (10, 5)
-    assert not np.array_equal(newest.embed.embedding[...], older.embed.embedding[...])
+    newest, older = checkpoints.load_run(run), checkpoints.load_run(run, step=5)
+    assert (newest.step, older.step) == (10, 5)
+    assert not np.array_equal(newest.model.embed.embedding[...], older.model.embed.embedding[...])
+    assert newest.model.tokenizer_size == newest.tokenizer.vocab_size == 257 < newest.model.vocab_size == 320
     with pytest.raises(UsageError, match="no checkpoint of step 7; it has steps 5, 10"):
         checkpoints.load_run(run, step=7)
     with pytest.raises(UsageError, match="is no run"):
@@ -223,7 +223,7 @@ def test_load_run_finds_the_step_asked_for(run):
 
 def test_load_run_passes_over_damage_and_touches_nothing(run, capsys):
     os.truncate(run / "checkpoints" / "10" / "DIGEST.json", 10)
-    assert checkpoints.load_run(run)[2] == 5
+    assert checkpoints.load_run(run).step == 5
     assert "10 is damaged" in capsys.readouterr().err
     assert (run / "checkpoints" / "10").exists()
     with pytest.raises(UsageError, match="no undamaged checkpoint of step 10"):
@@ -234,7 +234,7 @@ def test_init_from_starts_anew_with_the_weights_of_another_run(run, config, tmp_
     new = copy.deepcopy(config)
     new.train.seed = 3
     train(new, tmp_path / "new", init_from=str(run))
-    _, model, _ = checkpoints.load_run(run)
+    model = checkpoints.load_run(run).model
     batch = jax.tree.map(jnp.asarray, next(data.training_dataset(new).iterator(0)))
     nats = model.token_losses(batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"])
     found = losses(tmp_path / "new")

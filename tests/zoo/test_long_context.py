@@ -14,7 +14,7 @@ PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np
     from flax import nnx
     from benchmarks.zoo import config_of
-    from zoo.generate import generate
+    from zoo.generate import Sampling, generate
     from zoo.model import LanguageModel
 
     config = config_of({family!r}, "tiny", 1).model
@@ -33,7 +33,7 @@ PROGRAM = """
     value, gradient = value_and_gradient(parameters)
     assert jnp.isfinite(value) and all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
     if {decoded}:
-        (written,) = generate(model, tokens.tolist(), {decoded}, temperature=0)
+        (written,) = generate(model, tokens.tolist(), {decoded}, Sampling(temperature=0)).tokens
         assert len(written) == {decoded}
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             raise UsageError(f"--output: the folder {str(output.parent)!r} does not exist")
         lengths = _context_lengths(arguments.context_length, config.train.context_length)
         corpus = data.corpus_info(config)
-        _, model, step = checkpoints.load_run(arguments.workdir, arguments.step)
-        request = Request(config, model, lengths, arguments.batches)
+        run = checkpoints.load_run(arguments.workdir, arguments.step)
+        request = Request(config, run.model, lengths, arguments.batches)
 
         start = time.perf_counter()
         results = {name: task.run(request) for name, task in tasks.items()}
         record = {
             "workdir": arguments.workdir,
-            "step": step,
+            "step": run.step,
             "mixer": config.model.mixer,
             "parameters": num_parameters(config.model),
             "corpus": {
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
         } | report.provenance()
 
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        console.print(f"{arguments.workdir}, step {step}, {record['mixer']}, {record['parameters']:,} parameters")
+        console.print(f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters")
         for name, task in tasks.items():
             console.print(*task.tables(results[name]), sep="\n")
         gzip = f"gzip -9 needs {corpus['gzip_bits_per_byte']:.4f} bits per byte"

@@ -14,7 +14,7 @@ import numpy as np
 
 from zoo import checkpoints, data
 from zoo.errors import UsageError, exit_with_message
-from zoo.generate.sampler import Generation, Sampling, check_request, generate_measured
+from zoo.generate.sampler import Generation, Sampling, check_request, generate
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
@@ -95,22 +95,21 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         if arguments.max_tokens < 1:
             raise UsageError(f"--max_tokens: got {arguments.max_tokens}, expected at least 1")
-        config, model, step = checkpoints.load_run(arguments.workdir, arguments.step)
-        tokenizer = data.tokenizer.for_run(arguments.workdir, config)
+        run = checkpoints.load_run(arguments.workdir, arguments.step)
+        tokenizer = run.tokenizer
         texts = _prompts(arguments, tokenizer)
         prompts = [[tokenizer.separator_id, *text] for text in texts]  # as documents begin in training
-        allowed = np.arange(model.vocab_size) < tokenizer.vocab_size
-        if not arguments.stop_at_separator:
-            allowed[tokenizer.separator_id] = False
-        check_request(model, prompts, arguments.max_tokens)
+        allowed = np.ones(run.model.vocab_size, bool)
+        allowed[tokenizer.separator_id] = arguments.stop_at_separator
+        check_request(run.model, prompts, arguments.max_tokens)
         sys.stdout.reconfigure(errors="replace")
         printer = Printer(texts, tokenizer)
-        result = generate_measured(
-            model, prompts, arguments.max_tokens, sampling,
+        result = generate(
+            run.model, prompts, arguments.max_tokens, sampling,
             seed=arguments.seed, stop_id=tokenizer.separator_id, allowed=allowed, on_token=printer.on_token,
         )  # fmt: skip
         printer.finish(result.tokens)
-        print(f"step {step}; {_costs(result, len(texts))}", file=sys.stderr)
+        print(f"step {run.step}; {_costs(result, len(texts))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

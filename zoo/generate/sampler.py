@@ -24,6 +24,9 @@ from zoo.model import LanguageModel, State
 # text still flows.
 STEPS_PER_CALL = 16
 _SHORTEST_PREFILL = 32  # tokens
+# Below it a temperature is 0: logits in float32 are known to about 1e-7 of themselves.
+_SMALLEST_TEMPERATURE = 1e-6
+_LARGEST_TEMPERATURE = 1e30  # all are equally likely, and float32 still holds it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Sampling:
     """How a token is drawn from logits: tempered, cut to the top k, cut to the nucleus, in this order.
 
     Attributes:
-      temperature: divides the logits; 0 takes the largest.
+      temperature: divides the logits; 0, and what is below 1e-6, takes the largest, of equals the one of lowest id.
       top_k: keep the k likeliest tokens; 0: all.
       top_p: of those, keep the fewest likeliest that hold at least this share of their probability (Holtzman et al.
         2019, arXiv:1904.09751); 1: all.
@@ -68,9 +71,11 @@ class Generation:
 
 def sample(logits: Float[Array, "B vocab"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
     """Draw one token a row, each by its own key [B]."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _SMALLEST_TEMPERATURE:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The likeliest is at 0, so that a small temperature makes the others -inf, and none of them inf or NaN.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / min(sampling.temperature, _LARGEST_TEMPERATURE)
     draw = jax.vmap(jax.random.categorical)
     if sampling.top_k == 0 and sampling.top_p == 1:
         return draw(keys, logits).astype(jnp.int32)
@@ -78,8 +83,9 @@ def sample(logits: Float[Array, "B vocab"], keys: Array, sampling: Sampling) -> 
     logits, ids = jax.lax.top_k(logits, min(sampling.top_k or size, size))  # descending
     if sampling.top_p < 1:
         probability = jax.nn.softmax(logits, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # held by likelier tokens; 0 for the first, which stays
-        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+        before = jnp.cumsum(probability, axis=-1) - probability  # held by likelier tokens
+        in_nucleus = (before < sampling.top_p).at[:, 0].set(True)  # float32 takes a share below 1e-38 for 0
+        logits = jnp.where(in_nucleus, logits, -jnp.inf)
     return jnp.take_along_axis(ids, draw(keys, logits)[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
@@ -87,27 +93,7 @@ def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_id: int | None = None,
-    allowed: np.ndarray | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """Continue each prompt by up to `max_tokens` tokens. `generate_measured` with the costs left out."""
-    sampling = Sampling(temperature, top_k, top_p)
-    return generate_measured(
-        model, prompts, max_tokens, sampling, seed=seed, stop_id=stop_id, allowed=allowed, on_token=on_token
-    ).tokens
-
-
-def generate_measured(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling,
+    sampling: Sampling = Sampling(),
     *,
     seed: int = 0,
     stop_id: int | None = None,
@@ -121,19 +107,19 @@ def generate_measured(
     Args:
       prompts: token ids, at least one a prompt (the separator alone begins a document).
       stop_id: ends a row when it is drawn; it is not part of the result.
-      allowed: bool [model.vocab_size], the ids that may be drawn; None: all. The vocabulary is rounded up: leave out
-        the ids that no tokenizer knows.
+      allowed: bool [model.vocab_size], the ids that may be drawn; None: all. Whatever it says, ids that no tokenizer
+        knows (from `model.tokenizer_size` on) are not drawn.
       on_token: called with (row, token), a few tokens at a time, rows in turn.
 
     Raises:
-      UsageError: no prompt, an empty one, ids outside the vocabulary, a max_tokens below 1, or more tokens than the
-        model's learned positions.
+      UsageError: no prompt, an empty one, ids outside the vocabulary, a max_tokens below 1, more tokens than the
+        model's learned positions, or nothing that may be drawn.
     """
     check_request(model, prompts, max_tokens)
     rows, calls = len(prompts), -(-max_tokens // STEPS_PER_CALL)
     inputs = _pad(prompts)
     capacity = inputs[0].shape[1] + calls * STEPS_PER_CALL
-    allowed = jnp.ones(model.vocab_size, bool) if allowed is None else jnp.asarray(allowed)
+    drawable = jnp.asarray(_allowed(model, allowed))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
     graphdef, parameters = nnx.split(model)
 
@@ -143,7 +129,7 @@ def generate_measured(
     logits, state = jax.block_until_ready(_prefill(graphdef, parameters, *inputs, capacity=capacity))
     prefilled = time.perf_counter()
     rest = {"sampling": sampling, "length": STEPS_PER_CALL}
-    _decode.lower(graphdef, parameters, state, logits, allowed, keys, jnp.asarray(0), **rest).compile()
+    _decode.lower(graphdef, parameters, state, logits, drawable, keys, jnp.asarray(0), **rest).compile()
     decoding = time.perf_counter()
     result = Generation(
         tokens=[[] for _ in prompts],
@@ -159,7 +145,7 @@ def generate_measured(
     for call in range(calls):
         first = call * STEPS_PER_CALL
         begin = time.perf_counter()
-        state, logits, made = _decode(graphdef, parameters, state, logits, allowed, keys, jnp.asarray(first), **rest)
+        state, logits, made = _decode(graphdef, parameters, state, logits, drawable, keys, jnp.asarray(first), **rest)
         made = np.asarray(made)  # [steps, B]
         result.decode_seconds += time.perf_counter() - begin
         result.decode_tokens += made.size
@@ -222,6 +208,17 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.n
         segment_ids[row, length - len(prompt) :] = 1
         positions[row, length - len(prompt) :] = np.arange(len(prompt))  # padding stays at 0, which every table has
     return tokens, segment_ids, positions
+
+
+def _allowed(model: LanguageModel, allowed: np.ndarray | None) -> np.ndarray:
+    known = np.arange(model.vocab_size) < model.tokenizer_size
+    if allowed is None:
+        return known
+    if np.shape(allowed) != known.shape:
+        raise UsageError(f"allowed: got the shape {np.shape(allowed)}, expected ({model.vocab_size},): one bool an id")
+    if not (known & allowed).any():
+        raise UsageError("allowed: no id that the tokenizer knows is left; allow at least one")
+    return known & np.asarray(allowed, bool)
 
 
 def check_request(model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:

@@ -89,11 +89,10 @@ def _first_state(
         return checkpoint.state, checkpoint.meta
     if not init_from:
         return programs.init(), fresh
-    other, model, _ = checkpoints.load_run(init_from)
-    its_tokenizer, tokenizer = data.tokenizer.for_run(init_from, other), data.tokenizer.for_run(run.workdir, run.config)
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+    other, tokenizer = checkpoints.load_run(init_from), data.tokenizer.for_run(run.workdir, run.config)
+    if other.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
-    params = nnx.state(model, nnx.Param)
+    params = nnx.state(other.model, nnx.Param)
     wanted = programs.abstract_state.params
     checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(params), checkpoints.shapes(wanted))
     return programs.init_opt(jax.device_put(params, jax.tree.map(lambda x: x.sharding, wanted))), fresh
