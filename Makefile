@@ -5,8 +5,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-# Each stamp is a set of packages installed; it is made anew when pyproject.toml changes.
-$(VENV)/base: pyproject.toml
+# Each stamp is a set of packages installed; it is made anew when pyproject.toml or setup.py changes.
+$(VENV)/base: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable .
@@ -22,11 +22,11 @@ build/gpu-compile: $(VENV)/test
 	  | $(RUN) -m pip install --quiet --no-deps --target=$@ --requirement=/dev/stdin
 	touch $@
 
-.PHONY: demo test test-slow test-gpu-compile test-gpu lint clean
+.PHONY: demo test test-slow test-wheel test-gpu-compile test-gpu lint clean
 
 # Train the tiny GLA on the embedded corpus, evaluate it, let it write.
 demo: $(VENV)/base
-	$(RUN) train.py --config=configs/gla.py:tiny --workdir=$(WORKDIR)
+	$(RUN) train.py --config=gla:tiny --workdir=$(WORKDIR)
 	$(RUN) -m zoo.evaluate --workdir=$(WORKDIR) --tasks=perplexity
 	$(RUN) -m zoo.generate --workdir=$(WORKDIR) --prompt='def main(' --max_tokens=300 --temperature=0.7 --seed=1
 
@@ -36,6 +36,10 @@ test: lint
 # These run for longer than they compile: with LLVM's optimisations, which tests/conftest.py switches off.
 test-slow: $(VENV)/test
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -m slow
+
+# The wheel in an empty environment, outside the checkout: train, evaluate, generate, the example.
+test-wheel: $(VENV)/test
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m wheel
 
 # Compile the Hopper kernels without a GPU (Linux; 500 MB of packages).
 test-gpu-compile: build/gpu-compile
