@@ -42,13 +42,13 @@ def test_the_wheel_claims_zoo_and_kernels_alone_and_has_all_of_them(wheel):
 
 @pytest.mark.wheel
 def test_the_command_and_the_example_run_from_the_wheel_in_an_empty_environment(wheel, tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XDG", "VIRTUAL"))}
     bin_ = tmp_path / "venv" / "bin"
     venv.create(tmp_path / "venv", with_pip=True)
-    subprocess.run([bin_ / "python", "-m", "pip", "install", "-q", wheel], check=True)
+    subprocess.run([bin_ / "python", "-m", "pip", "install", "-q", wheel], check=True, cwd=tmp_path, env=kept)
     home = tmp_path / "home"
     home.mkdir()
     (home / "text.txt").write_text("".join(f"def f{n}(x):\n    return x + {n}\n\n" for n in range(200)))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XDG", "VIRTUAL"))}
     environment = kept | {"HOME": str(home), "JAX_PLATFORMS": "cpu", "PATH": f"{bin_}:/usr/bin:/bin"}
 
     def run(*command):
