@@ -7,6 +7,7 @@ registry, and every section is always there, so that any config can swap to any 
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 from zoo import lists
@@ -18,6 +19,7 @@ from zoo.sharding import MeshConfig
 
 MLP_LAYER = "mlp"  # in a pattern: an MLP as a layer of its own
 MAX_PROBLEMS = 20  # lines of one error
+MAX_JSON = 1 << 20  # bytes of a config.json
 REMAT = {
     "none": "", "minimal": "elementwise work", "full": "all", "family": "all but what the family's file names",
 }  # fmt: skip
@@ -313,18 +315,32 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def read_json(path: pathlib.Path) -> Config:
+    """`from_json` of a file. Raises: OSError, and UsageError that names the file."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no file")
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    try:
+        if len(text) > MAX_JSON:
+            raise UsageError(f"more than {MAX_JSON} bytes")
+        return from_json(text.decode())
+    except (UsageError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no config of a run: {error}") from error
+
+
 def from_json(text: str) -> Config:
-    """The config of `to_json`. Settings that the text lacks keep their defaults. `validate` is left to the caller.
+    """The config of `to_json`. Settings that the text lacks keep their defaults; `validate` is left to the caller.
 
     Raises:
       UsageError: not JSON, an unknown setting, or a value of another type.
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"config: not valid JSON ({error})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
-        raise UsageError(f"config: no JSON of settings ({type(error).__name__}: {error})") from error
+    except RecursionError as error:
+        raise UsageError("not valid JSON (brackets without end)") from error
+    except ValueError as error:  # and a number of thousands of digits
+        raise UsageError(f"not valid JSON ({error})") from error
     config = Config()
     _fill(config, values, "")
     return config
@@ -332,21 +348,19 @@ def from_json(text: str) -> Config:
 
 def _fill(config: Any, values: Any, prefix: str) -> None:
     if not isinstance(values, dict):
-        raise UsageError(
-            f"config: {prefix.rstrip('.') or 'the whole'} is {shown(values)}, expected an object of settings"
-        )
+        raise UsageError(f"{prefix.rstrip('.') or 'the whole'} is {shown(values)}, expected an object of settings")
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name, value in values.items():
         if name not in fields:
             known = nearest(name, fields, 5)
-            raise UsageError(f"config: unknown setting {shown(prefix + name)}; known, nearest first: {known}")
+            raise UsageError(f"unknown setting {shown(prefix + name)}; known, nearest first: {known}")
         declared = fields[name].metadata.get("setting")
         if declared is None:
             _fill(getattr(config, name), value, f"{prefix}{name}.")
             continue
         value = declared.convert(value)
         if type(value) is not declared.kind:
-            raise UsageError(f"config: {prefix}{name}: {declared.problem(value)}")
+            raise UsageError(f"{prefix}{name}: {declared.problem(value)}")
         setattr(config, name, value)
 
 

@@ -1,7 +1,6 @@
 """Settings that are lists written as text: data.weights and optimizer.learning_rate_factors.
 
-Readers raise ValueError with "got ..., expected ...": the check of a declaration and the code that uses the list call the
-same one.
+A reader raises ValueError with "got ..., expected ..."; a declaration's check and the code that uses the list call it.
 """
 
 import re

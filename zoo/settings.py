@@ -225,6 +225,32 @@ def plural(unit: str) -> str:
     return unit + ("es" if unit.endswith("ch") else "s")
 
 
+def suggestions(name: str, known: Mapping[str, Setting], count: int = 4) -> list[str]:
+    """The settings that may have been meant by an unknown dotted name, the likeliest first."""
+    asked_section, _, asked = name[:100].lower().replace("-", "_").rpartition(".")
+
+    def likeness(full: str) -> float:
+        in_section, _, field = full.rpartition(".")
+        names = (field, *known[full].also)
+        found = max(difflib.SequenceMatcher(None, asked, other).ratio() for other in names)
+        if len(asked) > 1 and (asked in names or asked == "".join(word[0] for word in field.split("_"))):
+            found = 1.0
+        elif len(asked) > 2 and (asked in field or field in asked or _abbreviates(asked, field)):
+            found = max(found, 0.8)
+        return found + (0.2 if in_section == asked_section else 0.0)
+
+    scores = {full: likeness(full) for full in known}
+    best = max(scores.values())
+    likely = [full for full, score in scores.items() if score >= max(0.75, best - 0.25)]
+    return sorted(likely, key=scores.get, reverse=True)[:count]
+
+
+def _abbreviates(short: str, long: str) -> bool:
+    """Whether `short` is `long` with letters left out, but not the first."""
+    letters = iter(long)
+    return short[:1] == long[:1] and all(letter in letters for letter in short)
+
+
 def nearest(name: str, known: Iterable[str], count: int | None = None) -> str:
     """`known` (the first `count`), those spelt most like `name` first."""
     return ", ".join(sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name[:100], k).ratio())[:count])

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from zoo import checkpoints, data, flops, metrics, sharding
+from zoo import checkpoints, data, flops, memory, metrics, sharding
 from zoo.checkpoints import Checkpointer
 from zoo.config import Config
 from zoo.errors import RunError, UsageError
@@ -54,6 +54,7 @@ def train(config: Config, workdir: str | os.PathLike, *, init_from: str = "", pr
     with run.lock:
         mesh = sharding.make_mesh(run.config.mesh)
         workdirs.check_mesh(run.config, mesh)
+        memory.check_training(run.config, mesh)
         dataset = data.training_dataset(run.data_config)
         info = data.corpus_info(run.data_config)
         programs = build(run.config, mesh)
