@@ -4,6 +4,7 @@ A reader raises ValueError with "got ..., expected ..."; a declaration's check a
 """
 
 import re
+import warnings
 
 from zoo.settings import shown
 
@@ -34,7 +35,8 @@ def learning_rate_factors(text: str) -> list[tuple[str, float]]:
     for entry in filter(None, text.split(",")):
         regex, _, factor = entry.rpartition("=")
         try:
-            re.compile(regex)
+            with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
+                re.compile(regex)
             found.append((regex, float(factor)))
         except (re.error, ValueError, OverflowError, RecursionError):
             found.append(("", 0.0))

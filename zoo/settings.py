@@ -52,33 +52,40 @@ class Setting:
             return f"one of {', '.join(self.choices)}"
         return self._bounds() if self.kind in (int, float) else _KINDS[self.kind]
 
+    @property
+    def values(self) -> str:
+        """The range, or the choices with their meanings: "at least 1, or 0: one for each 64 of d_model"."""
+        if self.choices:
+            return ", ".join(f"{name} ({meaning})" if meaning else name for name, meaning in self.choices.items())
+        return self._or_special(self._bounds())
+
     def describe(self) -> str:
         """ "heads; at least 1, or 0: one for each 64 of d_model"."""
-        if self.choices:
-            names = (f"{name} ({meaning})" if meaning else name for name, meaning in self.choices.items())
-            return f"{self.text}: {', '.join(names)}"
-        bounds = self._bounds() if self.kind in (int, float) else ""
-        return "; ".join(filter(None, (self.text, self._or_special(bounds))))
+        return "; ".join(filter(None, (self.text, self.values)))
 
     def problem(self, value: Any) -> str | None:
         """ "got 0, expected at least 1 step"; None if nothing is wrong. Never raises, whatever `value` is."""
         if not self._is_kind(value):
             return self._got(value, _KINDS[self.kind])
-        if self.choices:
-            near = difflib.get_close_matches(value[:100], self.choices, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            return None if value in self.choices else f"got {shown(value)}, expected {self.range}{hint}"
-        if self.kind is str:
+        if self.kind is str and not self.choices:
             return _text_problem(value, self.parse)
+        if self.choices:
+            if value in self.choices:
+                return None
+            near = difflib.get_close_matches(value[:100], self.choices, 1, 0.5)
+            return f"got {shown(value)}, expected {self.range}" + (f"; did you mean {near[0]}?" if near else "")
         if self.kind is bool or value in self.special:
             return None
-        exact = value if self.kind is int else _to_float(value)
-        computed = exact if self.kind is int else single(exact)
-        if self.kind is float and not math.isfinite(exact):
+        if self.kind is int:
+            unsaid = None if value > INT_MAX else INT_MAX
+            return None if self._inside(value) else self._got(value, bounds=self._bounds(unsaid))
+        exact = _to_float(value)
+        if not math.isfinite(exact):
             return self._got(value, "a finite number")
         if not self._inside(exact):
-            return self._got(value, bounds=self._bounds(None if exact > INT_MAX else INT_MAX))
-        if not self._inside(computed) or abs(computed) == math.inf:
+            return self._got(value)
+        computed = single(exact)
+        if not self._inside(computed, single) or math.isinf(computed):
             return f"{self._got(value)} in float32, which takes it for {computed:g}"
         return None
 
@@ -124,12 +131,12 @@ class Setting:
             return text
         return f"{text} {self.unit if [*words.values()][-1] == 1 else plural(self.unit)}"
 
-    def _inside(self, value: float) -> bool:
+    def _inside(self, value: float, rounded: Callable[[float], float] = lambda bound: bound) -> bool:
         return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
+            (self.at_least is None or value >= rounded(self.at_least))
+            and (self.above is None or value > rounded(self.above))
+            and (self.at_most is None or value <= rounded(self.at_most))
+            and (self.below is None or value < rounded(self.below))
         )
 
 
@@ -253,7 +260,7 @@ def _abbreviates(short: str, long: str) -> bool:
 
 def nearest(name: str, known: Iterable[str], count: int | None = None) -> str:
     """`known` (the first `count`), those spelt most like `name` first."""
-    return ", ".join(sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name[:100], k).ratio())[:count])
+    return ", ".join(sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name[:100].lower(), k).ratio())[:count])
 
 
 def _whole(value: float) -> int:
@@ -272,8 +279,8 @@ def _to_float(value: float) -> float:
 def _text_problem(value: str, parse: Callable[[str], Any] | None) -> str | None:
     if len(value) > MAX_TEXT:
         return f"got {len(value)} characters, expected at most {MAX_TEXT}"
-    if any(unicodedata.category(c) == "Cc" for c in value):
-        return f"got {shown(value)}, expected text without control characters"
+    if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value):
+        return f"got {shown(value)}, expected text of one line, without control characters"
     try:
         value.encode("utf-8", "surrogateescape")  # as paths are read from a command line
     except UnicodeEncodeError:

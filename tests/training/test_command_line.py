@@ -42,9 +42,18 @@ def test_a_saved_config_is_a_config_too(tmp_path):
         (["--config=pyproject.toml"], "expected FILE.py"),
         (["--config=configs/gla.py", "--config.model.d_modle=3"], r"'model.d_modle'; did you mean model.d_model"),
         (["--config=configs/gla.py", "--config.steps=3"], r"'steps'; did you mean .*train.steps"),
-        (["--config=configs/gla.py", "--config.train.steps=abc"], r"--config.train.steps: got .abc., expected a whole number"),
-        (["--config=configs/gla.py", "--config.train.steps=2.5"], r"--config.train.steps: got .2.5., expected a whole number"),
-        (["--config=configs/gla.py", "--config.metrics.wandb=maybe"], r"--config.metrics.wandb: got .maybe., expected True or False"),
+        (
+            ["--config=configs/gla.py", "--config.train.steps=abc"],
+            r"--config.train.steps: got .abc., expected a whole number",
+        ),
+        (
+            ["--config=configs/gla.py", "--config.train.steps=2.5"],
+            r"--config.train.steps: got .2.5., expected a whole number",
+        ),
+        (
+            ["--config=configs/gla.py", "--config.metrics.wandb=maybe"],
+            r"--config.metrics.wandb: got .maybe., expected True or False",
+        ),
         (["--config=configs/gla.py", "--workdri=x"], "workdri"),
     ],
 )

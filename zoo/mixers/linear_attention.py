@@ -35,6 +35,7 @@ def taylor2(x: jax.Array) -> jax.Array:
     )
 
 
+MAX_FEATURES = 2**20  # of a head
 FEATURE_MAPS = {
     "elu1": lambda x: jax.nn.elu(x) + 1.0,
     "relu": jax.nn.relu,
@@ -112,7 +113,10 @@ class LinearAttention(Mixer):
 
     @staticmethod
     def check(config, d_model):
-        return check_heads({"num_heads": heads_or_default(config.num_heads, d_model, 64)}, "d_model", d_model)
+        problems = check_heads({"num_heads": heads_or_default(config.num_heads, d_model, 64)}, "d_model", d_model)
+        if not problems and (features := _widths(config, d_model)[2]) > MAX_FEATURES:
+            problems.append(f"key_width: {config.feature_map} makes {features} features of it; at most {MAX_FEATURES}")
+        return problems
 
     @staticmethod
     def num_parameters(config, d_model):
