@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from zoo.config import Config, ModelConfig, pattern
 from zoo.errors import UsageError
 from zoo.flops import num_parameters
+from zoo.model import LanguageModel
 
 _BATCH_BYTES = 16  # a token: tokens, targets, segment_ids, weights
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -45,13 +46,17 @@ def training(config: Config) -> Training:
     of_adam = tables * model.d_model if config.optimizer.name == "muon" else parameters
     tokens = train.batch_size * train.context_length
     units = model.num_layers // len(pattern(model))
-    residual = model.d_model * (2 if model.dtype == "bfloat16" else 4)
     return Training(
         parameters=4 * parameters,
         gradients=4 * parameters,
         optimizer=4 * (parameters + of_adam),
-        activations=tokens * _BATCH_BYTES + tokens // train.accumulate_steps * units * residual,
+        activations=tokens * _BATCH_BYTES + tokens // train.accumulate_steps * units * _residual_bytes(model),
     )
+
+
+def _residual_bytes(model: ModelConfig) -> int:
+    """A token."""
+    return model.d_model * (2 if model.dtype == "bfloat16" else 4)
 
 
 def check_training(config: Config, mesh: Mesh) -> None:
@@ -72,6 +77,20 @@ def check_parameters(model: ModelConfig, where: str) -> None:
     """UsageError if the parameters alone do not fit into the memory of one device."""
     size = 4 * num_parameters(model)
     check(f"{where}: its {num_parameters(model):,} parameters", size, jax.local_devices()[:1], "use another machine")
+
+
+def check_forward(config: Config, length: int) -> None:
+    """UsageError if one row of `length` tokens does not fit: the batch and, of the activations, the residual stream."""
+    size = length * (_BATCH_BYTES + _residual_bytes(config.model))
+    check(f"a context of {length} tokens", size, jax.local_devices()[:1], "lower --context_length")
+
+
+def check_state(model: LanguageModel, rows: int, length: int) -> None:
+    """UsageError if the states of `rows` sequences of `length` tokens (caches grow with it) do not fit."""
+    state = jax.eval_shape(lambda: model.init_state(rows, length))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    advice = "lower max_tokens, or give fewer or shorter prompts"
+    check(f"{rows} sequence(s) of {length} tokens", size, jax.local_devices()[:1], advice)
 
 
 def check(what: str, needed: int, devices: Sequence[jax.Device], advice: str) -> None:

@@ -9,6 +9,7 @@ From there come its check (`problems`), how flags and JSON are read (`Setting.re
 and `zoo.config.validate`.
 """
 
+import argparse
 import ctypes
 import dataclasses
 import difflib
@@ -140,7 +141,12 @@ class Setting:
         )
 
 
-def setting(
+def setting(default: Any, text: str, **declaration: Any) -> Any:
+    """A dataclass field that declares a setting; see `declare`."""
+    return dataclasses.field(default=default, metadata={"setting": declare(default, text, **declaration)})
+
+
+def declare(
     default: Any,
     text: str,
     *,
@@ -154,10 +160,11 @@ def setting(
     choices: Iterable[str] | Mapping[str, str] = (),
     parse: Callable[[str], Any] | None = None,
     also: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that declares a setting.
+) -> Setting:
+    """A setting.
 
     Args:
+      default: also says of which type it is: int, float, bool or str.
       text: what it is, in one sentence.
       unit: what is counted, in the singular: "token".
       at_least, above, at_most, below: the range. Whole numbers are at least 1 and at most 2^31 - 1 unless they say
@@ -171,14 +178,36 @@ def setting(
     if type(default) is int:
         at_least = 1 if at_least is None else at_least
         at_most = INT_MAX if at_most is None else at_most
-    declared = Setting(
-        default, text, unit, at_least, above, at_most, below,
+    return Setting(
+        default=default,
+        text=text,
+        unit=unit,
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        below=below,
         special=({0: zero} if zero else {}) | dict(special or {}),
         choices=dict(choices) if isinstance(choices, Mapping) else dict.fromkeys(choices, ""),
         parse=parse,
         also=also,
-    )  # fmt: skip
-    return dataclasses.field(default=default, metadata={"setting": declared})
+    )
+
+
+def argument(kind: type, **declaration: Any) -> Callable[[str], Any]:
+    """The `type` of an argparse flag: int or float, in the range that `declare` takes."""
+    declared = declare(kind(), "", **declaration)
+
+    def read(text: str) -> Any:
+        try:
+            value = declared.read(text)
+            problem = declared.problem(value)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    return read
 
 
 def section(config_class: type) -> Any:

@@ -390,7 +390,12 @@ def test_a_size_beyond_the_memory_is_refused_with_the_numbers(monkeypatch):
     chosen.train.batch_size *= 1000
     assert "lower train.batch_size" in refused(memory.check_training, chosen, mesh)
     monkeypatch.setattr(memory, "host_memory", lambda: 4 * num_parameters(chosen.model) - 1)
-    assert "its " in refused(memory.check_parameters, chosen.model, "RUN")
+    assert "RUN: its " in refused(memory.check_parameters, chosen.model, "RUN")
+    assert "lower --context_length" in refused(memory.check_forward, chosen, INT_MAX)
+    with nnx.use_eager_sharding(False):
+        model = nnx.eval_shape(lambda: LanguageModel(chosen.model, rngs=nnx.Rngs(0)))
+    memory.check_state(model, 1, INT_MAX)  # a recurrence keeps as much at any length
+    assert "lower max_tokens" in refused(memory.check_state, model, 10**6, 1)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
