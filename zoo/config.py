@@ -103,7 +103,7 @@ class TrainConfig:
 @dataclasses.dataclass
 class OptimizerConfig:
     name: str = setting("adamw", "which rule", choices=OPTIMIZERS)
-    learning_rate: float = setting(3e-3, "the largest of the schedule", at_least=0, at_most=100, also=("lr",))
+    learning_rate: float = setting(3e-3, "the largest of the schedule", at_least=0, at_most=10_000, also=("lr",))
     schedule: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
     warmup_steps: int = setting(50, "steps of its linear rise", unit="step", at_least=0)
     decay_steps: int = setting(0, "of wsd's last phase", unit="step", zero="a fifth of train.steps")
@@ -111,7 +111,7 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, "of matrices, times the learning rate", at_least=0, at_most=10_000, also=("wd",))
     b1: float = setting(0.9, "Adam's mean of gradients forgets at 1 - b1", at_least=0, below=1, also=("beta1",))
     b2: float = setting(0.95, "of their squares at 1 - b2", at_least=0, below=1, also=("beta2",))
-    eps: float = setting(1e-8, "Adam's, beside the root", above=0, at_most=1, also=("epsilon",))
+    eps: float = setting(1e-8, "Adam's, beside the root", above=0, at_most=1e6, also=("epsilon",))
     momentum: float = setting(0.95, "Muon's", at_least=0, below=1)
     clip_norm: float = setting(1.0, "of the whole gradient", zero="off", above=0, also=("grad_clip", "max_grad_norm"))
     learning_rate_factors: str = setting(
