@@ -292,9 +292,15 @@ def validate(config: Config) -> None:
     Raises:
       UsageError: with every problem found, one a line.
     """
-    found = problems(config)
-    if not found:
-        found = _model_problems(config.model) + _training_problems(config)
+    _refuse(problems(config) or _model_problems(config.model) + _training_problems(config))
+
+
+def validate_model(model: ModelConfig) -> None:
+    """`validate` of the model alone."""
+    _refuse(problems(model, "model.") or _model_problems(model))
+
+
+def _refuse(found: list[str]) -> None:
     if found:
         raise UsageError("\n       ".join(found[:MAX_PROBLEMS]))
 

@@ -1,7 +1,7 @@
 """A setting is declared once, in its dataclass field: default, what it is, unit, range or choices.
 
     num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
-    rope_base: float = setting(10_000.0, "rotary turns the slowest pair by 1 / base a token", at_least=1)
+    rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
     gate: str = setting("key", "what a_t is chosen for", choices={"key": "each key dimension", "scalar": "each head"})
 
 From there come its check (`problems`), how flags and JSON are read (`Setting.read`, `Setting.convert`), and what
@@ -68,15 +68,13 @@ class Setting:
         """ "got 0, expected at least 1 step"; None if nothing is wrong. Never raises, whatever `value` is."""
         if not self._is_kind(value):
             return self._got(value, _KINDS[self.kind])
-        if self.kind is str and not self.choices:
-            return _text_problem(value, self.parse)
-        if self.choices:
-            if value in self.choices:
-                return None
-            near = difflib.get_close_matches(value[:100], self.choices, 1, 0.5)
-            return f"got {shown(value)}, expected {self.range}" + (f"; did you mean {near[0]}?" if near else "")
-        if self.kind is bool or value in self.special:
+        if self.kind is bool or value in self.special or value in self.choices:
             return None
+        if self.choices:
+            near = difflib.get_close_matches(value[:100], self.choices, 1, 0.5)
+            return self._got(value) + (f"; did you mean {near[0]}?" if near else "")
+        if self.kind is str:
+            return _text_problem(value, self.parse)
         if self.kind is int:
             unsaid = None if value > INT_MAX else INT_MAX
             return None if self._inside(value) else self._got(value, bounds=self._bounds(unsaid))
@@ -87,7 +85,7 @@ class Setting:
             return self._got(value)
         computed = single(exact)
         if not self._inside(computed, single) or math.isinf(computed):
-            return f"{self._got(value)} in float32, which takes it for {computed:g}"
+            return f"{self._got(value)} (float32 takes it for {computed:g})"
         return None
 
     def read(self, text: str) -> Any:

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels import dispatch
 from zoo.errors import UsageError
-from zoo.settings import setting
+from zoo.settings import problems, setting
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 REST = {-1: "what the others leave"}
@@ -56,8 +56,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh of `config` over `devices` (default: all).
 
     Raises:
-      UsageError: the sizes do not multiply to the number of devices.
+      UsageError: sizes that are none, or that do not multiply to the number of devices.
     """
+    if found := problems(config, "mesh."):
+        raise UsageError("; ".join(found))
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())

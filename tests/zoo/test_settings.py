@@ -128,7 +128,7 @@ class Example:
         ("steps", 10**6000, f"got int without end, expected at least 1 and at most {INT_MAX} steps"),
         ("batches", -1, "got -1, expected at least 1 batch, or 0: all"),
         ("share", math.nan, "got nan, expected a finite number, more than 0 and less than 1"),
-        ("share", 1e-320, "got 1e-320, expected more than 0 and less than 1 in float32, which takes it for 0"),
+        ("share", 1e-320, "got 1e-320, expected more than 0 and less than 1 (float32 takes it for 0)"),
         ("kind", "rad", "got 'rad', expected one of red, blue; did you mean red?"),
         ("on", 1, "got 1, expected True or False"),
     ],
@@ -283,7 +283,7 @@ def test_whole_numbers_may_be_written_as_others_and_the_reverse():
 
 def parse(*arguments):
     values = flags.FlagValues()
-    command_line.define_and_parse(["train.py", "--config=configs/gla.py:tiny", *arguments], values)
+    command_line.define_and_parse(["train.py", *arguments, "--config=configs/gla.py:tiny"], values)
     return values["config"].value
 
 

@@ -37,14 +37,15 @@ def define_and_parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAG
 
 
 def _read_overrides(argv: list[str]) -> list[str]:
-    """`argv` with each --config.NAME=VALUE as its declaration reads it, and in absl's spelling: 1e3 steps are 1000."""
-    known, rest, read = dict(declarations(Config)), iter(argv[1:]), argv[:1]
-    for argument in rest:
+    """`argv` with each --config.NAME=VALUE as its declaration reads it (1e3 steps are 1000), after all other flags."""
+    known, others, overrides = dict(declarations(Config)), [], []
+    end = argv.index("--") if "--" in argv else len(argv)
+    left = argv[:end]
+    while left:
+        argument = left.pop(0)
         match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
-        if argument == "--" or match is None:
-            read.append(argument)
-            if argument == "--":
-                break
+        if match is None:
+            others.append(argument)
             continue
         no, name, value = match.groups()
         if name not in known:
@@ -54,13 +55,15 @@ def _read_overrides(argv: list[str]) -> list[str]:
             value = "False" if no else "True"
         elif no:
             raise UsageError(f"{shown(argument)}: only a setting that is True or False takes `no`, and no value")
-        elif value is None and (value := next(rest, None)) is None:
+        elif value is None and (not left or left[0].startswith("--")):
             raise UsageError(f"--config.{name}: the value is missing; {setting.describe()}")
+        elif value is None:
+            value = left.pop(0)
         try:
-            read.append(f"--config.{name}={setting.read(value)}")
+            overrides.append(f"--config.{name}={setting.read(value)}")
         except ValueError as error:
             raise UsageError(f"--config.{name}: {error}") from error
-    return read + list(rest)
+    return others + overrides + argv[end:]
 
 
 def load(spec: str) -> Config:
