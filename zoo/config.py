@@ -18,6 +18,7 @@ from zoo.settings import INT_MAX, nearest, problems, section, setting, shown
 from zoo.sharding import MeshConfig
 
 MLP_LAYER = "mlp"  # in a pattern: an MLP as a layer of its own
+MAX_PATTERN = 256  # layers, each of which is compiled
 MAX_PROBLEMS = 20  # lines of one error
 MAX_JSON = 1 << 20  # bytes of a config.json
 REMAT = {
@@ -237,7 +238,11 @@ def _model_problems(model: ModelConfig) -> list[str]:
     for name in unknown[:3]:
         known = nearest(name, [*MIXERS, MLP_LAYER])
         found.append(f"model.mixer: unknown mixer {shown(name)}; known, nearest first: {known}")
-    if model.num_layers % len(layers):
+    if len(layers) > MAX_PATTERN:
+        found.append(
+            f"model.mixer: a pattern of {len(layers)} layers; expected at most {MAX_PATTERN}, tiled over the depth"
+        )
+    elif model.num_layers % len(layers):
         near = max(1, round(model.num_layers / len(layers))) * len(layers)
         found.append(
             f"model.num_layers: {model.num_layers} layers are no multiple of the {len(layers)} layers of the pattern "

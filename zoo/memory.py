@@ -59,6 +59,11 @@ def _residual_bytes(model: ModelConfig) -> int:
     return model.d_model * (2 if model.dtype == "bfloat16" else 4)
 
 
+def _forward_bytes(model: ModelConfig) -> int:
+    """A token, at least: the batch and the residual stream."""
+    return _BATCH_BYTES + _residual_bytes(model)
+
+
 def check_training(config: Config, mesh: Mesh) -> None:
     """UsageError if the run cannot fit into the memory of the mesh's devices, all together."""
     needed, sizes = training(config), dict(mesh.shape)
@@ -70,7 +75,12 @@ def check_training(config: Config, mesh: Mesh) -> None:
         advice = "lower model.d_model, model.num_layers or model.vocab_size"
     what = f"training {num_parameters(config.model):,} parameters ({needed}"
     what += f"; {copies} copies, which mesh.fsdp spreads instead)" if copies > 1 else ")"
-    check(what, state + needed.activations, list(mesh.devices.flat), advice)
+    devices = list(mesh.devices.flat)
+    check(what, state + needed.activations, devices, advice)
+    resident = copies * (needed.parameters + needed.optimizer)
+    rows = config.eval.batch_size or config.train.batch_size
+    size = resident + rows * config.train.context_length * _forward_bytes(config.model)
+    check(f"evaluating {rows} sequences at once", size, devices, "lower eval.batch_size")
 
 
 def check_parameters(model: ModelConfig, where: str) -> None:
@@ -80,9 +90,11 @@ def check_parameters(model: ModelConfig, where: str) -> None:
 
 
 def check_forward(config: Config, length: int) -> None:
-    """UsageError if one row of `length` tokens does not fit: the batch and, of the activations, the residual stream."""
-    size = length * (_BATCH_BYTES + _residual_bytes(config.model))
-    check(f"a context of {length} tokens", size, jax.local_devices()[:1], "lower --context_length")
+    """UsageError if a batch of validation rows of `length` tokens does not fit; it has as many tokens as the run's."""
+    rows = config.eval.batch_size or config.train.batch_size
+    tokens = max(length, rows * config.train.context_length)
+    advice = "lower --context_length, or eval.batch_size in its config.json"
+    check(f"evaluating {tokens} tokens at once", tokens * _forward_bytes(config.model), jax.local_devices()[:1], advice)
 
 
 def check_state(model: LanguageModel, rows: int, length: int) -> None:

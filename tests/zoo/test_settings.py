@@ -197,6 +197,7 @@ def test_lists_in_text_are_read_when_they_are_checked(name, value):
         ({"eval.batch_size": 2**30}, "eval.batch_size: "),
         ({"mesh.tensor": -1}, "mesh: data and tensor are -1"),
         ({"model.mixer": "gla,,gla"}, "unknown mixer ''"),
+        ({"model.mixer": ",".join(["gla"] * 257), "model.num_layers": 257}, "a pattern of 257 layers"),
         ({"model.mixer": "GLA"}, "nearest first: gla,"),
         (
             {
@@ -389,6 +390,8 @@ def test_a_size_beyond_the_memory_is_refused_with_the_numbers(monkeypatch):
     assert f"{num_parameters(chosen.model):,} parameters" in message and memory.amount(needed) in message
     chosen.train.batch_size *= 1000
     assert "lower train.batch_size" in refused(memory.check_training, chosen, mesh)
+    chosen.train.batch_size, chosen.eval.batch_size = 1, 10_000
+    assert "lower eval.batch_size" in refused(memory.check_training, chosen, mesh)
     monkeypatch.setattr(memory, "host_memory", lambda: 4 * num_parameters(chosen.model) - 1)
     assert "RUN: its " in refused(memory.check_parameters, chosen.model, "RUN")
     assert "lower --context_length" in refused(memory.check_forward, chosen, INT_MAX)

@@ -29,7 +29,7 @@ from zoo.config import Config
 from zoo.errors import RunError, UsageError
 from zoo.training import workdir as workdirs
 from zoo.training.progress import ProgressLine
-from zoo.training.schedules import effective_warmup
+from zoo.training.schedules import shortening
 from zoo.training.signals import StopSignal
 from zoo.training.step import Programs, TrainState, build
 
@@ -139,12 +139,8 @@ class _Loop:
             f"training    {config.train.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs), "
             f"{config.optimizer.name}"
         )
-        warmup = effective_warmup(config.optimizer, config.train.steps)
-        if warmup != config.optimizer.warmup_steps:
-            say(
-                f"warm-up     {warmup} steps, a tenth of the run: optimizer.warmup_steps = "
-                f"{config.optimizer.warmup_steps} is longer than train.steps = {config.train.steps}"
-            )
+        if shortened := shortening(config.optimizer, config.train.steps):
+            say(f"warm-up     {shortened}")
         if self.step:
             say(f"resumed     at step {self.step}")
 

@@ -27,6 +27,14 @@ def effective_warmup(config: OptimizerConfig, steps: int) -> int:
     return config.warmup_steps if config.warmup_steps <= steps else steps // SHORTENED
 
 
+def shortening(config: OptimizerConfig, steps: int) -> str:
+    """What a run says of a warm-up that it shortens; "" if it does not."""
+    warmup = effective_warmup(config, steps)
+    if warmup == config.warmup_steps:
+        return ""
+    return f"{warmup} steps, a tenth of the run: optimizer.warmup_steps = {config.warmup_steps} is longer than it"
+
+
 def schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """The learning rate of the update that follows `step` done ones, float32; `steps` is the run's length."""
     warmup, final = effective_warmup(config, steps), config.final_fraction
