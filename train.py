@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     with exit_with_message():
         if FLAGS.list:
             chosen = FLAGS["config"].present or FLAGS.config != Config()
-            print(command_line.config_listing(FLAGS.config) if chosen else command_line.listing())
+            print(command_line.config_listing(FLAGS.config, FLAGS.workdir) if chosen else command_line.listing())
             return
         if len(argv) > 1:
             raise UsageError(f"unexpected argument {argv[1]!r}; settings are given as --config.NAME=VALUE")

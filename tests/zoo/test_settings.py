@@ -20,6 +20,7 @@ from zoo import checkpoints, config, memory, settings
 from zoo.config import Config, from_json, preset, to_json, validate
 from zoo.errors import UsageError
 from zoo.flops import num_parameters
+from zoo.layers import MLPS
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 from zoo.settings import INT_MAX, Setting, declarations, setting
@@ -90,6 +91,7 @@ def test_every_field_is_declared_with_its_type_and_a_sentence():
             assert declared.kind is not float or declared._bounds(), f"{field.name}: any number at all?"
 
     walk(Config)
+    assert set(config.MLP_CHOICES) == {*MLPS, "none"}
     assert len(DECLARED) == len(config.leaves(Config())) > 100
 
 

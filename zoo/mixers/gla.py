@@ -21,7 +21,7 @@ from zoo.layers import linear, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads
 from zoo.settings import setting
 
-GATES = {"key": "each key dimension", "scalar": "each head", "fixed": "nothing: RetNet's", "none": "nothing: a_t = 1"}
+GATES = {"key": "each key dimension", "scalar": "each head", "fixed": "RetNet's, not chosen", "none": "a_t = 1"}
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from zoo import config as zoo_config
-from zoo import data, flops, memory
+from zoo import flops, memory
 from zoo.config import Config, pattern
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
@@ -105,14 +105,16 @@ def settings_listing() -> str:
     return "\n".join(lines + [_row(name, declared.default, declared) for name, declared in declarations(Config)])
 
 
-def config_listing(config: Config) -> str:
+def config_listing(config: Config, workdir: str = "") -> str:
     """What a config is and costs: its parameters, memory and FLOPs, and its settings beside the defaults.
+
+    `workdir`: of the run whose tokenizer counts, if it stands there.
 
     Raises:
       UsageError: a setting that is wrong, a tokenizer that cannot be read.
     """
     zoo_config.validate(config)
-    config = settle_vocabulary(config, data.tokenizer.load(config.data.tokenizer))
+    config = settle_vocabulary(config, workdir or None)
     model, length = config.model, config.train.context_length
     forward, train = (f(model, length) for f in (flops.forward_flops_per_token, flops.train_flops_per_token))
     needed = memory.training(config)

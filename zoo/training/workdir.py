@@ -40,7 +40,7 @@ def prepare(config: Config, workdir: str | os.PathLike) -> Run:
     zoo_config.validate(config)
     metrics.check(config.metrics)
     data.check(config)
-    config = settle_vocabulary(config, data.tokenizer.for_run(workdir, config))
+    config = settle_vocabulary(config, workdir)
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(checkpoints.read_config(workdir), config, workdir)
@@ -59,10 +59,12 @@ def prepare(config: Config, workdir: str | os.PathLike) -> Run:
     return Run(workdir, config, data_config, lock)
 
 
-def settle_vocabulary(config: Config, tokenizer: data.tokenizer.Tokenizer) -> Config:
-    """A copy of `config` in which model.vocab_size is no longer 0."""
+def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Config:
+    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`) needs."""
     config = copy.deepcopy(config)
     if config.model.vocab_size == 0:
+        name = config.data.tokenizer
+        tokenizer = data.tokenizer.for_run(workdir, config) if workdir else data.tokenizer.load(name)
         config.model.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return config
 
