@@ -25,7 +25,7 @@ from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 from zoo.settings import INT_MAX, Setting, declarations, setting
 from zoo.sharding import MeshConfig, make_mesh
-from zoo.training import command_line
+from zoo.training import command_line, train
 from zoo.training.optimizer import make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,6 +104,17 @@ def test_no_value_outside_of_its_declaration_passes():
             assert message.startswith(f"{name}: got ") and ", expected " in message, (name, value)
             assert "\n" not in message and len(message) < 400, (name, value)
         put(broken, name, before[name])
+
+
+def test_a_run_checks_its_settings_before_it_writes_or_compiles_anything(tmp_path):
+    for name, value in {
+        "model.attention.rope_base": 0.0, "model.norm_epsilon": math.nan, "optimizer.b1": 1.0, "train.seed": 2**63,
+        "data.weights": "1e-300,1e300", "model.gla.expand_k": -1.0, "metrics.wandb": None,
+    }.items():  # fmt: skip
+        broken = preset("tiny")
+        put(broken, name, value)
+        assert refused(train, broken, tmp_path / "run").startswith(f"{name}: got ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_values_at_the_ends_of_a_range_pass_by_themselves():
