@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from zoo import config, sharding
+from zoo.settings import argument
 from zoo.training import step
 
 TARGET = pathlib.Path(__file__).with_name("h200.txtpb")  # what the compiler asks a GPU for
@@ -122,10 +123,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mixers", default="attention,gla,retnet,mamba2")
     parser.add_argument("--size", default="1.3b")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rows", type=argument(int), default=16)
+    parser.add_argument("--tokens", type=argument(int), default=2048)
     parser.add_argument("--remat", default="minimal")
-    parser.add_argument("--kernels", type=int, default=8)
+    parser.add_argument("--kernels", type=argument(int, at_least=0), default=8)
     flags = parser.parse_args()
     (device,) = h200()
     for mixer in flags.mixers.split(","):

@@ -39,6 +39,7 @@ from benchmarks import record
 from zoo.config import Config, OptimizerConfig
 from zoo.data.synthetic import Batch, Task
 from zoo.model import LanguageModel
+from zoo.settings import argument
 from zoo.training.optimizer import make_optimizer
 from zoo.training.schedules import schedule
 
@@ -314,10 +315,12 @@ def run_or_recall(paper: str, setup: Setup, seeds: int, again: bool, partial: bo
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=SETUPS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=argument(int, unit="seed"), default=3)
     parser.add_argument("--mixers", default="", help="some of them, comma-separated; all by default")
     parser.add_argument("--tasks", default="", help="some of them, comma-separated; all by default")
-    parser.add_argument("--steps", type=int, default=0, help="fewer than the set-up's, for a look; not kept")
+    parser.add_argument(
+        "--steps", type=argument(int, at_least=0), default=0, help="fewer than the set-up's, for a look; not kept"
+    )
     parser.add_argument("--again", action="store_true", help="repeat runs whose results are kept")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux alone has it
@@ -331,7 +334,6 @@ def main():
         if setup.label not in (args.tasks or setup.label).split(","):
             continue
         setup.steps = args.steps or setup.steps
-        setup.optimizer.warmup_steps = min(setup.optimizer.warmup_steps, setup.steps)
         runs = run_or_recall(args.paper, setup, args.seeds, args.again, args.steps > 0)
         seconds = statistics.median(run["seconds"] for run in runs)
         for length in (setup.task.length, *setup.test_lengths):

@@ -29,6 +29,7 @@ from zoo.config import Config, from_json
 from zoo.mixers import MIXERS
 from zoo.mixers.gla import GATES
 from zoo.model import LanguageModel
+from zoo.settings import argument
 from zoo.training import train
 
 POSITIONS = (128, 1024, 16 * 1024, 128 * 1024)  # tokens before those that are decoded
@@ -203,7 +204,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=argument(int, unit="step"), default=60)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/zoo"))
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--ablation", action="store_true")
@@ -211,8 +212,6 @@ def main():
     families = args.families.split(",")
     if unknown := [family for family in families if family not in MIXERS]:
         parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(MIXERS)}")
-    if args.steps < 1:
-        parser.error(f"--steps={args.steps}: expected at least 1")
     workdir = args.workdir / f"{args.size}_{args.steps}_steps"
     workdir.mkdir(parents=True, exist_ok=True)
     if args.ablation:

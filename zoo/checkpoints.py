@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from zoo import config as zoo_config
+from zoo import memory
 from zoo.data.tokenizer import Tokenizer, for_run
 from zoo.errors import RunError, UsageError
 from zoo.model import LanguageModel
@@ -198,6 +199,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     workdir = pathlib.Path(workdir).absolute()
     config = read_config(workdir)
     tokenizer = for_run(workdir, config)
+    memory.check_parameters(config.model, str(workdir))
     directory = workdir / "checkpoints"
     steps = complete_steps(directory)
     if step is not None and step not in steps:
@@ -233,15 +235,19 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
 
 
 def read_config(workdir: str | os.PathLike) -> zoo_config.Config:
-    """The config that the run in `workdir` was started with. UsageError if there is no run."""
+    """The config that the run in `workdir` was started with, checked. UsageError if there is no run."""
     path = pathlib.Path(workdir) / "config.json"
     try:
-        text = path.read_text()
+        config = zoo_config.read_json(path)
     except OSError as error:
         raise UsageError(
             f"{workdir} is no run: {path} cannot be read ({error.strerror}); expected the --workdir of a training run"
         ) from error
-    return zoo_config.from_json(text)
+    try:
+        zoo_config.validate(config)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return config
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from zoo import checkpoints, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.flops import num_parameters, state_bytes
+from zoo.settings import argument
 
 
 @dataclasses.dataclass
@@ -158,7 +159,11 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a workdir")
     add("--output", default="comparison", help="folder for comparison.json and the plots; default: comparison")
-    add("--context_length", type=int, help="tokens at which the state is counted; default: the longest trained at")
+    add(
+        "--context_length",
+        type=argument(int, unit="token"),
+        help="tokens at which the state is counted; default: the longest trained at",
+    )
     return parser.parse_args(argv)
 
 
@@ -169,8 +174,6 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         context_length = arguments.context_length
         if context_length is None:
             context_length = max(run.config.train.context_length for run in runs)
-        if context_length < 1:
-            raise UsageError(f"--context_length: got {context_length}, expected at least 1 token")
         for warning in warnings(runs):
             print(f"warning: {warning}", file=sys.stderr)
         texts = list(dict.fromkeys(run.corpus for run in runs))

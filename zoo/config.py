@@ -6,50 +6,61 @@ registry, and every section is always there, so that any config can swap to any 
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import re
-import typing
+import pathlib
 from typing import Any
 
+from zoo import lists
 from zoo.errors import UsageError
 from zoo.layers import MLPS
 from zoo.mixers import MIXERS
+from zoo.settings import INT_MAX, nearest, problems, section, setting, shown
 from zoo.sharding import MeshConfig
 
 MLP_LAYER = "mlp"  # in a pattern: an MLP as a layer of its own
-REMAT = ("none", "minimal", "full", "family")
-POSITIONS = ("rope", "learned", "none")
+MAX_PATTERN = 256  # layers, each of which is compiled
+MAX_PROBLEMS = 20  # lines of one error
+MAX_JSON = 1 << 20  # bytes of a config.json
+REMAT = {
+    "none": "", "minimal": "elementwise work", "full": "all", "family": "all but what the family's file names",
+}  # fmt: skip
+POSITIONS = {"rope": "rotary, in softmax attention", "learned": "added to the embedding", "none": ""}
+MLP_CHOICES = {"swiglu": "", "gelu": "no gate", "channel_mixing": "RWKV's", "none": "no MLP in a block"}
 DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+OPTIMIZERS = {"adamw": "", "muon": "matrices by Muon, all else by AdamW"}
+SCHEDULES = {"cosine": "", "linear": "", "wsd": "warm-up, stable, decay", "constant": ""}
 
 
 @dataclasses.dataclass
 class _ModelFields:
-    mixer: str = "gla"  # families, comma-separated: a pattern tiled over the depth; `mlp` is a layer of its own
-    num_layers: int = 6  # a multiple of the pattern's length
-    d_model: int = 128
-    d_ff: int = 0  # the MLP's inner width; 0: what brings each layer to about 12 d_model^2 parameters
-    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
-    mlp: str = "swiglu"  # swiglu, gelu (no gate), channel_mixing (RWKV's), or none (no MLP in a block)
-    positions: str = "rope"  # rope (in softmax attention), learned (added to the embedding), none
-    max_positions: int = 0  # tokens; the table's length where positions are learned
-    tie_embeddings: bool = True  # the head is the embedding, transposed
-    norm_epsilon: float = 1e-5
-    dropout: float = 0.0  # probability, on the embedding and on what each mixer and MLP adds
-    logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
-    remat: str = "none"  # what the backward pass recomputes: none, minimal, full, family
-    dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters are float32
+    mixer: str = setting("gla", "families, comma-separated: a pattern tiled over the depth; `mlp` is a layer too")
+    num_layers: int = setting(
+        6, "layers, a multiple of the pattern's length", unit="layer", at_most=10_000, also=("depth",)
+    )
+    d_model: int = setting(128, "the model's width", at_most=2**20, also=("width", "hidden_size", "dim", "n_embd"))
+    d_ff: int = setting(
+        0, "the MLP's inner width", zero="what brings each layer to about 12 d_model^2 parameters",
+        also=("intermediate_size", "hidden_dim"),
+    )  # fmt: skip
+    vocab_size: int = setting(
+        0, "entries of the vocabulary", zero="the tokenizer's, rounded up to a multiple of 64", also=("n_vocab",)
+    )
+    mlp: str = setting("swiglu", "what follows the mixer in a block", choices=MLP_CHOICES)
+    positions: str = setting("rope", "what tells tokens their positions", choices=POSITIONS)
+    max_positions: int = setting(0, "the table's length, where positions are learned", unit="token", zero="no table")
+    tie_embeddings: bool = setting(True, "the head is the embedding, transposed")
+    norm_epsilon: float = setting(1e-5, "added to the mean square in norms", at_least=1e-12, at_most=1)
+    dropout: float = setting(
+        0.0, "probability, on the embedding and on what each mixer and MLP adds", at_least=0, below=1
+    )
+    logit_softcap: float = setting(0.0, "c: logits become c tanh(logits / c)", zero="off", at_least=1e-3, at_most=1e6)
+    remat: str = setting("none", "what the backward pass recomputes", choices=REMAT)
+    dtype: str = setting("float32", "of the computation; parameters are float32", choices=DTYPES, also=("precision",))
 
 
 ModelConfig = dataclasses.make_dataclass(
     "ModelConfig",
-    [
-        (name, mixer.config_class, dataclasses.field(default_factory=mixer.config_class))
-        for name, mixer in MIXERS.items()
-    ],
+    [(name, mixer.config_class, section(mixer.config_class)) for name, mixer in MIXERS.items()],
     bases=(_ModelFields,),
     namespace={"__doc__": "The model; one section a family, of which those in `mixer` count.", "__module__": __name__},
 )
@@ -57,79 +68,88 @@ ModelConfig = dataclasses.make_dataclass(
 
 @dataclasses.dataclass
 class DataConfig:
-    source: str = (
-        "stdlib"  # `stdlib`; paths and globs of txt, jsonl, parquet (.gz, .zst); or a task of zoo.data.synthetic
+    source: str = setting(
+        "stdlib", "`stdlib`; paths and globs of txt, jsonl, parquet (.gz, .zst); or a task of zoo.data.synthetic",
+        also=("dataset", "train_file", "files"),
+    )  # fmt: skip
+    weights: str = setting(
+        "", "one number a source, comma-separated; empty: by their number of tokens", parse=lists.weights
     )
-    weights: str = ""  # one number a source, comma-separated; empty: by their number of tokens
-    tokenizer: str = "bytes"  # `bytes`, or the path of a tokenizer.json
-    text_field: str = "text"  # the field of jsonl, the column of parquet
-    validation_source: str = ""  # a path or glob; empty: a part of `source`
-    validation_fraction: float = 0.05  # of the documents of a source that brings no validation split
-    cache_dir: str = ""  # of tokenized text; empty: the user's cache directory
-    read_threads: int = 1
+    tokenizer: str = setting("bytes", "`bytes`, or the path of a tokenizer.json")
+    text_field: str = setting("text", "the field of jsonl, the column of parquet")
+    validation_source: str = setting("", "a path or glob; empty: a part of `source`")
+    validation_fraction: float = setting(
+        0.05, "share of the documents that validates, of a source without a validation split", above=0, below=1
+    )
+    cache_dir: str = setting("", "of tokenized text; empty: the user's cache directory")
+    read_threads: int = setting(
+        1, "threads that read ahead", unit="thread", zero="none", at_most=1024, also=("num_workers",)
+    )
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    steps: int = 1000
-    batch_size: int = 16  # sequences a step, over all devices and microbatches
-    context_length: int = 256  # tokens a sequence
-    seed: int = 0
-    accumulate_steps: int = 1  # microbatches a step
-    log_every: int = 10  # steps
+    steps: int = setting(1000, "steps of the run", unit="step", also=("iterations", "max_iters", "num_updates"))
+    batch_size: int = setting(
+        16, "sequences a step, over all devices and microbatches", unit="sequence", also=("bs", "bsz")
+    )
+    context_length: int = setting(
+        256, "tokens a sequence", unit="token", also=("sequence_length", "seq_len", "block_size", "max_length")
+    )
+    seed: int = setting(0, "of initial weights, order and dropout", at_least=0, at_most=2**32 - 1)
+    accumulate_steps: int = setting(1, "microbatches a step", unit="microbatch", also=("grad_accum",))
+    log_every: int = setting(10, "steps between rows of metrics", unit="step")
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    name: str = "adamw"  # adamw, or muon (matrices by Muon, all else by AdamW)
-    learning_rate: float = 3e-3
-    schedule: str = "cosine"  # cosine, linear, wsd (warm-up, stable, decay), constant
-    warmup_steps: int = 50
-    decay_steps: int = 0  # of wsd's last phase; 0: a fifth of train.steps
-    final_fraction: float = 0.1  # of the learning rate, at the last step
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95  # Muon's
-    clip_norm: float = 1.0  # of the whole gradient; 0: off
-    learning_rate_factors: str = ""  # "regex=factor,..." over parameter paths
+    name: str = setting("adamw", "which rule", choices=OPTIMIZERS)
+    learning_rate: float = setting(3e-3, "the largest of the schedule", at_least=0, at_most=10_000, also=("lr",))
+    schedule: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
+    warmup_steps: int = setting(50, "steps of its linear rise", unit="step", at_least=0)
+    decay_steps: int = setting(0, "of wsd's last phase", unit="step", zero="a fifth of train.steps")
+    final_fraction: float = setting(0.1, "of the learning rate, at the last step", at_least=0, at_most=1)
+    weight_decay: float = setting(0.1, "of matrices, times the learning rate", at_least=0, at_most=10_000, also=("wd",))
+    b1: float = setting(0.9, "Adam's mean of gradients forgets at 1 - b1", at_least=0, below=1, also=("beta1",))
+    b2: float = setting(0.95, "of their squares at 1 - b2", at_least=0, below=1, also=("beta2",))
+    eps: float = setting(1e-8, "Adam's, beside the root", above=0, at_most=1e6, also=("epsilon",))
+    momentum: float = setting(0.95, "Muon's", at_least=0, below=1)
+    clip_norm: float = setting(1.0, "of the whole gradient", zero="off", above=0, also=("grad_clip", "max_grad_norm"))
+    learning_rate_factors: str = setting(
+        "", '"regex=factor,..." over parameter paths', parse=lists.learning_rate_factors
+    )
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    every: int = 200  # steps
-    keep_last: int = 2
-    keep_best: int = 1  # by validation loss
+    every: int = setting(200, "steps between checkpoints", unit="step")
+    keep_last: int = setting(2, "newest checkpoints kept", unit="checkpoint")
+    keep_best: int = setting(1, "best checkpoints kept, by validation loss", unit="checkpoint", at_least=0)
 
 
 @dataclasses.dataclass
 class EvalConfig:
-    every: int = 200  # steps; 0: only at the end
-    batches: int = 0  # of the validation split; 0: all of it
-    batch_size: int = 0  # sequences; 0: train.batch_size
+    every: int = setting(200, "steps between evaluations", unit="step", zero="only at the end")
+    batches: int = setting(0, "of the validation split", unit="batch", zero="all of it")
+    batch_size: int = setting(0, "sequences a batch", unit="sequence", zero="train.batch_size")
 
 
 @dataclasses.dataclass
 class MetricsConfig:
-    tensorboard: bool = True
-    wandb: bool = False
-
-
-def _section(cls: type) -> Any:
-    return dataclasses.field(default_factory=cls)
+    tensorboard: bool = setting(True, "write TensorBoard events")
+    wandb: bool = setting(False, "write to Weights & Biases")
 
 
 @dataclasses.dataclass
 class Config:
-    model: ModelConfig = _section(ModelConfig)
-    data: DataConfig = _section(DataConfig)
-    train: TrainConfig = _section(TrainConfig)
-    optimizer: OptimizerConfig = _section(OptimizerConfig)
-    mesh: MeshConfig = _section(MeshConfig)
-    checkpoint: CheckpointConfig = _section(CheckpointConfig)
-    eval: EvalConfig = _section(EvalConfig)
-    metrics: MetricsConfig = _section(MetricsConfig)
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    train: TrainConfig = section(TrainConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    eval: EvalConfig = section(EvalConfig)
+    metrics: MetricsConfig = section(MetricsConfig)
 
 
 # --- Sizes ------------------------------------------------------------------------------------------------------------
@@ -211,137 +231,83 @@ def mlp_width(model: ModelConfig, layer: str) -> int:
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """`known`, those spelt most like `name` first."""
-    return ", ".join(sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio()))
-
-
-def _check_model(model: ModelConfig) -> list[str]:
-    problems = []
+def _model_problems(model: ModelConfig) -> list[str]:
+    found = []
     layers = pattern(model)
-    for name in dict.fromkeys(layers):
-        if name not in MIXERS and name != MLP_LAYER:
-            known = nearest(name, [*MIXERS, MLP_LAYER])
-            problems.append(f"model.mixer: unknown mixer {name!r}; known, nearest first: {known}")
-    if model.num_layers < 1 or model.num_layers % len(layers):
-        near = max(1, round(model.num_layers / len(layers))) * len(layers)
-        problems.append(
-            f"model.num_layers: {model.num_layers} layers are no multiple of the {len(layers)} layers of the pattern "
-            f"{model.mixer!r}; use {near}, or another pattern"
+    unknown = [name for name in dict.fromkeys(layers) if name not in MIXERS and name != MLP_LAYER]
+    for name in unknown[:3]:
+        known = nearest(name, [*MIXERS, MLP_LAYER])
+        found.append(f"model.mixer: unknown mixer {shown(name)}; known, nearest first: {known}")
+    if len(layers) > MAX_PATTERN:
+        found.append(
+            f"model.mixer: a pattern of {len(layers)} layers; expected at most {MAX_PATTERN}, tiled over the depth"
         )
-    if model.d_model < 1:
-        problems.append(f"model.d_model: got {model.d_model}, expected at least 1")
-    for field, options in (("mlp", (*MLPS, "none")), ("positions", POSITIONS), ("remat", REMAT), ("dtype", DTYPES)):
-        value = getattr(model, field)
-        if value not in options:
-            problems.append(f"model.{field}: got {value!r}, expected one of {', '.join(options)}")
-    if problems:
-        return problems  # what follows needs a pattern and a width
+    elif model.num_layers % len(layers):
+        near = max(1, round(model.num_layers / len(layers))) * len(layers)
+        found.append(
+            f"model.num_layers: {model.num_layers} layers are no multiple of the {len(layers)} layers of the pattern "
+            f"{shown(model.mixer)}; use {near}, or another pattern"
+        )
+    if found:
+        return found  # what follows needs a pattern
     for name in dict.fromkeys(layers):
         if name == MLP_LAYER:
             continue
         settings = getattr(model, name)
         family = [f"model.{name}.{problem}" for problem in MIXERS[name].check(settings, model.d_model)]
-        problems += family
+        found += family
         if not family and mlp_width(model, name) < 1 and model.mlp != "none":
             size = MIXERS[name].num_parameters(settings, model.d_model) / model.d_model**2
-            problems.append(
+            found.append(
                 f"model.d_ff: {name}'s own parameters ({size:.1f} d_model^2) leave none of a layer's 12 d_model^2 for "
                 f"the MLP; set model.d_ff, or model.mlp=none"
             )
-    if model.d_ff < 0:
-        problems.append(f"model.d_ff: got {model.d_ff}, expected a width, or 0 for the default")
-    if model.vocab_size < 0:
-        problems.append(f"model.vocab_size: got {model.vocab_size}, expected a size, or 0 for the tokenizer's")
-    if not 0 <= model.dropout < 1:
-        problems.append(f"model.dropout: got {model.dropout}, expected a probability in [0, 1)")
-    if model.norm_epsilon <= 0:
-        problems.append(f"model.norm_epsilon: got {model.norm_epsilon}, expected more than 0")
-    if model.logit_softcap < 0:
-        problems.append(f"model.logit_softcap: got {model.logit_softcap}, expected a cap, or 0 for none")
-    if model.positions == "learned" and model.max_positions < 1:
-        problems.append("model.max_positions: learned positions need a table; set it to at least train.context_length")
-    return problems
+    if model.positions == "learned" and model.max_positions == 0:
+        found.append("model.max_positions: learned positions need a table; set it to at least train.context_length")
+    return found
 
 
-def _check_training(config: Config) -> list[str]:
-    train, optimizer, problems = config.train, config.optimizer, []
-    at_least = {
-        "train.steps": (train.steps, 1, "step"),
-        "train.batch_size": (train.batch_size, 1, "sequence"),
-        "train.context_length": (train.context_length, 1, "token"),
-        "train.accumulate_steps": (train.accumulate_steps, 1, "microbatch"),
-        "train.log_every": (train.log_every, 1, "step"),
-        "train.seed": (train.seed, 0, ""),
-        "optimizer.warmup_steps": (optimizer.warmup_steps, 0, "step"),
-        "optimizer.decay_steps": (optimizer.decay_steps, 0, "step"),
-        "checkpoint.every": (config.checkpoint.every, 1, "step"),
-        "checkpoint.keep_last": (config.checkpoint.keep_last, 1, "checkpoint"),
-        "checkpoint.keep_best": (config.checkpoint.keep_best, 0, "checkpoint"),
-        "eval.every": (config.eval.every, 0, "step"),
-        "eval.batches": (config.eval.batches, 0, "batch"),
-        "eval.batch_size": (config.eval.batch_size, 0, "sequence"),
-        "data.read_threads": (config.data.read_threads, 0, "thread"),
-    }
-    for field, (value, least, unit) in at_least.items():
-        if value < least:
-            problems.append(f"{field}: got {value}, expected at least {least} {unit}".rstrip())
-    if train.accumulate_steps > 0 and train.batch_size % train.accumulate_steps:
-        problems.append(
+def _training_problems(config: Config) -> list[str]:
+    train, found = config.train, []
+    if train.batch_size % train.accumulate_steps:
+        found.append(
             f"train.accumulate_steps: {train.batch_size} sequences do not split into {train.accumulate_steps} "
             "microbatches; choose a divisor of train.batch_size"
         )
     if config.model.positions == "learned" and 0 < config.model.max_positions < train.context_length:
-        problems.append(
+        found.append(
             f"model.max_positions: a table of {config.model.max_positions} is shorter than train.context_length = "
             f"{train.context_length}; make it at least that"
         )
-    if optimizer.name not in OPTIMIZERS:
-        problems.append(f"optimizer.name: got {optimizer.name!r}, expected one of {', '.join(OPTIMIZERS)}")
-    if optimizer.schedule not in SCHEDULES:
-        problems.append(f"optimizer.schedule: got {optimizer.schedule!r}, expected one of {', '.join(SCHEDULES)}")
-    if optimizer.warmup_steps > train.steps:
-        problems.append(
-            f"optimizer.warmup_steps: a warm-up of {optimizer.warmup_steps} steps is longer than train.steps = "
-            f"{train.steps}; shorten it"
-        )
-    for field, low, high in (
-        ("learning_rate", 0, math.inf), ("weight_decay", 0, math.inf), ("clip_norm", 0, math.inf), ("eps", 0, math.inf),
-        ("final_fraction", 0, 1), ("b1", 0, 1), ("b2", 0, 1), ("momentum", 0, 1),
-    ):  # fmt: skip
-        value = getattr(optimizer, field)
-        if not low <= value <= high or not math.isfinite(value):
-            problems.append(f"optimizer.{field}: got {value}, expected a number from {low} to {high}")
-    for entry in filter(None, optimizer.learning_rate_factors.split(",")):
-        regex, _, factor = entry.rpartition("=")
-        try:
-            re.compile(regex)
-            if not regex or float(factor) < 0:
-                raise ValueError
-        except (re.error, ValueError):
-            problems.append(f"optimizer.learning_rate_factors: got {entry!r}, expected regex=factor, as in embed=0.1")
-    if not 0 < config.data.validation_fraction < 1:
-        problems.append(f"data.validation_fraction: got {config.data.validation_fraction}, expected a share in (0, 1)")
-    return problems
+    for name, rows in (("train.batch_size", train.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if rows * train.context_length > INT_MAX:
+            found.append(
+                f"{name}: {rows} sequences of train.context_length = {train.context_length} are more than {INT_MAX} "
+                "tokens in one batch; use fewer"
+            )
+    axes = [name for name, size in dataclasses.asdict(config.mesh).items() if size == -1]
+    if len(axes) > 1:
+        found.append(f"mesh: {' and '.join(axes)} are -1; at most one axis takes what the others leave")
+    return found
 
 
 def validate(config: Config) -> None:
-    """Check everything that needs neither files nor devices.
+    """Check everything that needs neither files nor devices: each setting by itself, then what relates them.
 
     Raises:
       UsageError: with every problem found, one a line.
     """
-    _refuse(_check_model(config.model) + _check_training(config))
+    _refuse(problems(config) or _model_problems(config.model) + _training_problems(config))
 
 
 def validate_model(model: ModelConfig) -> None:
     """`validate` of the model alone."""
-    _refuse(_check_model(model))
+    _refuse(problems(model, "model.") or _model_problems(model))
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise UsageError("\n       ".join(problems))
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise UsageError("\n       ".join(found[:MAX_PROBLEMS]))
 
 
 # --- JSON and differences ---------------------------------------------------------------------------------------------
@@ -360,38 +326,53 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def read_json(path: pathlib.Path) -> Config:
+    """`from_json` of a file. Raises: OSError, and UsageError that names the file."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no file")
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    try:
+        if len(text) > MAX_JSON:
+            raise UsageError(f"more than {MAX_JSON} bytes")
+        return from_json(text.decode())
+    except (UsageError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no config of a run: {error}") from error
+
+
 def from_json(text: str) -> Config:
-    """The config of `to_json`. Settings that the text lacks keep their defaults.
+    """The config of `to_json`. Settings that the text lacks keep their defaults; `validate` is left to the caller.
 
     Raises:
       UsageError: not JSON, an unknown setting, or a value of another type.
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"config: not valid JSON ({error})") from error
-    return _fill(Config(), values, "")
+    except RecursionError as error:
+        raise UsageError("not valid JSON (brackets without end)") from error
+    except ValueError as error:  # and a number of thousands of digits
+        raise UsageError(f"not valid JSON ({error})") from error
+    config = Config()
+    _fill(config, values, "")
+    return config
 
 
-def _fill(section: Any, values: Any, prefix: str) -> Any:
+def _fill(config: Any, values: Any, prefix: str) -> None:
     if not isinstance(values, dict):
-        raise UsageError(f"config: {prefix.rstrip('.') or 'the whole'} is {values!r}, expected an object of settings")
-    types = typing.get_type_hints(type(section))
+        raise UsageError(f"{prefix.rstrip('.') or 'the whole'} is {shown(values)}, expected an object of settings")
+    fields = {field.name: field for field in dataclasses.fields(config)}
     for name, value in values.items():
-        if name not in types:
-            raise UsageError(
-                f"config: unknown setting {prefix + name!r}; known, nearest first: {nearest(name, [*types])}"
-            )
-        current = getattr(section, name)
-        if dataclasses.is_dataclass(current):
-            _fill(current, value, f"{prefix}{name}.")
+        if name not in fields:
+            known = nearest(name, fields, 5)
+            raise UsageError(f"unknown setting {shown(prefix + name)}; known, nearest first: {known}")
+        declared = fields[name].metadata.get("setting")
+        if declared is None:
+            _fill(getattr(config, name), value, f"{prefix}{name}.")
             continue
-        if types[name] is float and type(value) is int:
-            value = float(value)
-        if type(value) is not types[name]:
-            raise UsageError(f"config: {prefix}{name} is {value!r}, expected {types[name].__name__}")
-        setattr(section, name, value)
-    return section
+        value = declared.convert(value)
+        if type(value) is not declared.kind:
+            raise UsageError(f"{prefix}{name}: {declared.problem(value)}")
+        setattr(config, name, value)
 
 
 def difference(old: Config, new: Config) -> list[str]:

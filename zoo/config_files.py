@@ -45,9 +45,9 @@ def load_config(spec: str) -> Config:
     if size is not None:
         raise UsageError(f"{path} is one config and has no sizes; leave :{size} away")
     try:
-        return zoo_config.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+        return zoo_config.read_json(file)
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror})") from error
 
 
 def _folder() -> pathlib.Path:

@@ -19,8 +19,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels import dispatch
 from zoo.errors import UsageError
+from zoo.settings import problems, setting
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+REST = {-1: "what the others leave"}
 
 # Logical name -> mesh axes. Every name that a parameter or an activation uses stands here.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -42,26 +44,28 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+    """Devices along each mesh axis; one axis at most takes what the others leave."""
 
-    data: int = -1  # copies of the model, each on its own sequences
-    fsdp: int = 1  # like data, with the parameters spread over it
-    tensor: int = 1  # heads, MLP width and vocabulary spread over it
-    sequence: int = 1  # tokens of a sequence spread over it
+    data: int = setting(-1, "copies of the model, each on its own sequences", unit="device", special=REST)
+    fsdp: int = setting(1, "like data, with the parameters spread over it", unit="device", special=REST)
+    tensor: int = setting(1, "heads, MLP width and vocabulary spread over it", unit="device", special=REST)
+    sequence: int = setting(1, "tokens of a sequence spread over it", unit="device", special=REST)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all).
 
     Raises:
-      UsageError: the sizes do not multiply to the number of devices.
+      UsageError: sizes that are none, or that do not multiply to the number of devices.
     """
+    if found := problems(config, "mesh."):
+        raise UsageError("; ".join(found))
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UsageError(f"mesh: got {asked}; each size must be at least 1, and at most one may be -1 (what is left)")
+    if len(open_axes) > 1:
+        raise UsageError(f"mesh: got {asked}; at most one may be -1 (what the others leave)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         sizes[open_axes[0]] = len(devices) // fixed

@@ -4,6 +4,7 @@
     python train.py --config=gla:tiny --workdir=runs/retnet --config.model.mixer=retnet
     python train.py --config=runs/gla/config.json --workdir=runs/more --init_from=runs/gla
     python train.py --list
+    python train.py --list --config=gla:340m
 
 --config is a name of `--list` with a size, or a file: configs/gla.py:tiny, my/own.py, a run's config.json.
 --config.SECTION.FIELD=VALUE overrides any setting of the config; --list shows them. After an installation
@@ -21,16 +22,18 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "Folder of the run; a run that stands there is resumed.")
 flags.DEFINE_string("init_from", "", "Workdir of a run whose weights the new run starts from.")
 flags.DEFINE_integer("profile", 0, "Trace that many steps into WORKDIR/profile (--profile alone: 5).", lower_bound=0)
-flags.DEFINE_boolean("list", False, "Show mixers, sizes, config files and all settings with their defaults, and exit.")
+flags.DEFINE_boolean(
+    "list", False, "Show mixers, sizes, configs and settings, or what --config is and costs, and exit."
+)
 
 
 def parse(argv: list[str]) -> list[str]:
+    from zoo.training import command_line
+
     with exit_with_message():
         if any(argument in ("--help", "-help", "-h", "--helpshort") for argument in argv[1:]):
-            print(__doc__, FLAGS.module_help(sys.modules[__name__]), sep="\n")
+            print(__doc__, FLAGS.module_help(sys.modules[__name__]), "", command_line.settings_listing(), sep="\n")
             sys.exit(0)
-        from zoo.training import command_line  # here, so that --help needs no jax
-
         return command_line.define_and_parse(["--profile=5" if a == "--profile" else a for a in argv])
 
 
@@ -41,11 +44,13 @@ def quiet_libraries() -> None:
 
 
 def main(argv: list[str]) -> None:
+    from zoo.config import Config
     from zoo.training import command_line, train
 
     with exit_with_message():
         if FLAGS.list:
-            print(command_line.listing())
+            chosen = FLAGS["config"].present or FLAGS.config != Config()
+            print(command_line.config_listing(FLAGS.config, FLAGS.workdir) if chosen else command_line.listing())
             return
         if len(argv) > 1:
             raise UsageError(f"unexpected argument {argv[1]!r}; settings are given as --config.NAME=VALUE")

@@ -291,7 +291,7 @@ def test_text_shorter_than_one_context_says_how_much_there_is(config, corpus):
 def test_weights_that_do_not_fit_the_sources_are_refused(config, write_documents, weights):
     config.data.source = ",".join(write_documents(3, seed=s, folder=f"text{s}")[0] for s in (1, 2))
     config.data.weights = weights
-    with pytest.raises(UsageError, match=r"data.weights: got .* for 2 source\(s\); expected 2 positive"):
+    with pytest.raises(UsageError, match=r"data.weights: got .*, expected a number|got . for 2 source\(s\)"):
         check(config)
 
 

@@ -41,9 +41,18 @@ def test_a_saved_config_is_a_config_too(tmp_path):
         (["--config=configs/gla.py:huge"], "unknown size 'huge'; expected one of tiny, 125m"),
         (["--config=configs/gla.py", "--config.model.d_modle=3"], r"'model.d_modle'; did you mean model.d_model"),
         (["--config=configs/gla.py", "--config.steps=3"], r"'steps'; did you mean .*train.steps"),
-        (["--config=configs/gla.py", "--config.train.steps=abc"], r"--config.train.steps=abc"),
-        (["--config=configs/gla.py", "--config.train.steps=2.5"], r"--config.train.steps=2.5"),
-        (["--config=configs/gla.py", "--config.metrics.wandb=maybe"], r"--config.metrics.wandb=maybe"),
+        (
+            ["--config=configs/gla.py", "--config.train.steps=abc"],
+            r"--config.train.steps: got .abc., expected a whole number",
+        ),
+        (
+            ["--config=configs/gla.py", "--config.train.steps=2.5"],
+            r"--config.train.steps: got .2.5., expected a whole number",
+        ),
+        (
+            ["--config=configs/gla.py", "--config.metrics.wandb=maybe"],
+            r"--config.metrics.wandb: got .maybe., expected True or False",
+        ),
         (["--config=configs/gla.py", "--workdri=x"], "workdri"),
     ],
 )

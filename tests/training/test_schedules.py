@@ -1,7 +1,7 @@
 import pytest
 
 from zoo.config import OptimizerConfig
-from zoo.training.schedules import schedule
+from zoo.training.schedules import schedule, shortening
 
 STEPS = 100
 
@@ -38,6 +38,15 @@ def test_shape(name, update, expected):
 
 def test_wsd_decays_over_decay_steps():
     assert [rate("wsd", n, decay_steps=40) for n in (60, 80, 100)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_a_warm_up_longer_than_the_run_takes_a_tenth_of_it():
+    config = OptimizerConfig(schedule="constant", learning_rate=1.0, warmup_steps=101)
+    assert [float(schedule(config, 100)(n - 1)) for n in (5, 10, 11)] == pytest.approx([0.5, 1.0, 1.0])
+    assert float(schedule(config, 101)(4)) == pytest.approx(5 / 101)  # as long as the run: as asked for
+    assert float(schedule(config, 4)(0)) == 1.0  # a tenth of four steps is none
+    assert shortening(config, 101) == "" and "10 steps" in shortening(config, 100)
+    assert config.warmup_steps == 101  # what config.json keeps, for when the run is extended
 
 
 def test_no_warm_up_starts_at_the_learning_rate():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
+from zoo import lists
 from zoo.data import cache, corpora, packing, synthetic
 from zoo.data import tokenizer as tokenizers
 from zoo.data.streams import Stream, content_hash
@@ -237,17 +238,12 @@ def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Toke
 
 def _weights(text: str, num_sources: int) -> list[float]:
     """Empty: none given."""
-    if not text.strip():
-        return []
     try:
-        weights = [float(weight) for weight in text.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != num_sources or not all(0 < weight < float("inf") for weight in weights):
-        raise UsageError(
-            f"data.weights: got {text!r} for {num_sources} source(s); expected {num_sources} positive number(s), "
-            "comma-separated, or nothing"
-        )
+        weights = lists.weights(text)
+    except ValueError as error:
+        raise UsageError(f"data.weights: {error}") from error
+    if weights and len(weights) != num_sources:
+        raise UsageError(f"data.weights: got {len(weights)} for {num_sources} source(s); expected one for each")
     return weights
 
 

@@ -15,23 +15,24 @@ import time
 
 from rich.console import Console
 
-from zoo import checkpoints, data
-from zoo.config import Config, nearest
+from zoo import checkpoints, data, memory
+from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
 from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
+from zoo.settings import argument, nearest
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--workdir", required=True, help="the run to load")
-    add("--step", type=int, help="the checkpoint's step; default: the newest")
+    add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--tasks", default="perplexity", help=f"comma-separated; known: {', '.join(TASKS)}")
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
     add("--source", help="`stdlib`, a path or a glob; default: the run's validation split")
-    add("--batches", type=int, default=0, help="at most so many, spread over the text; 0: all")
+    add("--batches", type=argument(int, at_least=0), default=0, help="at most so many, spread over the text; 0: all")
     add("--output", help="the JSON to write; default: WORKDIR/evaluate.json")
     return parser.parse_args(argv)
 
@@ -49,10 +50,10 @@ def _tasks(names: str) -> dict[str, Task]:
 def _context_lengths(text: str | None, default: int) -> list[int]:
     if text is None:
         return [default]
-    lengths = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(lengths) < 1:
-        raise UsageError(f"--context_length: got {text!r}, expected lengths in tokens, such as 256,1024")
-    return list(dict.fromkeys(lengths))
+    try:
+        return list(dict.fromkeys(map(argument(int, unit="token"), text.split(","))))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--context_length: {error}, or several lengths, such as 256,1024") from error
 
 
 def _with_data(config: Config, workdir: str, source: str | None) -> Config:
@@ -70,13 +71,12 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         tasks = _tasks(arguments.tasks)
-        if arguments.batches < 0:
-            raise UsageError(f"--batches: got {arguments.batches}, expected a number, or 0 for all")
         config = _with_data(checkpoints.read_config(arguments.workdir), arguments.workdir, arguments.source)
         output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json"))
         if not output.parent.is_dir():
             raise UsageError(f"--output: the folder {str(output.parent)!r} does not exist")
         lengths = _context_lengths(arguments.context_length, config.train.context_length)
+        memory.check_forward(config, max(lengths))
         corpus = data.corpus_info(config)
         run = checkpoints.load_run(arguments.workdir, arguments.step)
         request = Request(config, run.model, lengths, arguments.batches)

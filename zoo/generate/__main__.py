@@ -15,20 +15,24 @@ import numpy as np
 from zoo import checkpoints, data
 from zoo.errors import UsageError, exit_with_message
 from zoo.generate.sampler import Generation, Sampling, check_request, generate
+from zoo.settings import argument
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--workdir", required=True, help="the run to load")
-    add("--step", type=int, help="the checkpoint's step; default: the newest")
+    add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--prompt", action="append", default=[], help="may be repeated; empty: begin a document")
     add("--prompt_file", action="append", default=[], help="its content is a prompt; may be repeated; -: stdin")
-    add("--max_tokens", type=int, default=200, help="tokens to write at most, a prompt")
-    add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that hold this share of probability")
-    add("--seed", type=int, default=0)
+    add("--max_tokens", type=argument(int, unit="token"), default=200, help="tokens to write at most, a prompt")
+    add("--temperature", type=argument(float, at_least=0), default=1.0, help="0: always the likeliest token")
+    add("--top_k", type=argument(int, at_least=0), default=0, help="draw from the k likeliest tokens; 0: all")
+    add(
+        "--top_p", type=argument(float, above=0, at_most=1), default=1.0,
+        help="draw from the likeliest tokens that hold this share of probability",
+    )  # fmt: skip
+    add("--seed", type=argument(int, at_least=0, at_most=2**32 - 1), default=0, help="of the draws")
     add(
         "--stop_at_separator", action=argparse.BooleanOptionalAction, default=True,
         help="end where the model ends the document; --no-stop_at_separator: it may not, and writes max_tokens",
@@ -93,8 +97,6 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-        if arguments.max_tokens < 1:
-            raise UsageError(f"--max_tokens: got {arguments.max_tokens}, expected at least 1")
         run = checkpoints.load_run(arguments.workdir, arguments.step)
         tokenizer = run.tokenizer
         texts = _prompts(arguments, tokenizer)

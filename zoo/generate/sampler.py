@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from kernels.array_typing import Array, Float, Int
+from zoo import memory
 from zoo.errors import UsageError
 from zoo.model import LanguageModel, State
 
@@ -240,3 +241,4 @@ def check_request(model: LanguageModel, prompts: Sequence[Sequence[int]], max_to
                 f"prompt {row}: its {len(prompt)} tokens and max_tokens = {max_tokens} exceed the model's "
                 f"{model.max_positions} learned positions; shorten the prompt, or lower max_tokens"
             )
+    memory.check_state(model, len(prompts), max(map(len, prompts)) + max_tokens)

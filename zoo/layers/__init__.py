@@ -9,10 +9,11 @@ from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, rms_norm
 from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.rotary import rotary
 from zoo.layers.short_conv import ShortConv
-from zoo.layers.step_size import step_size_bias
+from zoo.layers.step_size import check_steps, step_size_bias
 from zoo.layers.token_shift import token_shift
 
 __all__ = [
+    "check_steps",
     "GELU",
     "MLPS",
     "ChannelMixing",

@@ -24,21 +24,22 @@ from flax import nnx
 
 from zoo import ops
 from zoo.layers.parameter import parameter
-from zoo.layers.step_size import log_uniform
+from zoo.layers.step_size import check_steps, log_uniform
+from zoo.settings import setting
 
 INITS = ("lin", "inv", "real")
-DISCRETIZATIONS = ("zoh", "bilinear")
+DISCRETIZATIONS = {"zoh": "zero-order hold", "bilinear": ""}
 
 
 @dataclasses.dataclass
 class DiagonalSSMConfig:
-    state_dim: int = 64  # N, real numbers a channel: pairs make complex ones, except with init=real
-    init: str = "lin"  # lin, inv, real
-    discretization: str = "zoh"  # zoh (zero-order hold), bilinear
-    dt_min: float = 1e-3  # of the initial step sizes
-    dt_max: float = 1e-1
-    n_ssm: int = 0  # different A, a divisor of the channels; 0: one a channel
-    train_b: bool = False  # B is a parameter beside c, without weight decay
+    state_dim: int = setting(64, "N, real numbers a channel, complex in pairs but for init=real", at_most=65_536)
+    init: str = setting("lin", "where A starts", choices=INITS)
+    discretization: str = setting("zoh", "how steps of dt are taken", choices=DISCRETIZATIONS)
+    dt_min: float = setting(1e-3, "the smallest initial step size", at_least=1e-8, at_most=100)
+    dt_max: float = setting(1e-1, "the largest initial step size", at_least=1e-8, at_most=100)
+    n_ssm: int = setting(0, "different A, a divisor of the channels", zero="one for each channel")
+    train_b: bool = setting(False, "B is a parameter beside c, without weight decay")
 
 
 class DiagonalSSM(nnx.Module):
@@ -104,18 +105,11 @@ class DiagonalSSM(nnx.Module):
 
     @staticmethod
     def check(channels: int, config: DiagonalSSMConfig) -> list[str]:
-        problems = []
-        if config.n_ssm < 0 or (config.n_ssm and channels % config.n_ssm):
+        problems = check_steps(config)
+        if config.n_ssm and channels % config.n_ssm:
             problems.append(f"n_ssm: got {config.n_ssm}, expected a divisor of the {channels} channels, or 0")
-        if config.init not in INITS:
-            problems.append(f"init: got {config.init!r}, expected one of {', '.join(INITS)}")
-        if config.discretization not in DISCRETIZATIONS:
-            options = ", ".join(DISCRETIZATIONS)
-            problems.append(f"discretization: got {config.discretization!r}, expected one of {options}")
-        if config.state_dim < 1 or (config.init != "real" and config.state_dim % 2):
+        if config.init != "real" and config.state_dim % 2:
             problems.append(f"state_dim: got {config.state_dim}, expected an even number (complex states are pairs)")
-        if not 0 < config.dt_min <= config.dt_max:
-            problems.append(f"dt_min: got {config.dt_min} with dt_max {config.dt_max}, expected 0 < dt_min <= dt_max")
         return problems
 
     @staticmethod

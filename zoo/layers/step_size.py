@@ -1,9 +1,17 @@
 """Step sizes of state-space models."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+def check_steps(config: Any) -> list[str]:
+    """Problems with the range of initial step sizes."""
+    if config.dt_min <= config.dt_max:
+        return []
+    return [f"dt_min: got {config.dt_min} with dt_max {config.dt_max}, expected dt_min <= dt_max"]
 
 
 def log_uniform(key: jax.Array, shape: tuple[int, ...], low: float, high: float) -> jax.Array:

@@ -17,16 +17,17 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class AttentionConfig:
-    num_heads: int = 0  # 0: one for each 64 of d_model, at least 4
-    num_kv_heads: int = 0  # heads of k and v; 0: num_heads
-    head_dim: int = 0  # K; 0: d_model / num_heads
-    rope_base: float = 10_000.0
-    qk_norm: bool = False
-    window: int = 0  # tokens a query sees, itself included; 0: all before it
+    num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
+    num_kv_heads: int = setting(0, "heads of k and v", zero="num_heads")
+    head_dim: int = setting(0, "K", zero="d_model / num_heads", at_least=2)
+    rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
+    qk_norm: bool = setting(False, "an RMS norm on each head's q and k")
+    window: int = setting(0, "tokens a query sees, itself included", unit="token", zero="all before it")
 
 
 def _widths(config: AttentionConfig, d_model: int) -> tuple[int, int, int]:

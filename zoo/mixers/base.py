@@ -1,6 +1,7 @@
 """The contract of a token mixer."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -117,10 +118,11 @@ def check_heads(fields: dict[str, int], width_name: str, width: int) -> list[str
     """Problems with head counts that must divide a width."""
     problems = []
     for name, heads in fields.items():
-        if heads < 1:
-            problems.append(f"{name}: got {heads}, expected at least 1")
+        if width < 1:
+            problems.append(f"{name}: {width_name} is {width}; make it at least 1")
         elif width % heads:
-            divisors = [n for n in range(1, width + 1) if width % n == 0]
+            small = [n for n in range(1, math.isqrt(width) + 1) if width % n == 0]
+            divisors = {*small, *(width // n for n in small)}
             near = sorted(sorted(divisors, key=lambda n: abs(n - heads))[:3])
             problems.append(
                 f"{name}: {heads} heads do not divide {width_name} = {width}; use one of {', '.join(map(str, near))}"

@@ -16,15 +16,16 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class GatedRetentionConfig:
-    num_heads: int = 0  # 0: one for each 256 of d_model, at least 4
-    expand_k: float = 1.0  # K * num_heads / d_model
-    expand_v: float = 1.0  # V * num_heads / d_model
-    gate_temperature: float = 16.0  # tau: larger forgets more slowly
-    rope_base: float = 10_000.0
+    num_heads: int = setting(0, "heads", zero="one for each 256 of d_model, at least 4")
+    expand_k: float = setting(1.0, "K * num_heads / d_model", above=0, at_most=64)
+    expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)
+    gate_temperature: float = setting(16.0, "tau: larger forgets more slowly", at_least=1e-3, at_most=1e6)
+    rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
 
 
 def _widths(config: GatedRetentionConfig, d_model: int) -> tuple[int, int, int]:
@@ -73,8 +74,6 @@ class GatedRetention(Mixer):
         problems += check_heads({"num_heads": heads}, "expand_v * d_model", d_v)
         if not problems and d_k // heads % 2:
             problems.append(f"num_heads: a key width of {d_k // heads} is odd; rotary needs an even one")
-        if config.gate_temperature <= 0:
-            problems.append(f"gate_temperature: got {config.gate_temperature}, expected more than 0")
         return problems
 
     @staticmethod

@@ -19,18 +19,19 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import linear, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads
+from zoo.settings import setting
 
-GATES = ("key", "scalar", "fixed", "none")
+GATES = {"key": "each key dimension", "scalar": "each head", "fixed": "RetNet's, not chosen", "none": "a_t = 1"}
 
 
 @dataclasses.dataclass
 class GLAConfig:
-    num_heads: int = 4
-    expand_k: float = 0.5  # K * num_heads / d_model
-    expand_v: float = 1.0  # V * num_heads / d_model
-    gate: str = "key"  # what a_t is chosen for: each key dimension (key), each head (scalar); fixed, none
-    gate_rank: int = 16  # width of x W_1
-    gate_temperature: float = 16.0  # tau: larger forgets more slowly
+    num_heads: int = setting(4, "heads")
+    expand_k: float = setting(0.5, "K * num_heads / d_model", above=0, at_most=64)
+    expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)
+    gate: str = setting("key", "what a_t is chosen for", choices=GATES)
+    gate_rank: int = setting(16, "width of x W_1")
+    gate_temperature: float = setting(16.0, "tau: larger forgets more slowly", at_least=1e-3, at_most=1e6)
 
 
 def _gates(config: GLAConfig, d_model: int) -> int:
@@ -91,12 +92,6 @@ class GLA(Mixer):
     def check(config, d_model):
         problems = check_heads({"num_heads": config.num_heads}, "expand_k * d_model", int(config.expand_k * d_model))
         problems += check_heads({"num_heads": config.num_heads}, "expand_v * d_model", int(config.expand_v * d_model))
-        if config.gate not in GATES:
-            problems.append(f"gate: got {config.gate!r}, expected one of {', '.join(GATES)}")
-        if config.gate_rank < 1:
-            problems.append(f"gate_rank: got {config.gate_rank}, expected at least 1")
-        if config.gate_temperature <= 0:
-            problems.append(f"gate_temperature: got {config.gate_temperature}, expected more than 0")
         return problems
 
     @staticmethod

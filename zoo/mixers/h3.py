@@ -18,13 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, parameter
 from zoo.mixers.base import Mixer, Sizes
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class H3Config(DiagonalSSMConfig):
-    train_b: bool = True  # as in the authors' code
-    head_dim: int = 1  # K
-    shift_width: int = 64  # taps
+    train_b: bool = setting(True, "B is a parameter, as in the authors' code")
+    head_dim: int = setting(1, "K")
+    shift_width: int = setting(64, "taps of the shift SSM", unit="tap", at_most=65_536)
 
 
 class ShiftSSM(nnx.Module):
@@ -106,12 +107,9 @@ class H3(Mixer):
 
     @staticmethod
     def check(config, d_model):
-        problems = DiagonalSSM.check(d_model // max(1, config.head_dim), config)
-        if config.head_dim < 1 or d_model % config.head_dim:
-            problems.append(f"head_dim: heads of width {config.head_dim} do not divide d_model = {d_model}")
-        if config.shift_width < 1:
-            problems.append(f"shift_width: got {config.shift_width}, expected at least 1")
-        return problems
+        if d_model % config.head_dim:
+            return [f"head_dim: heads of width {config.head_dim} do not divide d_model = {d_model}"]
+        return DiagonalSSM.check(d_model // config.head_dim, config)
 
     @staticmethod
     def num_parameters(config, d_model):

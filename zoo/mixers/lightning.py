@@ -18,12 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import linear, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class LightningConfig:
-    num_heads: int = 0  # 0: one for each 128 of d_model, at least 4
-    head_dim: int = 0  # K = V; 0: d_model / num_heads
+    num_heads: int = setting(0, "heads", zero="one for each 128 of d_model, at least 4")
+    head_dim: int = setting(0, "K = V", zero="d_model / num_heads")
 
 
 def _widths(config: LightningConfig, d_model: int) -> tuple[int, int]:
@@ -70,10 +71,8 @@ class Lightning(Mixer):
 
     @staticmethod
     def check(config, d_model):
-        if config.head_dim < 0:
-            return [f"head_dim: got {config.head_dim}, expected a width, or 0 for d_model / num_heads"]
         heads = heads_or_default(config.num_heads, d_model, 128)
-        return check_heads({"num_heads": heads}, "d_model", heads if config.head_dim and heads > 0 else d_model)
+        return [] if config.head_dim else check_heads({"num_heads": heads}, "d_model", d_model)
 
     @staticmethod
     def num_parameters(config, d_model):

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import linear, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.settings import setting
 
 
 def taylor2(x: jax.Array) -> jax.Array:
@@ -34,6 +35,7 @@ def taylor2(x: jax.Array) -> jax.Array:
     )
 
 
+MAX_FEATURES = 2**20  # of a head
 FEATURE_MAPS = {
     "elu1": lambda x: jax.nn.elu(x) + 1.0,
     "relu": jax.nn.relu,
@@ -45,10 +47,10 @@ FEATURE_MAPS = {
 
 @dataclasses.dataclass
 class LinearAttentionConfig:
-    num_heads: int = 0  # 0: one for each 64 of d_model, at least 4
-    feature_map: str = "elu1"  # elu1, relu, exp, identity, taylor2
-    key_width: int = 0  # K, before the feature map; 0: d_model / heads
-    normalise: bool = True  # divide by z . phi(q); off, and with identity: a norm per head
+    num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
+    feature_map: str = setting("elu1", "phi", choices=tuple(FEATURE_MAPS))
+    key_width: int = setting(0, "K, before the feature map", zero="d_model / num_heads", at_most=65_536)
+    normalise: bool = setting(True, "divide by z . phi(q); off, and with identity: a norm per head")
 
 
 def _widths(config: LinearAttentionConfig, d_model: int) -> tuple[int, int, int, int]:
@@ -112,11 +114,8 @@ class LinearAttention(Mixer):
     @staticmethod
     def check(config, d_model):
         problems = check_heads({"num_heads": heads_or_default(config.num_heads, d_model, 64)}, "d_model", d_model)
-        if config.feature_map not in FEATURE_MAPS:
-            known = ", ".join(FEATURE_MAPS)
-            problems.append(f"feature_map: got {config.feature_map!r}, expected one of {known}")
-        if config.key_width < 0:
-            problems.append(f"key_width: got {config.key_width}, expected a width, or 0 for d_model / num_heads")
+        if not problems and (features := _widths(config, d_model)[2]) > MAX_FEATURES:
+            problems.append(f"key_width: {config.feature_map} makes {features} features of it; at most {MAX_FEATURES}")
         return problems
 
     @staticmethod

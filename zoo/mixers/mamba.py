@@ -16,18 +16,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import ShortConv, linear, parameter, step_size_bias
+from zoo.layers import ShortConv, check_steps, linear, parameter, step_size_bias
 from zoo.mixers.base import Mixer, Sizes
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class MambaConfig:
-    expand: float = 2.0  # channels / d_model
-    state_dim: int = 16  # N
-    conv_width: int = 4  # taps
-    dt_rank: int = 0  # width of W_r x; 0: a sixteenth of d_model
-    dt_min: float = 1e-3  # of the initial step sizes
-    dt_max: float = 1e-1
+    expand: float = setting(2.0, "channels / d_model", above=0, at_most=64)
+    state_dim: int = setting(16, "N", at_most=65_536)
+    conv_width: int = setting(4, "taps of the convolution", unit="tap", at_most=1024)
+    dt_rank: int = setting(0, "width of W_r x", zero="a sixteenth of d_model")
+    dt_min: float = setting(1e-3, "the smallest initial step size", at_least=1e-8, at_most=100)
+    dt_max: float = setting(1e-1, "the largest initial step size", at_least=1e-8, at_most=100)
 
 
 def _widths(config: MambaConfig, d_model: int) -> tuple[int, int]:
@@ -78,13 +79,8 @@ class Mamba(Mixer):
     @staticmethod
     def check(config, d_model):
         problems = check_steps(config)
-        for field in ("state_dim", "conv_width"):
-            if getattr(config, field) < 1:
-                problems.append(f"{field}: got {getattr(config, field)}, expected at least 1")
         if _widths(config, d_model)[0] < 1:
             problems.append(f"expand: got {config.expand}, expected at least one channel, expand * d_model >= 1")
-        if config.dt_rank < 0:
-            problems.append(f"dt_rank: got {config.dt_rank}, expected a width, or 0 for the default")
         return problems
 
     @staticmethod
@@ -100,10 +96,3 @@ class Mamba(Mixer):
         n = config.state_dim
         projections = 3 * d_model + rank + 2 * n + rank
         return 2 * channels * (projections + config.conv_width + 2 * n)
-
-
-def check_steps(config) -> list[str]:
-    """Problems with the range of initial step sizes."""
-    if 0 < config.dt_min <= config.dt_max:
-        return []
-    return [f"dt_min: got {config.dt_min} with dt_max {config.dt_max}, expected 0 < dt_min <= dt_max"]

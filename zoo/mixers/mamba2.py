@@ -17,20 +17,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import GatedRMSNorm, ShortConv, in_pieces, linear, parameter, step_size_bias
+from zoo.layers import GatedRMSNorm, ShortConv, check_steps, in_pieces, linear, parameter, step_size_bias
 from zoo.mixers.base import Mixer, Sizes, check_heads
-from zoo.mixers.mamba import check_steps
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class Mamba2Config:
-    expand: float = 2.0  # channels / d_model
-    head_dim: int = 64  # P
-    state_dim: int = 128  # N
-    groups: int = 1  # of heads, which share B and C
-    conv_width: int = 4  # taps
-    dt_min: float = 1e-3  # of the initial step sizes
-    dt_max: float = 1e-1
+    expand: float = setting(2.0, "channels / d_model", above=0, at_most=64)
+    head_dim: int = setting(64, "P")
+    state_dim: int = setting(128, "N", at_most=65_536)
+    groups: int = setting(1, "groups of heads, which share B and C")
+    conv_width: int = setting(4, "taps of the convolution", unit="tap", at_most=1024)
+    dt_min: float = setting(1e-3, "the smallest initial step size", at_least=1e-8, at_most=100)
+    dt_max: float = setting(1e-1, "the largest initial step size", at_least=1e-8, at_most=100)
 
 
 def _widths(config: Mamba2Config, d_model: int) -> tuple[int, int, int]:
@@ -94,9 +94,6 @@ class Mamba2(Mixer):
     @staticmethod
     def check(config, d_model):
         problems = check_steps(config)
-        for field in ("head_dim", "state_dim", "groups", "conv_width"):
-            if getattr(config, field) < 1:
-                problems.append(f"{field}: got {getattr(config, field)}, expected at least 1")
         if problems:
             return problems
         channels, heads, _ = _widths(config, d_model)

@@ -21,15 +21,16 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import HeadLayerNorm, linear, parameter
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class MLSTMConfig:
-    num_heads: int = 0  # 0: one for each 512 of d_model, at least 4
-    expand_k: float = 0.5  # K * num_heads / d_model
-    expand_v: float = 1.0  # V * num_heads / d_model
-    gate_soft_cap: float = 15.0  # of the gates' logits; 0: none
-    input_gate_bias: float = 0.0  # b_i at the start; xLSTM 7B starts at -10
+    num_heads: int = setting(0, "heads", zero="one for each 512 of d_model, at least 4")
+    expand_k: float = setting(0.5, "K * num_heads / d_model", above=0, at_most=64)
+    expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)
+    gate_soft_cap: float = setting(15.0, "of the gates' logits", zero="none", at_least=1e-3, at_most=1e6)
+    input_gate_bias: float = setting(0.0, "b_i at the start; xLSTM 7B has -10", at_least=-1000, at_most=1000)
 
 
 def _widths(config: MLSTMConfig, d_model: int) -> tuple[int, int, int]:
@@ -120,8 +121,6 @@ class MLSTM(Mixer):
         heads, d_k, d_v = _widths(config, d_model)
         problems = check_heads({"num_heads": heads}, "expand_k * d_model", d_k)
         problems += check_heads({"num_heads": heads}, "expand_v * d_model", d_v)
-        if config.gate_soft_cap < 0:
-            problems.append(f"gate_soft_cap: got {config.gate_soft_cap}, expected a cap, or 0 for none")
         return problems
 
     @staticmethod

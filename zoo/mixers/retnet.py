@@ -16,14 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
+from zoo.settings import setting
 
 
 @dataclasses.dataclass
 class RetNetConfig:
-    num_heads: int = 0  # 0: one for each 256 of d_model, at least 4
-    expand_k: float = 1.0  # K * num_heads / d_model
-    expand_v: float = 2.0  # V * num_heads / d_model
-    rope_base: float = 10_000.0
+    num_heads: int = setting(0, "heads", zero="one for each 256 of d_model, at least 4")
+    expand_k: float = setting(1.0, "K * num_heads / d_model", above=0, at_most=64)
+    expand_v: float = setting(2.0, "V * num_heads / d_model", above=0, at_most=64)
+    rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
 
 
 def _widths(config: RetNetConfig, d_model: int) -> tuple[int, int, int]:

@@ -22,17 +22,18 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import HeadLayerNorm, in_pieces, linear, parameter, token_shift
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.settings import setting
 
 MIXTURES = 5  # r, w, k, v, g
 
 
 @dataclasses.dataclass
 class RWKV6Config:
-    num_heads: int = 0  # 0: one for each 64 of d_model, at least 4
-    expand_k: float = 1.0  # K * num_heads / d_model
-    expand_v: float = 1.0  # V * num_heads / d_model
-    mix_rank: int = 32  # width of x A_z
-    decay_rank: int = 64  # width of x W_1
+    num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
+    expand_k: float = setting(1.0, "K * num_heads / d_model", above=0, at_most=64)
+    expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)
+    mix_rank: int = setting(32, "width of x A_z")
+    decay_rank: int = setting(64, "width of x W_1")
 
 
 def _widths(config: RWKV6Config, d_model: int) -> tuple[int, int, int]:
@@ -116,9 +117,6 @@ class RWKV6(Mixer):
         heads, d_k, d_v = _widths(config, d_model)
         problems = check_heads({"num_heads": heads}, "expand_k * d_model", d_k)
         problems += check_heads({"num_heads": heads}, "expand_v * d_model", d_v)
-        for name in ("mix_rank", "decay_rank"):
-            if getattr(config, name) < 1:
-                problems.append(f"{name}: got {getattr(config, name)}, expected at least 1")
         return problems
 
     @staticmethod

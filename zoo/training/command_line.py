@@ -3,19 +3,19 @@
 Whatever a user can get wrong here is said in one line, with exit code 2.
 """
 
-import difflib
 import re
 import sys
-from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
 from zoo import config as zoo_config
-from zoo import config_files
-from zoo.config import Config
+from zoo import config_files, flops, memory
+from zoo.config import Config, pattern
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
+from zoo.settings import Setting, declarations, shown, suggestions
+from zoo.training.workdir import settle_vocabulary
 
 
 def define_and_parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -24,12 +24,7 @@ def define_and_parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAG
     Raises:
       UsageError: an unknown flag or field, a value of the wrong type, a config file that cannot be used.
     """
-    known = list(zoo_config.leaves(Config()))
-    for argument in argv[1:]:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            if match[1] not in known:
-                _unknown_field(match[1], known)
-    parser = config_files.load_config
+    argv, parser = _read_overrides(argv), config_files.load_config
     config_flags.DEFINE_config_dataclass("config", Config(), "", flag_values, sys_argv=argv, parse_fn=parser)
     try:
         return flag_values(argv)
@@ -38,8 +33,38 @@ def define_and_parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAG
         raise UsageError(str(error)) from error
 
 
+def _read_overrides(argv: list[str]) -> list[str]:
+    """`argv` with each --config.NAME=VALUE as its declaration reads it (1e3 steps are 1000), after all other flags."""
+    known, others, overrides = dict(declarations(Config)), [], []
+    end = argv.index("--") if "--" in argv else len(argv)
+    left = argv[:end]
+    while left:
+        argument = left.pop(0)
+        match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+            continue
+        no, name, value = match.groups()
+        if name not in known:
+            raise UsageError(_unknown(name, known))
+        setting = known[name]
+        if setting.kind is bool and value is None:
+            value = "False" if no else "True"
+        elif no:
+            raise UsageError(f"{shown(argument)}: only a setting that is True or False takes `no`, and no value")
+        elif value is None and (not left or left[0].startswith("--")):
+            raise UsageError(f"--config.{name}: the value is missing; {setting.describe()}")
+        elif value is None:
+            value = left.pop(0)
+        try:
+            overrides.append(f"--config.{name}={setting.read(value)}")
+        except ValueError as error:
+            raise UsageError(f"--config.{name}: {error}") from error
+    return others + overrides + argv[end:]
+
+
 def listing() -> str:
-    """Mixers, sizes, config files and every setting with its default."""
+    """Mixers, sizes, config files and every setting."""
     lines = ["Mixers (--config.model.mixer=NAME, or a pattern such as gla,gla,attention):"]
     for name, mixer in MIXERS.items():
         lines.append(f"  {name:18} {sys.modules[mixer.__module__].__doc__.splitlines()[0]}")
@@ -49,18 +74,58 @@ def listing() -> str:
             f"  {name:18} {size.num_layers} layers of width {size.d_model}, "
             f"{size.batch_size} x {size.context_length} tokens a step"
         )
-    lines += [
-        "",
-        f"Configs: {', '.join(config_files.shipped())}",
-        "",
-        "Settings (--config.NAME=VALUE) and their defaults:",
-    ]
-    lines += [f"  {name:40} {value!r}" for name, value in zoo_config.leaves(Config()).items()]
+    lines += ["", f"Configs: {', '.join(config_files.shipped())}", "", settings_listing()]
     return "\n".join(lines)
 
 
-def _unknown_field(field: str, known: list[str]) -> NoReturn:
-    near = difflib.get_close_matches(field, known, 3, 0.75)
-    near += [name for name in known if name.endswith("." + field.rsplit(".", 1)[-1]) and name not in near]
-    hint = f"did you mean {' or '.join(near[:4])}?" if near else "--list shows them all"
-    raise UsageError(f"unknown config field {field!r}; {hint}")
+def settings_listing() -> str:
+    """Every setting: its default, what it is, its unit, its range or choices."""
+    lines = ["Settings (--config.NAME=VALUE), their defaults, and what they are:"]
+    return "\n".join(lines + [_row(name, declared.default, declared) for name, declared in declarations(Config)])
+
+
+def config_listing(config: Config, workdir: str = "") -> str:
+    """What a config is and costs: its parameters, memory and FLOPs, and its settings beside the defaults.
+
+    `workdir`: of the run whose tokenizer counts, if it stands there.
+
+    Raises:
+      UsageError: a setting that is wrong, a tokenizer that cannot be read.
+    """
+    zoo_config.validate(config)
+    config = settle_vocabulary(config, workdir or None)
+    model, length = config.model, config.train.context_length
+    forward, train = (f(model, length) for f in (flops.forward_flops_per_token, flops.train_flops_per_token))
+    needed = memory.training(config)
+    lines = [
+        f"model       {model.mixer}, {model.num_layers} layers of width {model.d_model}, vocabulary {model.vocab_size}",
+        f"parameters  {flops.num_parameters(model):,}",
+        f"memory      {memory.amount(sum(needed))} to train, at least: {needed}",
+        f"FLOPs       {train:.3g} a token to train, {forward:.3g} forward, in contexts of {length} tokens",
+        f"run         {config.train.steps:,} steps of {config.train.batch_size * length:,} tokens",
+        "",
+        "Settings (* not the default), and what they are; of families, those of the pattern:",
+    ]
+    values, other = zoo_config.leaves(config), {f"model.{name}." for name in MIXERS if name not in pattern(model)}
+    return "\n".join(
+        lines
+        + [
+            _row(name, values[name], declared)
+            for name, declared in declarations(Config)
+            if not name.startswith(tuple(other))
+        ]
+    )
+
+
+def _row(name: str, value: object, declared: Setting) -> str:
+    return f"{' ' if value == declared.default else '*'} {name:36} {shown(value, 200):12} {declared.describe()}"
+
+
+def _unknown(name: str, known: dict[str, Setting]) -> str:
+    inside = [field for field in known if field.startswith(name + ".")]
+    near = suggestions(name, known)
+    if inside:
+        hint = f"it is a section, of {', '.join(inside[:4])}" + (", ..." if len(inside) > 4 else "")
+    else:
+        hint = f"did you mean {' or '.join(near)}?" if near else "--list shows them all"
+    return f"unknown config field {shown(name)}; {hint}"

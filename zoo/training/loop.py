@@ -23,12 +23,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from zoo import checkpoints, data, flops, metrics, sharding
+from zoo import checkpoints, data, flops, memory, metrics, sharding
 from zoo.checkpoints import Checkpointer
 from zoo.config import Config
 from zoo.errors import RunError, UsageError
 from zoo.training import workdir as workdirs
 from zoo.training.progress import ProgressLine
+from zoo.training.schedules import shortening
 from zoo.training.signals import StopSignal
 from zoo.training.step import Programs, TrainState, build
 
@@ -53,6 +54,7 @@ def train(config: Config, workdir: str | os.PathLike, *, init_from: str = "", pr
     with run.lock:
         mesh = sharding.make_mesh(run.config.mesh)
         workdirs.check_mesh(run.config, mesh)
+        memory.check_training(run.config, mesh)
         dataset = data.training_dataset(run.data_config)
         info = data.corpus_info(run.data_config)
         programs = build(run.config, mesh)
@@ -136,6 +138,8 @@ class _Loop:
             f"training    {config.train.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs), "
             f"{config.optimizer.name}"
         )
+        if shortened := shortening(config.optimizer, config.train.steps):
+            say(f"warm-up     {shortened}")
         if self.step:
             say(f"resumed     at step {self.step}")
 

@@ -14,6 +14,7 @@ import jax
 import optax
 from flax import nnx
 
+from zoo import lists
 from zoo.checkpoints import named_leaves
 from zoo.config import OptimizerConfig
 from zoo.errors import UsageError
@@ -64,7 +65,7 @@ def is_matrix(parameter: nnx.Param) -> bool:
 
 def learning_rate_factors(text: str, params: nnx.State) -> dict[str, float]:
     """By parameter path, from "regex=factor,..."; the first regex found in the path counts, 1 where none is."""
-    rules = [(regex, float(factor)) for regex, _, factor in (rule.rpartition("=") for rule in text.split(",") if rule)]
+    rules = lists.learning_rate_factors(text)
     names = list(named_leaves(params))
     for regex, _ in rules:
         if not any(re.search(regex, name) for name in names):

@@ -8,7 +8,8 @@ With n = step + 1 updates done, w of warm-up, N in all, f = final_fraction:
     wsd        1, then 1 - (1 - f) p in the last `decay_steps` p = (n - (N - decay_steps)) / decay_steps
     constant   1
 
-times the learning rate (wsd: warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395).
+times the learning rate (wsd: warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395). A warm-up that is longer than
+the run takes the first tenth of it; the config keeps what was asked for, which holds again once the run is extended.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,25 @@ import jax.numpy as jnp
 
 from zoo.config import OptimizerConfig
 
+SHORTENED = 10  # a longer warm-up than the run becomes the run's tenth
+
+
+def effective_warmup(config: OptimizerConfig, steps: int) -> int:
+    """Steps of warm-up in a run of `steps`."""
+    return config.warmup_steps if config.warmup_steps <= steps else steps // SHORTENED
+
+
+def shortening(config: OptimizerConfig, steps: int) -> str:
+    """What a run says of a warm-up that it shortens; "" if it does not."""
+    warmup = effective_warmup(config, steps)
+    if warmup == config.warmup_steps:
+        return ""
+    return f"{warmup} steps, a tenth of the run: optimizer.warmup_steps = {config.warmup_steps} is longer than it"
+
 
 def schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """The learning rate of the update that follows `step` done ones, float32; `steps` is the run's length."""
-    warmup, final = config.warmup_steps, config.final_fraction
+    warmup, final = effective_warmup(config, steps), config.final_fraction
     decay_steps = config.decay_steps or max(1, steps // 5)
     decay_start = max(warmup, steps - decay_steps) if config.schedule == "wsd" else warmup
 

@@ -40,10 +40,7 @@ def prepare(config: Config, workdir: str | os.PathLike) -> Run:
     zoo_config.validate(config)
     metrics.check(config.metrics)
     data.check(config)
-    config = copy.deepcopy(config)
-    if config.model.vocab_size == 0:
-        size = data.tokenizer.for_run(workdir, config).vocab_size
-        config.model.vocab_size = -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    config = settle_vocabulary(config, workdir)
     saved = workdir / "config.json"
     if saved.exists():
         check_resumable(checkpoints.read_config(workdir), config, workdir)
@@ -60,6 +57,16 @@ def prepare(config: Config, workdir: str | os.PathLike) -> Run:
     if own_tokenizer.exists():
         data_config.data.tokenizer = str(own_tokenizer)
     return Run(workdir, config, data_config, lock)
+
+
+def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Config:
+    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`) needs."""
+    config = copy.deepcopy(config)
+    if config.model.vocab_size == 0:
+        name = config.data.tokenizer
+        tokenizer = data.tokenizer.for_run(workdir, config) if workdir else data.tokenizer.load(name)
+        config.model.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return config
 
 
 def check_resumable(saved: Config, config: Config, workdir: pathlib.Path) -> None:
