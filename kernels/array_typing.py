@@ -9,6 +9,7 @@ The annotations are checked at run time in the test suite only (tests/conftest.p
 """
 
 from jax import Array
-from jaxtyping import Complex, Float, Inexact, Int
+from jaxtyping import Bool, Complex, Float, Inexact
+from jaxtyping import Integer as Int  # signed or not
 
-__all__ = ["Array", "Complex", "Float", "Inexact", "Int"]
+__all__ = ["Array", "Bool", "Complex", "Float", "Inexact", "Int"]

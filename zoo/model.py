@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import dispatch
+from kernels import dispatch, segments
 from kernels.array_typing import Array, Float, Int
+from kernels.softcap import soft_cap
 from zoo import ops, sharding
 from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern, validate_model
 from zoo.errors import UsageError
@@ -146,7 +147,8 @@ class LanguageModel(nnx.Module):
         """The logits of the next token, in float32, and the state after the last.
 
         Args:
-          tokens: ids below `vocab_size`.
+          tokens: ids in [0, vocab_size). Another id makes its logits NaN, and those of tokens beside it: padding is an
+            id of the vocabulary too.
           segment_ids: documents of packed rows; a token whose id differs from its left neighbour's starts anew. Prompts
             of different lengths are padded on the left: 0 on the padding, 1 on the prompt.
           positions: of each token in its document; default: counted from the segment's start, or from the state.
@@ -162,7 +164,7 @@ class LanguageModel(nnx.Module):
         """The head: logits of the next token, float32, from what `hidden` returns (or some of its tokens)."""
         logits = jnp.einsum("btd,dv->btv", hidden, self._head(), preferred_element_type=jnp.float32)
         if self.logit_softcap:
-            logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+            logits = soft_cap(logits, self.logit_softcap)
         return sharding.constrain(logits, "batch", "time", "vocab")
 
     def token_losses(
@@ -219,7 +221,11 @@ class LanguageModel(nnx.Module):
         return self.norm(x), new_state
 
     def init_state(self, batch_size: int, max_length: int) -> State:
-        """The state before the first token. `max_length` (tokens) bounds the caches of softmax attention."""
+        """The state before the first token.
+
+        `max_length` (tokens of all calls, padding included) bounds the caches of softmax attention. Beyond it logits are
+        NaN; a single call of more tokens is a ValueError.
+        """
         dtype = self.embed.dtype
         layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]
         stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_units, *leaf.shape)), layers)
@@ -275,8 +281,4 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None, start: jax.Arra
     """Positions of tokens in their segments [B, T]; the first segment goes on at `start` [B], later ones begin at 0."""
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     start = jnp.zeros(tokens.shape[:1], jnp.int32) if start is None else start
-    if segment_ids is None:
-        return start[:, None] + steps
-    boundary = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    segment_start = jax.lax.cummax(jnp.where(boundary, steps, -1), axis=1)
-    return jnp.where(segment_start < 0, start[:, None] + steps, steps - segment_start)
+    return start[:, None] + steps if segment_ids is None else segments.tokens_since_start(segment_ids, start)

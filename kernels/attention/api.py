@@ -7,6 +7,7 @@ from kernels.attention.cudnn import cudnn
 from kernels.attention.reference import reference
 from kernels.attention.splash import splash
 from kernels.checks import check_rank, check_shape
+from kernels.segments import segment_numbers
 
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
 ORDER = {"tpu": ["splash", "chunked"], "gpu": ["cudnn", "chunked"]}
@@ -32,7 +33,7 @@ def attention(
         o_t = sum_s p_ts v_s,   p_t = softmax over the visible s of z_ts,   z_ts = scale q_t . k_s,
         or z_ts = softcap tanh(scale q_t . k_s / softcap)
 
-    Key s is visible to query t if their segment ids are equal, and (causal) kv_positions_s <= q_positions_t, and
+    Key s is visible to query t if they are of one segment, and (causal) kv_positions_s <= q_positions_t, and
     (window) q_positions_t - kv_positions_s < window. A query that sees no key gives 0.
     Memory is linear in T and L, also for the gradients of q, k and v.
 
@@ -41,7 +42,9 @@ def attention(
       k, v: keys and values, G heads; query head h reads head h // (H // G).
       causal: whether a query sees only keys that are not after it.
       window: how many positions back a query sees, its own included; None: all.
-      segment_ids: ids of the tokens of q and of k, one array for both if T = L.
+      segment_ids: one array for q and k, where T = L: a token whose id differs from its left neighbour's starts a new
+        segment. Or a pair, of q and of k, that may stand in any order: a query and a key are of one segment if their
+        ids are equal.
       q_positions, kv_positions: positions in tokens; 0, 1, 2, ... by default.
       scale: None is K^-0.5.
       softcap: bound of the logits' magnitude.
@@ -61,7 +64,7 @@ def attention(
         raise ValueError(f"{OP}: k has {G} heads (shape {k.shape}), expected a divisor of the {H} of q ({q.shape})")
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         check_shape(OP, "segment_ids", segment_ids, (B, T), like="q", shape=q.shape)
-        segment_ids = (segment_ids, segment_ids)
+        segment_ids = (segment_numbers(segment_ids),) * 2
     if segment_ids is not None:
         check_shape(OP, "segment_ids of q", segment_ids[0], (B, T), like="q", shape=q.shape)
         check_shape(OP, "segment_ids of k", segment_ids[1], (B, L), like="k", shape=k.shape)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import precision
+from kernels.softcap import soft_cap, soft_cap_slope
 
 HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
@@ -167,8 +168,7 @@ def _logits(q, k, visible, options):
     z = options.scale * _dot("bgtk,bsgk->bgts", q, k)
     slope = options.scale
     if options.softcap is not None:
-        squashed = jnp.tanh(z / options.softcap)
-        z, slope = options.softcap * squashed, slope * (1 - squashed**2)
+        z, slope = soft_cap(z, options.softcap), slope * soft_cap_slope(z, options.softcap)
     return _masked(z, visible, HIDDEN), slope
 
 

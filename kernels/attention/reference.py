@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from kernels.softcap import soft_cap
+
 
 def reference(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
     """Output [B, T, H, V]; see `attention`."""
@@ -23,7 +25,7 @@ def reference(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
     logits = scale * jnp.einsum("bthk,blhk->bhtl", q, k, precision="highest")
     if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+        logits = soft_cap(logits, softcap)
     logits = jnp.where(visible, logits, -1e30)  # finite: a row without keys must not become NaN
     weights = jnp.where(visible, jnp.exp(logits - logits.max(-1, keepdims=True)), 0)
     total = weights.sum(-1, keepdims=True)

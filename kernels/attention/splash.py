@@ -8,7 +8,8 @@ BLOCKS = (512, 256, 128)  # tokens; the kernel wants a multiple of 128 that divi
 
 
 def splash(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap, interpret=False):
-    """Output [B, T, H, V]; see `attention`."""
+    """Output [B, T, H, V]; see `attention`. The gradient of a softcap is jax's, 1 - tanh^2: it has no digits from
+    logits of 9 times the cap on."""
     (T, H), L = q.shape[1:3], k.shape[1]
     if q_positions is not None or kv_positions is not None:
         raise NotImplementedError("positions are the tokens' own indices here")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import dispatch, precision
+from kernels.softcap import soft_cap, soft_cap_slope
 
 
 def tokens_at_once(vocab: int) -> int:
@@ -84,8 +85,7 @@ def _logits(hidden, head, softcap):
     logits = _dot(hidden, head)
     if softcap is None:
         return logits, 1.0
-    squashed = jnp.tanh(logits / softcap)
-    return softcap * squashed, 1 - squashed**2
+    return soft_cap(logits, softcap), soft_cap_slope(logits, softcap)
 
 
 def _dot(a, b):

@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.softcap import soft_cap
+
 
 def reference(hidden, head, targets, weights, *, chunk_size, softcap):
     """Losses [N]; see `cross_entropy`. `chunk_size` has no meaning here."""
     del chunk_size
     logits = jnp.dot(hidden.astype(jnp.float32), head.astype(jnp.float32), precision="highest")
     if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+        logits = soft_cap(logits, softcap)
     vocab = head.shape[1]
     log_probability = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_probability, jnp.clip(targets, 0, vocab - 1)[:, None], axis=1)[:, 0]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kernels import attention, cross_entropy, fast_weights, linear_attention, linear_scan, short_conv
-from tests.kernels.conformance import CASES, error_ratio, random_segments
+from kernels.segments import segment_numbers, segment_starts, tokens_since_start
+from tests.kernels.conformance import BATCH, CASES, TIME, error_ratio, random_segments
 
 SEGMENTS = np.asarray(random_segments())
 
@@ -141,6 +142,28 @@ def test_attention():
             expected[b, t, h] = weights @ x["v"][b, keys, h // 2] / weights.sum()
     assert 0 < (expected == 0).all(-1).mean() < 0.5  # some queries see nothing
     assert error_ratio(out, expected) < 1e-6
+
+
+def test_attention_starts_a_segment_where_the_id_changes():
+    inputs = CASES["attention-causal"].make()
+    out = attention(**inputs, segment_ids=random_segments(), implementation="reference")
+    x, numbers = double(inputs), np.cumsum([[starts(b, t) for t in range(TIME)] for b in range(BATCH)], axis=1)
+    assert any(len(set(row)) > len(set(ids)) for row, ids in zip(numbers, SEGMENTS, strict=True))  # ids come back
+    expected = np.zeros(out.shape)
+    for b, t, h in np.ndindex(*out.shape[:3]):
+        keys = [s for s in range(t + 1) if numbers[b, s] == numbers[b, t]]
+        weights = np.exp(x["k"][b, keys, h // 2] @ x["q"][b, t, h] / 8**0.5)
+        expected[b, t, h] = weights @ x["v"][b, keys, h // 2] / weights.sum()
+    assert error_ratio(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32])
+def test_ids_of_segments_may_be_any_integers(dtype):
+    ids = jnp.asarray(np.array([[5, 5, -2, 5, 0, 0, 0]]).astype(dtype))
+    assert segment_starts(ids).tolist() == [[False, False, True, True, True, False, False]]
+    assert segment_numbers(ids).tolist() == [[0, 0, 1, 2, 3, 3, 3]]
+    assert tokens_since_start(ids, before=4).tolist() == [[4, 5, 0, 0, 0, 1, 2]]
+    assert tokens_since_start(ids, before=jnp.array([9])).tolist() == [[9, 10, 0, 0, 0, 1, 2]]
 
 
 def test_cross_entropy():

@@ -13,7 +13,9 @@ from kernels import dispatch
 from tests.zoo.cases import error_ratio
 from zoo.config import preset
 from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
-from zoo.layers import GELU
+from zoo.layers import GELU, embedding
+from zoo.mixers import MIXERS, Sizes
+from zoo.mixers.attention import AttentionConfig
 from zoo.model import LanguageModel
 
 BATCH, TIME, VOCAB = 2, 12, 64
@@ -95,10 +97,52 @@ def test_left_padding_leaves_no_trace(mixer, tokens):
 def test_packed_documents_equal_documents_alone(tokens):
     model = build(tiny(mixer="gla,attention", positions="learned", max_positions=TIME))
     call = jitted(model)
-    segment_ids = jnp.where(jnp.arange(TIME) < 5, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
+    segment_ids = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2, 1]), jnp.array([5, 2, 5])), (BATCH, TIME))
     packed, _ = call(tokens, segment_ids=segment_ids)
-    alone = jnp.concatenate([call(tokens[:, :5])[0], call(tokens[:, 5:])[0]], 1)
+    alone = jnp.concatenate([call(tokens[:, here])[0] for here in (slice(5), slice(5, 7), slice(7, TIME))], 1)
     assert error_ratio(packed, alone) < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_more_tokens_than_a_cache_holds_are_refused_or_nan(window):
+    sizes = Sizes(d_model=16, num_layers=1)
+    with nnx.use_eager_sharding(False):
+        mixer = MIXERS["attention"](AttentionConfig(window=window), sizes, layer_index=0, rngs=nnx.Rngs(0))
+    graphdef, parameters = nnx.split(mixer)
+    call = jax.jit(lambda x, state: nnx.merge(graphdef, parameters)(x, state=state))
+    x, state = jnp.ones((1, 2, 16)), mixer.init_state(1, 5, jnp.float32)
+    for _ in range(2):
+        y, state = call(x, state)
+        assert np.isfinite(y).all()
+    with pytest.raises(ValueError, match=r"room for 5 tokens, expected 4 \+ 2"):
+        mixer(x, state=state)
+    for _ in range(2):
+        y, state = call(x, state)
+        assert np.isnan(y).all()
+    with pytest.raises(ValueError, match=r"room for 5 tokens, expected 0 \+ 6"):
+        call(jnp.ones((1, 6, 16)), mixer.init_state(1, 5, jnp.float32))
+    with pytest.raises(ValueError, match="state has 1 sequences, expected the 3 of x"):
+        mixer(jnp.ones((3, 1, 16)), state=mixer.init_state(1, 5, jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_an_id_outside_the_table_is_nan(dtype):
+    with nnx.use_eager_sharding(False):
+        table = embedding(200, 3, ("vocab", "embed"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ids = [0, 127, -1, -128] if dtype == jnp.int8 else [0, 199, 200, 255]
+    rows = table(jnp.asarray([ids], dtype))
+    assert np.isnan(rows[0, 2:]).all() and (rows[0, :2] == table.embedding[...][jnp.array(ids[:2])]).all()
+    with pytest.raises(ValueError, match="ids are float32, expected integers"):
+        table(jnp.zeros((1, 2)))
+
+
+def test_soft_caps_are_those_that_keep_their_digits():
+    """tests/kernels/test_softcap.py holds the digits."""
+    model = build(tiny(mixer="mlstm", num_layers=1, logit_softcap=5.0))
+    for function in (model.hidden, model.logits):
+        argument = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+        argument = jax.eval_shape(model.hidden, argument)[0] if function == model.logits else argument
+        assert "soft_cap" in str(jax.make_jaxpr(function)(argument))
 
 
 def test_token_losses_are_the_cross_entropy_of_the_logits(tokens):

@@ -70,7 +70,18 @@ def _matmul_backward(precision, residuals, dy):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def embedding(entries: int, width: int, axes: tuple[str, str], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Embed:
+class Embedding(nnx.Embed):
+    """Rows of a table by id; an id outside it gives NaN (`nnx.Embed` takes -1 for the last)."""
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"embedding: ids are {ids.dtype}, expected integers")
+        table = self.embedding[...].astype(self.dtype)
+        ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # an int8 has no room for len(table)
+        return jnp.take(table, jnp.where(ids < 0, len(table), ids), axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def embedding(entries: int, width: int, axes: tuple[str, str], *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Embedding:
     """A table [entries, width], drawn from a normal of standard deviation 0.02 (GPT-2's)."""
     init = jax.nn.initializers.normal(0.02)
-    return nnx.Embed(entries, width, dtype=dtype, embedding_init=with_axes(init, axes), rngs=rngs)
+    return Embedding(entries, width, dtype=dtype, embedding_init=with_axes(init, axes), rngs=rngs)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.array_typing import Array, Float, Int
+from kernels.segments import segment_starts
 
 
 def token_shift(
@@ -16,6 +17,5 @@ def token_shift(
     before = jnp.zeros_like(x[:, 0]) if last is None else last.astype(x.dtype)
     shifted = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
     if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        shifted = jnp.where(starts[..., None], 0, shifted)
+        shifted = jnp.where(segment_starts(segment_ids)[..., None], 0, shifted)
     return shifted, x[:, -1]

@@ -4,7 +4,8 @@
 
 Optional: a norm on q and k (2302.05442), a sliding window of `window` tokens.
 State: the keys and values so far, [batch, max_length, kv_heads, K], the number of tokens in them, and where the
-current segment starts.
+current segment starts. More than max_length tokens, of all segments and padding together, with a window too, are a
+ValueError where their number is known, else NaN.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.segments import segment_numbers
 from zoo import ops
 from zoo.layers import linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
@@ -34,6 +36,18 @@ def _widths(config: AttentionConfig, d_model: int) -> tuple[int, int, int]:
     """(heads, kv_heads, K)."""
     heads = heads_or_default(config.num_heads, d_model, 64)
     return heads, config.num_kv_heads or heads, config.head_dim or d_model // heads
+
+
+def _check_state(state: dict[str, jax.Array], batch: int, time: int) -> None:
+    """Raise ValueError for a state of other sequences, or without room for the tokens as far as their number is known."""
+    sequences, length = state["k"].shape[:2]
+    if sequences != batch:
+        raise ValueError(f"attention: state has {sequences} sequences, expected the {batch} of x")
+    before = 0 if isinstance(state["index"], jax.core.Tracer) else int(state["index"])
+    if before + time > length:
+        raise ValueError(
+            f"attention: state has room for {length} tokens, expected {before} + {time}: make it with that max_length"
+        )
 
 
 class Attention(Mixer):
@@ -58,6 +72,8 @@ class Attention(Mixer):
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         batch, time = x.shape[:2]
+        if state is not None:
+            _check_state(state, batch, time)
         positions = positions_or_default(positions, x)
         q = self.q(x).reshape(batch, time, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, time, self.kv_heads, self.head_dim)
@@ -81,13 +97,9 @@ class Attention(Mixer):
         keys = jax.lax.dynamic_update_slice_in_dim(state["k"], k.astype(state["k"].dtype), index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(state["v"], v.astype(state["v"].dtype), index, axis=1)
         slots = jnp.arange(length, dtype=jnp.int32)
-        if segment_ids is None:
-            segment_ids = jnp.zeros((batch, time), jnp.int32)
         # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
-        first = segment_ids[:, :1]
         cached = jnp.where((slots >= state["start"][:, None]) & (slots < index), 0, -1)
-        boundary = jnp.concatenate([jnp.zeros_like(first), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-        count = jnp.cumsum(boundary, axis=1, dtype=jnp.int32)  # [B, T], 0 in the state's segment
+        count = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else segment_numbers(segment_ids)
         kv_ids = jax.lax.dynamic_update_slice_in_dim(cached, count, index, axis=1)
         query_slots = jnp.broadcast_to(index + jnp.arange(time, dtype=jnp.int32), (batch, time))
         o = ops.attention(
@@ -98,6 +110,8 @@ class Attention(Mixer):
             segment_ids=(count, kv_ids),
             q_positions=query_slots,  # keys stand at their own slot, so only the slots up to here are read
         )
+        # A cache that is too short has lost a key, and which tokens saw it is nobody's to guess.
+        o = jnp.where(index + time <= length, o, jnp.nan)
         # The last segment starts at its first token here, unless the whole call continues the state's.
         last_start = index + jnp.argmax(count == count[:, -1:], axis=1).astype(jnp.int32)
         start = jnp.where(count[:, -1] == 0, state["start"], last_start)

@@ -81,7 +81,11 @@ class Mixer(nnx.Module):
         return None
 
     def init_state(self, batch_size: int, max_length: int, dtype: jnp.dtype) -> State:
-        """The state before the first token. `max_length` (tokens) bounds caches; recurrent states ignore it."""
+        """The state before the first token. `max_length` (tokens) bounds caches; recurrent states ignore it.
+
+        What is read beyond a cache is a ValueError where it can be seen (a number of tokens that no program hides), else
+        NaN, never a guess.
+        """
         raise NotImplementedError
 
     @staticmethod

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.segments import segment_starts
+from kernels.softcap import soft_cap
 from zoo import ops
 from zoo.layers import HeadLayerNorm, linear, parameter
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
@@ -88,9 +90,7 @@ class MLSTM(Mixer):
         log_input = self._cap(self.input_gate(x).astype(jnp.float32) + self.input_bias[...])  # [B, T, H]
         forget = self._cap(self.forget_gate(x).astype(jnp.float32) + self.forget_bias[...])
         log_forget = jax.nn.log_sigmoid(forget)
-        starts = None
-        if segment_ids is not None:
-            starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))[..., None]
+        starts = None if segment_ids is None else segment_starts(segment_ids)[..., None]
         m, before = jax.lax.stop_gradient(running_maximum(log_forget, log_input, initial["m"], starts))
         log_decay = log_forget + (before - m)
         k = (jnp.exp(log_input - m)[..., None] * k).astype(x.dtype)
@@ -107,7 +107,7 @@ class MLSTM(Mixer):
         return y, None if state is None else {"S": final_s, "n": final_n, "m": m[:, -1]}
 
     def _cap(self, logits):
-        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
+        return soft_cap(logits, self.soft_cap) if self.soft_cap else logits
 
     def init_state(self, batch_size, max_length, dtype):
         return {
