@@ -59,6 +59,10 @@ def use_implementation(*names: str) -> Iterator[None]:
     """Let ops whose caller names no implementation take the first of `names` that they have and that supports the call.
 
     It acts while a function is traced: a function that jax.jit compiled outside keeps what it was compiled with.
+
+    `use_implementation("reference")` is how a whole model differentiates in every mode: `jax.jvp`, `jax.linearize`,
+    Hessian-vector products (`jax.jvp` of `jax.grad`, or `jax.grad` twice). Faster implementations have gradients of
+    their own, first derivatives in reverse mode: to others jax answers with an error of its `custom_vjp`.
     """
     token = _preferred.set(names)
     try:

@@ -223,8 +223,8 @@ class LanguageModel(nnx.Module):
     def init_state(self, batch_size: int, max_length: int) -> State:
         """The state before the first token.
 
-        `max_length` (tokens of all calls, padding included) bounds the caches of softmax attention. Beyond it logits are
-        NaN; a single call of more tokens is a ValueError.
+        `max_length` (tokens of all calls, with padding) bounds the caches of softmax attention: beyond it logits are
+        NaN, and a single call of more tokens is a ValueError.
         """
         dtype = self.embed.dtype
         layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]

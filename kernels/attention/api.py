@@ -1,12 +1,14 @@
 """`attention`: softmax attention with grouped heads, windows, packing and positions."""
 
+import jax.numpy as jnp
+
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.attention.chunked import chunked
 from kernels.attention.cudnn import cudnn
 from kernels.attention.reference import reference
 from kernels.attention.splash import splash
-from kernels.checks import check_rank, check_shape
+from kernels.checks import check_count, check_dtype, check_number, check_rank, check_segment_ids, check_shape
 from kernels.segments import segment_numbers
 
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
@@ -36,6 +38,7 @@ def attention(
     Key s is visible to query t if they are of one segment, and (causal) kv_positions_s <= q_positions_t, and
     (window) q_positions_t - kv_positions_s < window. A query that sees no key gives 0.
     Memory is linear in T and L, also for the gradients of q, k and v.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       q: queries, H heads.
@@ -50,7 +53,8 @@ def attention(
       softcap: bound of the logits' magnitude.
 
     Raises:
-      ValueError: a shape that does not fit, a window below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, a window below 1, a scale that is not finite, a
+        softcap that is not above 0, or an unknown implementation.
       NotImplementedError: the implementation asked for does not support the call; the message says why.
     """
     check_rank(OP, "q", q, "B T H K")
@@ -63,17 +67,21 @@ def attention(
     if G == 0 or H % G:
         raise ValueError(f"{OP}: k has {G} heads (shape {k.shape}), expected a divisor of the {H} of q ({q.shape})")
     if segment_ids is not None and not isinstance(segment_ids, tuple):
-        check_shape(OP, "segment_ids", segment_ids, (B, T), like="q", shape=q.shape)
+        check_segment_ids(OP, segment_ids, like="q", shape=q.shape)
+        check_segment_ids(OP, segment_ids, like="k", shape=k.shape)
         segment_ids = (segment_numbers(segment_ids),) * 2
-    if segment_ids is not None:
-        check_shape(OP, "segment_ids of q", segment_ids[0], (B, T), like="q", shape=q.shape)
-        check_shape(OP, "segment_ids of k", segment_ids[1], (B, L), like="k", shape=k.shape)
+    elif segment_ids is not None:
+        check_segment_ids(OP, segment_ids[0], like="q", shape=q.shape, name="segment_ids of q")
+        check_segment_ids(OP, segment_ids[1], like="k", shape=k.shape, name="segment_ids of k")
     if q_positions is not None:
         check_shape(OP, "q_positions", q_positions, (B, T), like="q", shape=q.shape)
     if kv_positions is not None:
         check_shape(OP, "kv_positions", kv_positions, (B, L), like="k", shape=k.shape)
-    if window is not None and window < 1:
-        raise ValueError(f"{OP}: window is {window}, expected at least 1 position")
+    check_dtype(OP, jnp.floating, q=q, k=k, v=v)
+    check_dtype(OP, jnp.integer, q_positions=q_positions, kv_positions=kv_positions)
+    check_count(OP, "window", window, "position")
+    check_number(OP, "scale", scale)
+    check_number(OP, "softcap", softcap, positive=True)
     return dispatch.call(
         OP,
         IMPLEMENTATIONS,

@@ -1,8 +1,10 @@
 """`cross_entropy`: a language model's head and its loss in one op."""
 
+import jax.numpy as jnp
+
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
-from kernels.checks import check_chunk_size, check_rank, check_shape
+from kernels.checks import check_count, check_dtype, check_number, check_rank, check_shape
 from kernels.cross_entropy.chunked import chunked
 from kernels.cross_entropy.reference import reference
 
@@ -26,6 +28,7 @@ def cross_entropy(
 
     Logits of `chunk_size` tokens exist at a time (all of them only where they are few), forward and backward.
     Products are of the inputs' dtype, sums and losses float32. Gradients flow to `hidden`, `head` and `weights`.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       hidden: the model's last hidden states, one row a token.
@@ -37,7 +40,8 @@ def cross_entropy(
       softcap: bound of the logits' magnitude.
 
     Raises:
-      ValueError: a shape that does not fit, a chunk below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, a chunk below 1, a softcap that is not above 0, or
+        an unknown implementation.
     """
     check_rank(OP, "hidden", hidden, "N D")
     check_rank(OP, "head", head, "D vocab")
@@ -45,7 +49,10 @@ def cross_entropy(
     check_shape(OP, "head", head, (D, head.shape[1]), like="hidden", shape=hidden.shape)
     check_shape(OP, "targets", targets, (N,), like="hidden", shape=hidden.shape)
     check_shape(OP, "weights", weights, (N,), like="hidden", shape=hidden.shape)
-    check_chunk_size(OP, chunk_size)
+    check_dtype(OP, jnp.floating, hidden=hidden, head=head, weights=weights)
+    check_dtype(OP, jnp.integer, targets=targets)
+    check_count(OP, "chunk_size", chunk_size, "token")
+    check_number(OP, "softcap", softcap, positive=True)
     return dispatch.call(
         OP,
         IMPLEMENTATIONS,

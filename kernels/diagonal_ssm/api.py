@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Inexact, Int
-from kernels.checks import check_chunk_size, check_rank, check_shape
+from kernels.checks import check_count, check_dtype, check_not_above_zero, check_rank, check_segment_ids, check_shape
 from kernels.diagonal_ssm.chunked import chunked
 from kernels.diagonal_ssm.reference import reference
 
@@ -31,6 +31,7 @@ def diagonal_ssm(
     which from a zero state is the convolution y = K * x with K_t = 2 Re(sum_n c_n exp(t log_a_n) b_n) + [t = 0] d.
     Gradients flow to every float and complex argument, from y and the final state. Time and memory are linear in T, and
     [B, T, D, N] is never held.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       x: inputs.
@@ -46,16 +47,14 @@ def diagonal_ssm(
       y in x's dtype, and the state after the last token, complex64.
 
     Raises:
-      ValueError: a shape that does not fit, no token, a chunk below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, a real part of log_a above 0 (inside of `jax.jit`,
+        where none is seen, that is a promise), a chunk below 1, or an unknown implementation.
       NotImplementedError: no implementation supports the call.
     """
     check_rank(OP, "x", x, "B T D")
     _check(OP, x, log_a, b, c, d, "initial_state", initial_state)
-    if segment_ids is not None:
-        check_shape(OP, "segment_ids", segment_ids, x.shape[:2], like="x", shape=x.shape)
-    if x.shape[1] == 0:
-        raise ValueError(f"{OP}: x has shape {x.shape}, expected at least one token")
-    check_chunk_size(OP, chunk_size)
+    check_segment_ids(OP, segment_ids, like="x", shape=x.shape)
+    check_count(OP, "chunk_size", chunk_size, "token")
     return dispatch.call(
         OP,
         IMPLEMENTATIONS,
@@ -82,7 +81,7 @@ def diagonal_ssm_step(
     """One token of `diagonal_ssm`: its output in x's dtype, and the new state, complex64.
 
     Raises:
-      ValueError: a shape that does not fit.
+      ValueError: as `diagonal_ssm`.
     """
     op = "diagonal_ssm_step"
     check_rank(op, "x", x, "B D")
@@ -102,3 +101,6 @@ def _check(op, x, log_a, b, c, d, state_name, state):
         check_shape(op, "d", d, (channels,), like="x", shape=x.shape)
     if state is not None:
         check_shape(op, state_name, state, (x.shape[0], channels, size), like="log_a", shape=log_a.shape)
+    check_dtype(op, jnp.floating, x=x, d=d)
+    check_dtype(op, jnp.inexact, log_a=log_a, b=b, c=c, **{state_name: state})
+    check_not_above_zero(op, log_a=log_a)

@@ -4,7 +4,15 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
-from kernels.checks import check_chunk_size, check_rank, check_shape
+from kernels.checks import (
+    check_count,
+    check_dtype,
+    check_not_above_zero,
+    check_number,
+    check_rank,
+    check_segment_ids,
+    check_shape,
+)
 from kernels.fast_weights.chunked import chunked
 from kernels.fast_weights.reference import reference
 
@@ -30,7 +38,7 @@ def fast_weights(
         S_t = diag(exp(g_t)) S_{t-1} diag(exp(f_t)) + k_t v_t^T        o_t = scale * S_t^T q_t
 
     Gradients flow to every float argument, from `out` and the final state. Time and memory are linear in T: the
-    backward pass keeps the state of each chunk.
+    backward pass keeps the state of each chunk. Both implementations differentiate in every mode.
 
     Args:
       key_log_decay: g <= 0.
@@ -45,23 +53,26 @@ def fast_weights(
       out in v's dtype, and the state after the last token, float32.
 
     Raises:
-      ValueError: a shape that does not fit, no tokens, a chunk_size below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, a log-decay above 0 (inside of `jax.jit`, where
+        none is seen, that is a promise), a scale that is not finite, a chunk below 1, or an unknown implementation.
       NotImplementedError: no implementation supports the call.
     """
     check_rank(OP, "q", q, "B T H K")
     B, T, H, K = q.shape
-    V = v.shape[-1]
+    check_rank(OP, "v", v, "B T H V")
+    V = v.shape[3]
     check_shape(OP, "k", k, q.shape, like="q", shape=q.shape)
     check_shape(OP, "v", v, (B, T, H, V), like="q", shape=q.shape)
     check_shape(OP, "key_log_decay", key_log_decay, q.shape, like="q", shape=q.shape)
     check_shape(OP, "value_log_decay", value_log_decay, v.shape, like="v", shape=v.shape)
     if initial_state is not None:
         check_shape(OP, "initial_state", initial_state, (B, H, K, V), like="v", shape=v.shape)
-    if segment_ids is not None:
-        check_shape(OP, "segment_ids", segment_ids, (B, T), like="v", shape=v.shape)
-    if T == 0:
-        raise ValueError(f"{OP}: v has shape {v.shape}, expected at least one token")
-    check_chunk_size(OP, chunk_size)
+    check_segment_ids(OP, segment_ids, like="v", shape=v.shape)
+    check_count(OP, "chunk_size", chunk_size, "token")
+    decays = {"key_log_decay": key_log_decay, "value_log_decay": value_log_decay}
+    check_dtype(OP, jnp.floating, q=q, k=k, v=v, **decays, initial_state=initial_state)
+    check_not_above_zero(OP, **decays)
+    check_number(OP, "scale", scale)
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V), dtype)
@@ -95,7 +106,7 @@ def fast_weights_step(
     """One token of `fast_weights`: its output in v's dtype, and the new state, float32.
 
     Raises:
-      ValueError: a shape that does not fit.
+      ValueError: as `fast_weights`.
     """
     tokens = (x[:, None] for x in (q, k, v, key_log_decay, value_log_decay))
     out, state = fast_weights(*tokens, initial_state=state, scale=scale, implementation="reference")

@@ -4,7 +4,15 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
-from kernels.checks import check_rank, check_shape
+from kernels.checks import (
+    check_count,
+    check_dtype,
+    check_not_above_zero,
+    check_number,
+    check_rank,
+    check_segment_ids,
+    check_shape,
+)
 from kernels.linear_attention import specs
 from kernels.linear_attention.chunked import chunked
 from kernels.linear_attention.jla import jla
@@ -45,6 +53,7 @@ def linear_attention(
     With a bonus, S_{t-1} is read before the decay g_t (RWKV-6, arXiv:2404.05892). Head h of v reads head
     h // (H // G) of q and k. Gradients flow to every float argument, from `out` and the final state. Time and memory
     are linear in T, and no state of a single token is kept for the backward pass.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       q, k: G heads; G divides H.
@@ -62,7 +71,8 @@ def linear_attention(
       out in v's dtype, and the state after the last token, float32.
 
     Raises:
-      ValueError: a shape that does not fit, no tokens, a chunk_size below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, a log-decay above 0 (inside of `jax.jit`, where
+        none is seen, that is a promise), a scale that is not finite, a chunk below 1, or an unknown implementation.
       NotImplementedError: no implementation supports the call.
     """
     check_rank(OP, "v", v, "B T H V")
@@ -73,12 +83,9 @@ def linear_attention(
     if log_decay is not None:
         check_shape(OP, "log_decay", log_decay, (H,), (B, T, H), (B, T, H, K), like="v", shape=v.shape)
     check_state_arguments(OP, bonus, "initial_state", initial_state, (B, H, K, V), v)
-    if segment_ids is not None:
-        check_shape(OP, "segment_ids", segment_ids, (B, T), like="v", shape=v.shape)
-    if T == 0:
-        raise ValueError(f"{OP}: v has shape {v.shape}, expected at least one token")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{OP}: chunk_size is {chunk_size}, expected at least 1 token")
+    check_segment_ids(OP, segment_ids, like="v", shape=v.shape)
+    check_count(OP, "chunk_size", chunk_size, "token")
+    check_values(OP, q, k, v, log_decay, bonus, "initial_state", initial_state, scale)
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V), dtype)
@@ -112,7 +119,7 @@ def linear_attention_step(
     """One token of `linear_attention`: its output in v's dtype, and the new state, float32.
 
     Raises:
-      ValueError: a shape that does not fit.
+      ValueError: as `linear_attention`.
     """
     op = "linear_attention_step"
     check_rank(op, "v", v, "B H V")
@@ -123,6 +130,7 @@ def linear_attention_step(
     if log_decay is not None:
         check_shape(op, "log_decay", log_decay, (H,), (B, H), (B, H, K), like="v", shape=v.shape)
     check_state_arguments(op, bonus, "state", state, (B, H, K, V), v)
+    check_values(op, q, k, v, log_decay, bonus, "state", state, scale)
     out, state = reference(
         *(x[:, None] for x in (q, k, v)),
         broadcastable(log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, None], H),
@@ -146,6 +154,12 @@ def check_state_arguments(op, bonus, name, state, state_shape, v):
         check_shape(op, "bonus", bonus, state_shape[1:3], like="v", shape=v.shape)
     if state is not None:
         check_shape(op, name, state, state_shape, like="v", shape=v.shape)
+
+
+def check_values(op, q, k, v, log_decay, bonus, name, state, scale):
+    check_dtype(op, jnp.floating, q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, **{name: state})
+    check_not_above_zero(op, log_decay=log_decay)
+    check_number(op, "scale", scale)
 
 
 def broadcastable(log_decay, num_heads):

@@ -77,7 +77,7 @@ def tiles(
     cores, heads are left for the other. Chunks of 128 go two at a time.
     """
     native = 256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128
-    chunk = 128 * -(-wanted // 128) if wanted else min(native, 128 * -(-time // 128))
+    chunk = 128 * -(-min(wanted, STEP_TOKENS) // 128) if wanted else min(native, 128 * -(-time // 128))
     block = max(chunk, min(STEP_TOKENS, 128 * -(-time // 128)) // chunk * chunk)
     at_once = max(1, STEP_LANES // max(key_dim, value_dim))
     shared = heads // groups

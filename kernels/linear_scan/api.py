@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Inexact, Int
-from kernels.checks import check_chunk_size, check_rank, check_shape
+from kernels.checks import check_count, check_dtype, check_not_above_zero, check_rank, check_segment_ids, check_shape
 from kernels.linear_scan.chunked import chunked
 from kernels.linear_scan.mosaic_tpu import mosaic_tpu
 from kernels.linear_scan.reference import reference
@@ -29,6 +29,7 @@ def linear_scan(
 
     Real, or complex if any argument is complex64. Gradients flow to `x`, `log_decay` and `initial_state`, from `h` and
     the final state; time and memory are linear in T.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       x: inputs.
@@ -42,7 +43,8 @@ def linear_scan(
       h in x's dtype (complex64 if anything is complex), and the state after the last token, float32 or complex64.
 
     Raises:
-      ValueError: a shape that does not fit x's, no token, a chunk below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, a log-decay above 0 (inside of `jax.jit`, where
+        none is seen, that is a promise), a chunk below 1, or an unknown implementation.
       NotImplementedError: no implementation supports the call.
     """
     check_rank(OP, "x", x, "B T D")
@@ -50,11 +52,10 @@ def linear_scan(
     check_shape(OP, "log_decay", log_decay, (D,), (B, T, D), like="x", shape=x.shape)
     if initial_state is not None:
         check_shape(OP, "initial_state", initial_state, (B, D), like="x", shape=x.shape)
-    if segment_ids is not None:
-        check_shape(OP, "segment_ids", segment_ids, (B, T), like="x", shape=x.shape)
-    if T == 0:
-        raise ValueError(f"{OP}: x has shape {x.shape}, expected at least one token")
-    check_chunk_size(OP, chunk_size)
+    check_segment_ids(OP, segment_ids, like="x", shape=x.shape)
+    check_count(OP, "chunk_size", chunk_size, "token")
+    check_dtype(OP, jnp.inexact, x=x, log_decay=log_decay, initial_state=initial_state)
+    check_not_above_zero(OP, log_decay=log_decay)
     dtype = _state_dtype(x, log_decay, initial_state)
     if initial_state is None:
         initial_state = jnp.zeros((B, D), dtype)
@@ -81,12 +82,14 @@ def linear_scan_step(
     """One token of `linear_scan`: returns h_t in x's dtype, and the new state (its float32 or complex64 self).
 
     Raises:
-      ValueError: a shape that does not fit x's.
+      ValueError: as `linear_scan`.
     """
     op = "linear_scan_step"
     check_rank(op, "x", x, "B D")
     check_shape(op, "log_decay", log_decay, x.shape[1:], x.shape, like="x", shape=x.shape)
     check_shape(op, "state", state, x.shape, like="x", shape=x.shape)
+    check_dtype(op, jnp.inexact, x=x, log_decay=log_decay, state=state)
+    check_not_above_zero(op, log_decay=log_decay)
     dtype = _state_dtype(x, log_decay, state)
     state = jnp.exp(log_decay.astype(dtype)) * state.astype(dtype) + x.astype(dtype)
     return state if dtype == jnp.complex64 else state.astype(x.dtype), state

@@ -70,7 +70,7 @@ def mosaic_tpu(x, log_decay, *, initial_state, segment_ids, chunk_size):
     width = _round_up(pl.cdiv(D, pl.cdiv(D, WIDTH)), LANES)
     planes = len(_planes(x))
     longest = BLOCK_BYTES // (4 * planes * width) // TURN * TURN
-    block = min(_round_up(T, TURN), longest if chunk_size is None else _round_up(chunk_size, TURN))
+    block = min(_round_up(T, TURN), longest, longest if chunk_size is None else _round_up(chunk_size, TURN))
     return _scan(Plan(T, D, planes, block, width, how), x, log_decay, initial_state)
 
 

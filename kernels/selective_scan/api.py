@@ -4,7 +4,15 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
-from kernels.checks import check_chunk_size, check_rank, check_shape
+from kernels.checks import (
+    check_count,
+    check_dtype,
+    check_not_above_zero,
+    check_not_below_zero,
+    check_rank,
+    check_segment_ids,
+    check_shape,
+)
 from kernels.selective_scan.chunked import chunked
 from kernels.selective_scan.jla import jla
 from kernels.selective_scan.mosaic_gpu import mosaic_gpu
@@ -40,6 +48,7 @@ def selective_scan(
 
     Gradients flow to every float argument, from y and the final state. [B, T, D, N] is never held: for the backward
     pass the states between chunks are kept, the others recomputed.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       x: inputs.
@@ -56,16 +65,14 @@ def selective_scan(
       y in x's dtype, and the state after the last token, float32.
 
     Raises:
-      ValueError: a shape that does not fit, no token, a chunk below 1, or an unknown implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, an A above or a dt below 0 (inside of `jax.jit`,
+        where none is seen, that is a promise), a chunk below 1, or an unknown implementation.
       NotImplementedError: no implementation supports the call.
     """
     check_rank(OP, "x", x, "B T D")
     _check(OP, x, dt, A, B, C, D, "initial_state", initial_state)
-    if segment_ids is not None:
-        check_shape(OP, "segment_ids", segment_ids, x.shape[:2], like="x", shape=x.shape)
-    if x.shape[1] == 0:
-        raise ValueError(f"{OP}: x has shape {x.shape}, expected at least one token")
-    check_chunk_size(OP, chunk_size)
+    check_segment_ids(OP, segment_ids, like="x", shape=x.shape)
+    check_count(OP, "chunk_size", chunk_size, "token")
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
     return dispatch.call(
@@ -98,7 +105,7 @@ def selective_scan_step(
     """One token of `selective_scan`: its output in x's dtype, and the new state, float32.
 
     Raises:
-      ValueError: a shape that does not fit.
+      ValueError: as `selective_scan`.
     """
     op = "selective_scan_step"
     check_rank(op, "x", x, "B D")
@@ -120,3 +127,6 @@ def _check(op, x, dt, A, B, C, D, state_name, state):
         check_shape(op, "D", D, (channels,), like="x", shape=x.shape)
     if state is not None:
         check_shape(op, state_name, state, (x.shape[0], channels, size), like="A", shape=A.shape)
+    check_dtype(op, jnp.floating, x=x, dt=dt, A=A, B=B, C=C, D=D, **{state_name: state})
+    check_not_above_zero(op, A=A)
+    check_not_below_zero(op, dt=dt)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
-from kernels.checks import check_rank, check_shape
+from kernels.checks import check_dtype, check_rank, check_segment_ids, check_shape
 from kernels.short_conv.chunked import chunked
 from kernels.short_conv.reference import reference
 
@@ -28,6 +28,7 @@ def short_conv(
         y_t = activation(bias + sum_w weight[:, w] x_{t - (W-1) + w})
 
     Tap W-1 multiplies x_t. Meant for 2 to 64 taps. Gradients flow to every float argument, from y and the final state.
+    `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
     Args:
       x: inputs.
@@ -41,13 +42,12 @@ def short_conv(
       y, and the last W-1 inputs of the row's last segment (zeros where it is shorter), both in x's dtype.
 
     Raises:
-      ValueError: a shape that does not fit, an unknown activation or implementation.
+      ValueError: a shape or dtype that does not fit, an empty axis, an unknown activation or implementation.
     """
     check_rank("short_conv", "x", x, "B T D")
     B, T, D = x.shape
     taps = _check("short_conv", x, weight, bias, activation, initial_state)
-    if segment_ids is not None:
-        check_shape("short_conv", "segment_ids", segment_ids, (B, T), like="x", shape=x.shape)
+    check_segment_ids("short_conv", segment_ids, like="x", shape=x.shape)
     unused = max(0, taps - 1 - T) if initial_state is None else 0  # taps that reach back before token 0 at every token
     y, final_state = dispatch.call(
         "short_conv",
@@ -75,7 +75,7 @@ def short_conv_step(
     """One token of `short_conv`: returns y_t and the new state, in x's dtype.
 
     Raises:
-      ValueError: a shape that does not fit, or an unknown activation.
+      ValueError: as `short_conv`.
     """
     check_rank("short_conv_step", "x", x, "B D")
     _check("short_conv_step", x, weight, bias, activation, state, state_name="state")
@@ -92,12 +92,11 @@ def _check(op, x, weight, bias, activation, state, state_name="initial_state"):
     check_rank(op, "weight", weight, "D W")
     taps = weight.shape[1]
     check_shape(op, "weight", weight, (D, taps), like="x", shape=x.shape)
-    if taps < 1:
-        raise ValueError(f"{op}: weight has shape {weight.shape}, expected at least one tap")
     if bias is not None:
         check_shape(op, "bias", bias, (D,), like="x", shape=x.shape)
     if state is not None:
         check_shape(op, state_name, state, (x.shape[0], taps - 1, D), like="weight", shape=weight.shape)
+    check_dtype(op, jnp.floating, x=x, weight=weight, bias=bias, **{state_name: state})
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, expected one of {ACTIVATIONS}")
     return taps

@@ -166,6 +166,18 @@ def test_ids_of_segments_may_be_any_integers(dtype):
     assert tokens_since_start(ids, before=jnp.array([9])).tolist() == [[9, 10, 0, 0, 0, 1, 2]]
 
 
+@pytest.mark.parametrize("name", {name.split("-")[0]: name for name in CASES}.values())
+def test_references_differentiate_in_every_mode(name):
+    inputs = CASES[name].make()
+
+    def loss(inputs):
+        return sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(CASES[name].run(inputs, None, "reference")))
+
+    gradient = jax.grad(loss)
+    jax.eval_shape(lambda x: jax.jvp(gradient, (x,), (x,)), inputs)
+    jax.eval_shape(jax.grad(lambda x: sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(gradient(x)))), inputs)
+
+
 def test_cross_entropy():
     rng = np.random.default_rng(0)
     hidden, head, weights = rng.standard_normal((11, 5)), rng.standard_normal((5, 7)), rng.random(11)

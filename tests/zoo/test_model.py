@@ -136,6 +136,45 @@ def test_an_id_outside_the_table_is_nan(dtype):
         table(jnp.zeros((1, 2)))
 
 
+def hessian_product(model, tokens):
+    """A function of (parameters, direction), and the parameters."""
+    graphdef, parameters = nnx.split(model)
+
+    def loss(parameters):
+        model = nnx.merge(graphdef, parameters)
+        return model.token_losses(tokens, jnp.roll(tokens, -1, 1), jnp.ones(tokens.shape)).mean()
+
+    gradient = jax.grad(loss)
+    return gradient, lambda parameters, direction: jax.jvp(gradient, (parameters,), (direction,))[1], parameters
+
+
+@pytest.mark.slow
+def test_hessian_products_are_differences_of_gradients(tokens):
+    """By the switch that the docs name: `reference` has forward mode."""
+    model = build(tiny(mixer="attention", num_layers=1, logit_softcap=5.0))
+    gradient, product, parameters = hessian_product(model, tokens[:, :6])
+    leaves, tree = jax.tree.flatten(parameters)
+    rng = np.random.default_rng(0)
+    direction = tree.unflatten([jnp.asarray(0.02 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves])
+    with dispatch.use_implementation("reference"):
+        actual = jax.jit(product)(parameters, direction)
+    step, gradient = 0.005, jax.jit(gradient)  # by the default implementations
+    after, before = (gradient(jax.tree.map(lambda p, d, s=s: p + s * d, parameters, direction)) for s in (step, -step))
+    expected = jax.tree.map(lambda a, b: (a - b) / (2 * step), after, before)
+    flat = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    assert error_ratio(flat(actual), flat(expected)) < 1e-2
+
+
+@pytest.mark.parametrize("mixer", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS)])
+def test_every_family_has_hessian_products(mixer, tokens):
+    mlp = {"mlp": "channel_mixing", "d_ff": 32} if mixer == "rwkv6" else {}
+    gradient, product, parameters = hessian_product(build(tiny(mixer=mixer, num_layers=1, d_model=64, **mlp)), tokens)
+    twice = jax.grad(lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(p))))
+    with dispatch.use_implementation("reference"):
+        jax.eval_shape(product, parameters, parameters)
+        jax.eval_shape(twice, parameters)
+
+
 def test_soft_caps_are_those_that_keep_their_digits():
     """tests/kernels/test_softcap.py holds the digits."""
     model = build(tiny(mixer="mlstm", num_layers=1, logit_softcap=5.0))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels import dispatch
 from zoo.layers.parameter import with_axes
 
 
@@ -42,7 +43,11 @@ def linear(
 
 def _project(x, kernel, dimension_numbers, precision=None, out_sharding=None):
     del dimension_numbers, out_sharding  # nnx.Linear contracts x's last axis with the kernel's first; meshes are Auto
-    return _matmul(x, kernel, precision)
+    return dispatch.call("linear", IMPLEMENTATIONS, None, ["transposed"], x, kernel, precision)
+
+
+def _reference(x, kernel, precision):
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -53,7 +58,7 @@ def _matmul(x, kernel, precision):
     made it and once for each projection, where the projections of a block share one transpose of x: a fifth of the
     step of `tiny`.
     """
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
+    return _reference(x, kernel, precision)
 
 
 def _matmul_forward(x, kernel, precision):
@@ -68,6 +73,7 @@ def _matmul_backward(precision, residuals, dy):
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+IMPLEMENTATIONS = {"reference": _reference, "transposed": _matmul}  # the first differentiates in every mode
 
 
 class Embedding(nnx.Embed):

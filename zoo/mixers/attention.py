@@ -39,7 +39,7 @@ def _widths(config: AttentionConfig, d_model: int) -> tuple[int, int, int]:
 
 
 def _check_state(state: dict[str, jax.Array], batch: int, time: int) -> None:
-    """Raise ValueError for a state of other sequences, or without room for the tokens as far as their number is known."""
+    """Raise ValueError for a state of other sequences, or without room for the tokens where their number is known."""
     sequences, length = state["k"].shape[:2]
     if sequences != batch:
         raise ValueError(f"attention: state has {sequences} sequences, expected the {batch} of x")

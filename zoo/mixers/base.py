@@ -83,8 +83,7 @@ class Mixer(nnx.Module):
     def init_state(self, batch_size: int, max_length: int, dtype: jnp.dtype) -> State:
         """The state before the first token. `max_length` (tokens) bounds caches; recurrent states ignore it.
 
-        What is read beyond a cache is a ValueError where it can be seen (a number of tokens that no program hides), else
-        NaN, never a guess.
+        More tokens than a cache holds are a ValueError where their number is known, else NaN, never a guess.
         """
         raise NotImplementedError
 

@@ -47,7 +47,8 @@ def mosaic_tpu(
     scale: float,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Arguments as in `reference`; `chunk_size` is rounded up to a multiple of 128. On a CPU it is interpreted.
+    """Arguments as in `reference`; `chunk_size` is rounded up to a multiple of 128, 256 at most. On a CPU it is
+    interpreted.
 
     Raises:
       NotImplementedError: a GPU, inputs that are neither float32 nor bfloat16, or a head too wide for VMEM.
