@@ -2,8 +2,9 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from kernels import dispatch
+from kernels.array_typing import Array
 
 WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of vectors: one number a row of a WGMMA tile, or a column
@@ -26,14 +29,14 @@ else:
     InterpretGPUParams = plgpu.InterpretGPUParams
 
 
-def load(ref, layout):
+def load(ref: Any, layout: Any) -> Array:
     """A reference in shared or global memory, in registers laid out as `layout`."""
     if _IS_0_10:
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def store(ref, x):
+def store(ref: Any, x: Array) -> None:
     """Registers in shared or global memory, in whatever layout they are."""
     if hasattr(plgpu, "store"):  # jax 0.12 would refuse some that have bank conflicts
         plgpu.store(ref, x, optimized=False)
@@ -41,11 +44,11 @@ def store(ref, x):
         ref[...] = x
 
 
-def transposed(ref):
+def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0)) if _IS_0_10 else ref.transpose((1, 0))
 
 
-def shared_tile(*shape, dtype=jnp.bfloat16):
+def shared_tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
     """Shared memory that TMA fills and wgmma reads: rows of 128 bytes, swizzled."""
     transforms = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -98,31 +101,40 @@ class Fetches:
     def __init__(self, slots=1, barrier="barrier"):
         self.slots, self.barrier, self.types, self.copies = slots, barrier, {}, 0
 
-    def add(self, name, memory, copies=1):
+    def add(self, name: str, memory: Any, copies: int = 1) -> None:
         """Memory for a tile in each slot, [slots, ...], which `copies` copies fill."""
         self.types[name] = memory
         self.copies += copies
 
-    def scratch(self):
+    def scratch(self) -> dict[str, Any]:
         return self.types | {self.barrier: plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)}
 
-    def slot(self, turn):
+    def slot(self, turn: Array | int) -> Array | int:
         return turn % self.slots if isinstance(turn, int) else lax.rem(turn, jnp.int32(self.slots))
 
-    def start(self, refs, turn, copies):
+    def start(self, refs: Any, turn: Array | int, copies: Mapping[str, Any]) -> None:
         """Copies sources by the names of their tiles."""
         slot = self.slot(turn)
         for name, source in copies.items():
             plgpu.copy_gmem_to_smem(source, getattr(refs, name).at[slot], getattr(refs, self.barrier).at[slot])
 
-    def wait(self, refs, turn):
+    def wait(self, refs: Any, turn: Array | int) -> dict[str, Any]:
         """The tiles of a turn by name, once they are there."""
         slot = self.slot(turn)
         plgpu.barrier_wait(getattr(refs, self.barrier).at[slot])
         return {name: getattr(refs, name).at[slot] for name in self.types}
 
 
-def launch(name, body, inputs, outputs, scratch, grid, interpret=None, **params):
+def launch(
+    name: str,
+    body: Callable[..., None],
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Any],
+    scratch: Mapping[str, Any],
+    grid: Mapping[str, int],
+    interpret: Any = None,
+    **params: Any,
+) -> dict[str, Array]:
     """Run `body(refs, *indices in the grid)` on `inputs`; `refs` has inputs, outputs and scratch by name.
 
     Args:

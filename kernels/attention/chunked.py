@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import precision
+from kernels.array_typing import Array, Float, Int
 from kernels.softcap import soft_cap, soft_cap_slope
 
 HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
@@ -45,7 +46,19 @@ def block_sizes(T: int, L: int) -> tuple[int, int]:
     return even(T, 128), min(L, 128 if T > 32 else 512)
 
 
-def chunked(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B L G K"],
+    v: Float[Array, "B L G V"],
+    *,
+    causal: bool,
+    window: int | None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B L"]] | None,
+    q_positions: Int[Array, "B T"] | None,
+    kv_positions: Int[Array, "B L"] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`."""
     (B, T, H, K), (L, G, V) = q.shape, v.shape[1:]
     block_q, block_k = block_sizes(T, L)

@@ -3,10 +3,24 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.array_typing import Array, Float, Int
+
 MASK_BYTES = 2**30  # of segments, which cuDNN takes as numbers added to the logits, [B, 1, T, L]
 
 
-def cudnn(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
+def cudnn(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B L G K"],
+    v: Float[Array, "B L G V"],
+    *,
+    causal: bool,
+    window: int | None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B L"]] | None,
+    q_positions: Int[Array, "B T"] | None,
+    kv_positions: Int[Array, "B L"] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`."""
     (B, T), L = q.shape[:2], k.shape[1]
     mask = None

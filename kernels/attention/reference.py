@@ -2,10 +2,23 @@
 
 import jax.numpy as jnp
 
+from kernels.array_typing import Array, Float, Int
 from kernels.softcap import soft_cap
 
 
-def reference(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap):
+def reference(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B L G K"],
+    v: Float[Array, "B L G V"],
+    *,
+    causal: bool,
+    window: int | None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B L"]] | None,
+    q_positions: Int[Array, "B T"] | None,
+    kv_positions: Int[Array, "B L"] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`."""
     (B, T, H, _), (L, G) = q.shape, k.shape[1:3]
     q_positions = jnp.arange(T)[None] if q_positions is None else q_positions

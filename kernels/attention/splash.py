@@ -4,10 +4,25 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from kernels.array_typing import Array, Float, Int
+
 BLOCKS = (512, 256, 128)  # tokens; the kernel wants a multiple of 128 that divides the length
 
 
-def splash(q, k, v, *, causal, window, segment_ids, q_positions, kv_positions, scale, softcap, interpret=False):
+def splash(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B L G K"],
+    v: Float[Array, "B L G V"],
+    *,
+    causal: bool,
+    window: int | None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B L"]] | None,
+    q_positions: Int[Array, "B T"] | None,
+    kv_positions: Int[Array, "B L"] | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`. The gradient of a softcap is jax's, 1 - tanh^2: it has no digits from
     logits of 9 times the cap on."""
     (T, H), L = q.shape[1:3], k.shape[1]

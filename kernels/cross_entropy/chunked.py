@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import dispatch, precision
+from kernels.array_typing import Array, Float, Int
 from kernels.softcap import soft_cap, soft_cap_slope
 
 
@@ -22,7 +23,15 @@ def tokens_at_once(vocab: int) -> int:
     return max(logits // vocab, 128)
 
 
-def chunked(hidden, head, targets, weights, *, chunk_size, softcap):
+def chunked(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "D vocab"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    chunk_size: int | None,
+    softcap: float | None,
+) -> Float[Array, " N"]:
     """Losses [N]; see `cross_entropy`."""
     N, vocab = hidden.shape[0], head.shape[1]
     chunk_size = tokens_at_once(vocab) if chunk_size is None else chunk_size

@@ -3,10 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.array_typing import Array, Float, Int
 from kernels.softcap import soft_cap
 
 
-def reference(hidden, head, targets, weights, *, chunk_size, softcap):
+def reference(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "D vocab"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    chunk_size: int | None,
+    softcap: float | None,
+) -> Float[Array, " N"]:
     """Losses [N]; see `cross_entropy`. `chunk_size` has no meaning here."""
     del chunk_size
     logits = jnp.dot(hidden.astype(jnp.float32), head.astype(jnp.float32), precision="highest")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.array_typing import Array, Float, Inexact, Int
 from kernels.segments import segment_starts
 from kernels.short_conv import short_conv
 from kernels.toeplitz import toeplitz
@@ -28,7 +29,17 @@ from kernels.toeplitz import toeplitz
 CHUNK_SIZE, PACKED_CHUNK_SIZE = 64, 32  # tokens; the taps of packed rows are not a matrix product
 
 
-def chunked(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
+def chunked(
+    x: Float[Array, "B T D"],
+    log_a: Inexact[Array, "D N"],
+    b: Inexact[Array, "D N"],
+    c: Inexact[Array, "D N"],
+    d: Float[Array, " D"] | None,
+    *,
+    initial_state: Inexact[Array, "B D N"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T D"], Inexact[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `diagonal_ssm`. Without an initial state one chunk needs no states."""
     batch, time, channels = x.shape
     size = min(chunk_size or (CHUNK_SIZE if segment_ids is None else PACKED_CHUNK_SIZE), time)

@@ -3,10 +3,21 @@
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.array_typing import Array, Float, Inexact, Int
 from kernels.segments import segment_starts
 
 
-def reference(x, log_a, b, c, d, *, initial_state, segment_ids, chunk_size):
+def reference(
+    x: Float[Array, "B T D"],
+    log_a: Inexact[Array, "D N"],
+    b: Inexact[Array, "D N"],
+    c: Inexact[Array, "D N"],
+    d: Float[Array, " D"] | None,
+    *,
+    initial_state: Inexact[Array, "B D N"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T D"], Inexact[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `diagonal_ssm`. `chunk_size` has no meaning here."""
     del chunk_size
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)

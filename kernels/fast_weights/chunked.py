@@ -18,11 +18,23 @@ The scan's body is computed again in the backward pass, so that of a chunk only 
 import jax
 import jax.numpy as jnp
 
+from kernels.array_typing import Array, Float, Int
 from kernels.precision import dot
 from kernels.segments import segment_starts
 
 
-def chunked(q, k, v, key_log_decay, value_log_decay, *, initial_state, segment_ids, scale, chunk_size=None):
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    key_log_decay: Float[Array, "B T H K"],
+    value_log_decay: Float[Array, "B T H V"],
+    *,
+    initial_state: Float[Array, "B H K V"],
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Arguments as in `reference`; `chunk_size` (default 32) is rounded up to a power of two."""
     batch, time, heads, _ = v.shape
     size = 1 << (min(chunk_size or 32, time) - 1).bit_length()
@@ -41,7 +53,7 @@ def chunked(q, k, v, key_log_decay, value_log_decay, *, initial_state, segment_i
     return (scale * out).astype(v.dtype), state
 
 
-def attend_chunk(state, chunk):
+def attend_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
     q, k, v, g, f = chunk  # [B, H, C, X]
     like = v
     q, k, v = (x.astype(state.dtype) for x in (q, k, v))
@@ -76,14 +88,14 @@ class Sums:
         self.write_first, self.write_second = self.write[..., 0::2, :, :], self.write[..., 1::2, :, :]
         self.total_first, self.total_second = self.total[..., 0::2, :, :], self.total[..., 1::2, :, :]
 
-    def merged(self):
+    def merged(self) -> "Sums":
         """Two neighbouring blocks become one."""
         read = jnp.concatenate([self.read_first, self.total_first + self.read_second], axis=-2)
         write = jnp.concatenate([self.write_first + self.total_second, self.write_second], axis=-2)
         return Sums(read, write, self.total_first + self.total_second)
 
 
-def sides(x, size):
+def sides(x: Array, size: int) -> tuple[Array, Array]:
     """The tokens before and after the middles: [..., C, X] -> twice [..., C / (2 size), size, X]."""
     x = x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
     return x[..., 0::2, :, :], x[..., 1::2, :, :]

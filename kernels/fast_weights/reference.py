@@ -3,10 +3,22 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.array_typing import Array, Float, Int
 from kernels.segments import segment_starts
 
 
-def reference(q, k, v, key_log_decay, value_log_decay, *, initial_state, segment_ids, scale, chunk_size=None):
+def reference(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    key_log_decay: Float[Array, "B T H K"],
+    value_log_decay: Float[Array, "B T H V"],
+    *,
+    initial_state: Float[Array, "B H K V"],
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """One `lax.scan`, arrays of float32. `chunk_size` is nothing to a step-by-step scan."""
     dtype = initial_state.dtype
     starts = jnp.zeros(v.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)

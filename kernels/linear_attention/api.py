@@ -142,27 +142,39 @@ def linear_attention_step(
     return out[:, 0], state
 
 
-def check_operands(op, q, k, v):
+def check_operands(op: str, q: Array, k: Array, v: Array) -> None:
     check_shape(op, "q", q, (*v.shape[:-2], *q.shape[-2:]), like="v", shape=v.shape)
     check_shape(op, "k", k, q.shape, like="q", shape=q.shape)
     if q.shape[-2] == 0 or v.shape[-2] % q.shape[-2]:
         raise ValueError(f"{op}: q has shape {q.shape}: its heads must divide those of v, of shape {v.shape}")
 
 
-def check_state_arguments(op, bonus, name, state, state_shape, v):
+def check_state_arguments(
+    op: str, bonus: Array | None, name: str, state: Array | None, state_shape: tuple[int, ...], v: Array
+) -> None:
     if bonus is not None:
         check_shape(op, "bonus", bonus, state_shape[1:3], like="v", shape=v.shape)
     if state is not None:
         check_shape(op, name, state, state_shape, like="v", shape=v.shape)
 
 
-def check_values(op, q, k, v, log_decay, bonus, name, state, scale):
+def check_values(
+    op: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    bonus: Array | None,
+    name: str,
+    state: Array | None,
+    scale: float | None,
+) -> None:
     check_dtype(op, jnp.floating, q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, **{name: state})
     check_not_above_zero(op, log_decay=log_decay)
     check_number(op, "scale", scale)
 
 
-def broadcastable(log_decay, num_heads):
+def broadcastable(log_decay: Array | None, num_heads: int) -> Array:
     """log_decay as the implementations take it: [B, T, H, K], with 1 for an axis that it does not vary along."""
     if log_decay is None:
         return jnp.zeros((1, 1, num_heads, 1), jnp.float32)

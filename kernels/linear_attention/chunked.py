@@ -20,7 +20,7 @@ pieces, each from the state the one before it left, so that what is computed for
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,17 @@ def chunked(
     return out, state.reshape(initial_state.shape)
 
 
-def attend_in_pieces(pieces, q, k, v, g, bonus, initial_state, starts, scale):
+def attend_in_pieces(
+    pieces: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
     """`attend`, the chunks in so many pieces, one after the other."""
     if pieces == 1:
         return attend(q, k, v, g, bonus, initial_state, starts, scale)
@@ -101,7 +111,16 @@ def attend_in_pieces(pieces, q, k, v, g, bonus, initial_state, starts, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def attend(q, k, v, g, bonus, initial_state, starts, scale):
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
     """q, k [B, G, 1, N, C, K]; v [B, G, R, N, C, V]; g [B|1, G, R, N|1, C, K|1]; state [B, G, R, K, V]."""
     sums = decay_sums(g, bonus, starts)
     state, final_state = states(sums, k, v, initial_state)
@@ -111,11 +130,13 @@ def attend(q, k, v, g, bonus, initial_state, starts, scale):
     return (scale * out).astype(v.dtype), final_state
 
 
-def attend_forward(*args):
+def attend_forward(*args: Any) -> tuple[Any, ...]:
     return attend(*args), args[:-1]
 
 
-def attend_backward(scale, residuals, cotangents):
+def attend_backward(
+    scale: float, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]
+) -> tuple[Array | None, ...]:
     q, k, v, g, bonus, initial_state, starts = residuals
     dtype = initial_state.dtype
     d_out = scale * cotangents[0].astype(dtype)
@@ -155,7 +176,7 @@ class DecaySums(NamedTuple):
     pairs: Array | None = None
 
 
-def decay_sums(g, bonus, starts):
+def decay_sums(g: Array, bonus: Array | None, starts: Array | None) -> DecaySums:
     g = jnp.maximum(g.astype(jnp.promote_types(g.dtype, jnp.float32)), NOTHING_LEFT)
     if starts is not None:
         g = jnp.where(starts, NOTHING_LEFT, g)
@@ -175,7 +196,7 @@ def decay_sums(g, bonus, starts):
     return DecaySums(*(x[..., 0, :, :] for x in (read, write, total)), inside, levels)
 
 
-def scalar_decay_sums(g, bonus, inside):
+def scalar_decay_sums(g: Array, bonus: Array | None, inside: Array | None) -> DecaySums:
     """By matmuls with zeros and ones, which add the same log-decays: levels of one number a token are slow on TPUs."""
     i, j = jnp.indices((g.shape[-2],) * 2)
     after, upto = (j > i), (j <= i if bonus is None else j < i)
@@ -185,18 +206,18 @@ def scalar_decay_sums(g, bonus, inside):
     return DecaySums(read, write, jnp.sum(g, axis=-2, keepdims=True), inside, pairs=pairs)
 
 
-def halves(blocks):
+def halves(blocks: Array) -> tuple[Array, Array]:
     """The first and the second of each two neighbouring blocks."""
     return blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
 
 
-def split(x, level):
+def split(x: Array, level: tuple[Array, Array]) -> tuple[Array, Array]:
     """The first and the second halves of a level's blocks of tokens: [..., blocks, tokens, X]."""
     size = level[0].shape[-2]
     return halves(x.reshape(*x.shape[:-2], -1, size, x.shape[-1]))
 
 
-def join(levels):
+def join(levels: list[Array]) -> Array:
     """[..., C, C] with the levels' blocks below the diagonal and 0 elsewhere."""
     first = levels[0]
     whole = jnp.zeros((*first.shape[:-3], 2 * first.shape[-3], 1, 1), first.dtype)
@@ -207,20 +228,20 @@ def join(levels):
     return whole[..., 0, :, :]
 
 
-def read_gate(sums):
+def read_gate(sums: DecaySums) -> Array:
     gate = jnp.exp(sums.read)
     return gate if sums.inside is None else jnp.where(sums.inside, gate, 0)
 
 
-def reads(sums, q):
+def reads(sums: DecaySums, q: Array) -> Array:
     return read_gate(sums) * q
 
 
-def writes(sums, k):
+def writes(sums: DecaySums, k: Array) -> Array:
     return jnp.exp(sums.write) * k
 
 
-def scores(sums, q, k):
+def scores(sums: DecaySums, q: Array, k: Array) -> Array:
     """A, strictly below the diagonal."""
     q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
     if sums.pairs is not None:
@@ -234,14 +255,14 @@ def scores(sums, q, k):
     return join(blocks)
 
 
-def own_scores(q, k, bonus):
+def own_scores(q: Array, k: Array, bonus: Array | None) -> Array:
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     products = q.astype(dtype) * k.astype(dtype)
     own = jnp.sum(products if bonus is None else products * bonus.astype(dtype), axis=-1)
     return own[..., None] * jnp.eye(q.shape[-2], dtype=dtype)
 
 
-def score_gradients(sums, q, k, v, d_out):
+def score_gradients(sums: DecaySums, q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, Array]:
     """Gradients of q and k through A, for every head of v: [B, G, R, N, C, K]."""
     shape = (*jnp.broadcast_shapes(q.shape[:-2], v.shape[:-2]), *q.shape[-2:])
     q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
@@ -262,26 +283,28 @@ def score_gradients(sums, q, k, v, d_out):
     return dq if sums.inside is None else jnp.where(sums.inside, dq, 0), dk
 
 
-def states(sums, k, v, initial_state):
+def states(sums: DecaySums, k: Array, v: Array, initial_state: Array) -> tuple[Array, Array]:
     """The states at the chunks' starts, [B, G, R, N, K, V], and the last."""
     updates = dot("...ck,...cv->...kv", writes(sums, k), v, like=v)
     return scan_states(sums, updates, initial_state, reverse=False)
 
 
-def state_gradients(sums, q, d_out, d_final_state, like):
+def state_gradients(sums: DecaySums, q: Array, d_out: Array, d_final_state: Array, like: Array) -> tuple[Array, Array]:
     """The gradients of the states at the chunks' ends, and of the initial one."""
     updates = dot("...ck,...cv->...kv", reads(sums, q), d_out, like=like)
     return scan_states(sums, updates, d_final_state, reverse=True)
 
 
-def scan_states(sums, updates, state, reverse):
+def scan_states(sums: DecaySums, updates: Array, state: Array, reverse: bool) -> tuple[Array, Array]:
     decay = jnp.broadcast_to(jnp.exp(sums.total).mT, (*updates.shape[:-2], sums.total.shape[-1], 1))
     xs = jnp.moveaxis(decay, 3, 0), jnp.moveaxis(updates, 3, 0)
     last, before = jax.lax.scan(lambda state, x: (x[0] * state + x[1], state), state, xs, reverse=reverse)
     return jnp.moveaxis(before, 0, 3), last
 
 
-def log_decay_gradient(reads, writes, end, bonus, starts, g):
+def log_decay_gradient(
+    reads: Array, writes: Array, end: Array, bonus: Array | None, starts: Array | None, g: Array
+) -> Array:
     """As in recurrent.py, a chunk at a time: sum_v S' dS' at its end stands for all later tokens."""
     if g.shape[-1] == 1:
         reads, writes = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, writes))
@@ -293,7 +316,7 @@ def log_decay_gradient(reads, writes, end, bonus, starts, g):
     return sum_to(sums if starts is None else jnp.where(starts, 0, sums), g)
 
 
-def sum_to(x, like):
+def sum_to(x: Array, like: Array) -> Array:
     """x summed over the axes along which `like` was broadcast to it, in like's dtype."""
     shape = (1,) * (x.ndim - like.ndim) + like.shape
     axes = tuple(i for i, size in enumerate(shape) if size == 1 != x.shape[i])

@@ -7,6 +7,7 @@ XLA form, on a Hopper GPU too.
 import jax.numpy as jnp
 
 from kernels import dispatch
+from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 
 # In both of the package's forms a decay between two tokens is the difference of cumulative sums over a chunk, so that
@@ -17,7 +18,18 @@ LOWEST_LOG_DECAY = -20.0
 FLOAT32_CHUNK = 16
 
 
-def jla(q, k, v, log_decay, *, bonus, initial_state, segment_ids, scale, chunk_size):
+def jla(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "..."],
+    *,
+    bonus: Float[Array, "H K"] | None,
+    initial_state: Float[Array, "B H K V"],
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """out [B, T, H, V] and the final state; see `linear_attention`. `chunk_size` can only make chunks smaller."""
     ops = dispatch.optional("jla.ops", extra="jla")
     if initial_state.dtype != jnp.float32:

@@ -18,9 +18,11 @@ Sequences are independent: blocks of them, as many as the cache holds the states
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
@@ -62,19 +64,30 @@ def recurrent(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def attend(q, k, v, log_decay, bonus, initial_state, starts, scale):
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
     """All with a leading axis of blocks: q, k [T, N, K]; v [T, N, V]; log_decay [T, N, K|1]; bonus [N, K];
     initial_state [N, K, V]; starts [T, N, 1]."""
     args = (q, k, v, log_decay, bonus, initial_state, starts)
     return jax.lax.map(lambda args: attend_block(*args, scale), args)
 
 
-def attend_forward(*args):
+def attend_forward(*args: Any) -> tuple[Any, ...]:
     out, final_state = attend(*args)
     return (out, final_state), (*args[:-1], final_state)
 
 
-def attend_backward(scale, residuals, cotangents):
+def attend_backward(
+    scale: float, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]
+) -> tuple[Array | None, ...]:
     gradients = jax.lax.map(lambda args: attend_block_backward(*args, scale), (*residuals, *cotangents))
     return *gradients, None
 
@@ -82,7 +95,16 @@ def attend_backward(scale, residuals, cotangents):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def attend_block(q, k, v, log_decay, bonus, initial_state, starts, scale):
+def attend_block(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+    scale: float,
+) -> tuple[Array, Array]:
     dtype = initial_state.dtype
     decay, read_gate = gates(log_decay, bonus, starts, dtype)
     if bonus is None:  # a read after the write has the token's own key in it
@@ -93,7 +115,19 @@ def attend_block(q, k, v, log_decay, bonus, initial_state, starts, scale):
     return (scale * (out + own * v.astype(dtype))).astype(v.dtype), final_state
 
 
-def attend_block_backward(q, k, v, log_decay, bonus, initial_state, starts, final_state, d_out, d_final_state, scale):
+def attend_block_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+    final_state: Array,
+    d_out: Array,
+    d_final_state: Array,
+    scale: float,
+) -> tuple[Array | None, ...]:
     dtype = initial_state.dtype
     q32, k32, v32 = (x.astype(dtype) for x in (q, k, v))
     d_out, d_final_state = scale * d_out.astype(dtype), d_final_state.astype(dtype)
@@ -114,7 +148,7 @@ def attend_block_backward(q, k, v, log_decay, bonus, initial_state, starts, fina
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_log_decay, d_bonus, d_initial_state
 
 
-def gates(log_decay, bonus, starts, dtype):
+def gates(log_decay: Array, bonus: Array | None, starts: Array | None, dtype: DTypeLike) -> tuple[Array, Array]:
     """What a token leaves of the state, and how q reads the state before it."""
     decay = jnp.exp(log_decay.astype(dtype))
     decay = decay if starts is None else jnp.where(starts, 0, decay)
@@ -123,7 +157,17 @@ def gates(log_decay, bonus, starts, dtype):
     return decay, jnp.ones((), dtype) if starts is None else (~starts).astype(dtype)
 
 
-def sweep(a, b, decay, read, state, *, decay_columns=False, read_after=False, reverse=False):
+def sweep(
+    a: Array,
+    b: Array,
+    decay: Array,
+    read: Array,
+    state: Array,
+    *,
+    decay_columns: bool = False,
+    read_after: bool = False,
+    reverse: bool = False,
+) -> tuple[Array, Array]:
     """Reads of S <- decay S + a b^T: read_t . S before the update with token t (or after it), and the last S.
 
     a, read [T, N, I]; b [T, N, J]; decay [T, N, I|1], or [T, N, J|1] of the state's columns; state [N, I, J].
@@ -141,12 +185,14 @@ def sweep(a, b, decay, read, state, *, decay_columns=False, read_after=False, re
     return out if read_after else shift(out, first, reverse), last
 
 
-def shift(x, first, reverse):
+def shift(x: Array, first: Array, reverse: bool) -> Array:
     """x one token later (earlier, in reverse), with `first` in the place set free."""
     return jnp.concatenate([x[1:], first[None]] if reverse else [first[None], x[:-1]])
 
 
-def log_decay_gradient(reads, writes, end, bonus, starts, log_decay):
+def log_decay_gradient(
+    reads: Array, writes: Array, end: Array, bonus: Array | None, starts: Array | None, log_decay: Array
+) -> Array:
     """d log_decay_t = sum_{s >= t} (r_s dr_s - k_s dk_s) + sum_v S_T dS_T; with a bonus s > t for the reads.
 
     Adding to g_t is scaling S_{t-1}: what later tokens read of it grows, and the state at the end, less what was
@@ -162,7 +208,7 @@ def log_decay_gradient(reads, writes, end, bonus, starts, log_decay):
     return (sums if starts is None else jnp.where(starts, 0, sums)).astype(log_decay.dtype)
 
 
-def suffix_sums(x, block_size=64):
+def suffix_sums(x: Array, block_size: int = 64) -> Array:
     """Sums over axis 0 from each token to the end: token by token in all blocks at once, then over blocks."""
     time, *rest = x.shape
     size = min(block_size, time)

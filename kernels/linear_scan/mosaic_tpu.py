@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.array_typing import Array, Inexact, Int
 from kernels.mosaic_tpu import Interpret, interpret
 from kernels.segments import segment_starts
 
@@ -46,15 +47,22 @@ class Plan:
     interpret: Interpret
 
     @property
-    def grid(self):  # but for the batch
+    def grid(self) -> tuple[int, int]:  # but for the batch
         return pl.cdiv(self.channels, self.width), pl.cdiv(self.time, self.block)
 
     @property
-    def ragged(self):
+    def ragged(self) -> bool:
         return self.time % self.block != 0
 
 
-def mosaic_tpu(x, log_decay, *, initial_state, segment_ids, chunk_size):
+def mosaic_tpu(
+    x: Inexact[Array, "B T D"],
+    log_decay: Inexact[Array, "B T D"] | Inexact[Array, " D"],
+    *,
+    initial_state: Inexact[Array, "B D"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
     """h [B, T, D] and the final state; see `linear_scan`. `chunk_size` is the tokens of a block; 16 divide it.
 
     Raises:

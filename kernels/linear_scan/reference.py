@@ -3,10 +3,18 @@
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.array_typing import Array, Inexact, Int
 from kernels.segments import segment_starts
 
 
-def reference(x, log_decay, *, initial_state, segment_ids, chunk_size):
+def reference(
+    x: Inexact[Array, "B T D"],
+    log_decay: Inexact[Array, "B T D"] | Inexact[Array, " D"],
+    *,
+    initial_state: Inexact[Array, "B D"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
     """h [B, T, D] and the final state; see `linear_scan`. `chunk_size` has no meaning here."""
     del chunk_size
     decay = jnp.broadcast_to(jnp.exp(log_decay), x.shape)  # [B, T, D]

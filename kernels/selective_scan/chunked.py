@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import dispatch
+from kernels.array_typing import Array, Float, Int
 from kernels.segments import segment_starts
 
 
@@ -61,7 +62,18 @@ CPU = Loops(32, 8 * 1024, _one_by_one, 1, functools.partial(jnp.matmul, precisio
 GPU = Loops(16, 2**31, _at_once, 16, _sums)
 
 
-def chunked(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
+def chunked(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " D"] | None,
+    *,
+    initial_state: Float[Array, "B D N"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `selective_scan`."""
     loops = GPU if dispatch.device().platform == "gpu" else CPU
     batch, time, channels = x.shape

@@ -7,11 +7,23 @@ XLA form, on a Hopper GPU too.
 import jax.numpy as jnp
 
 from kernels import dispatch
+from kernels.array_typing import Array, Float, Int
 
 KERNEL_CHUNK = 32  # tokens; the kernels take whole ones, if the step sizes are given as they are
 
 
-def jla(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
+def jla(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " D"] | None,
+    *,
+    initial_state: Float[Array, "B D N"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `selective_scan`."""
     ops = dispatch.optional("jla.ops", extra="jla")
     if initial_state.dtype != jnp.float32:

@@ -6,13 +6,15 @@ immense step; in packed rows no rate is quite 0, so that it leaves nothing of th
 
 import jax.numpy as jnp
 
+from kernels.array_typing import Array
+
 LARGEST_STATE = 64  # N
 LOG2_E = 1.4426950408889634
 START_STEP = 1e30  # dt of the decay where a segment starts
 SLOWEST = -1e-20  # rate in packed rows: exp(dt A) is 1 for each step size in use, and 0 for START_STEP
 
 
-def check_supported(x, dt, A):
+def check_supported(x: Array, dt: Array, A: Array) -> None:
     """Refuse what neither takes.
 
     Raises:
@@ -25,6 +27,6 @@ def check_supported(x, dt, A):
         raise NotImplementedError(f"N {A.shape[1]}: states of more than {LARGEST_STATE} numbers a channel")
 
 
-def rates(A, packed):
+def rates(A: Array, packed: bool) -> Array:
     """A for exponentials of base 2."""
     return jnp.minimum(A * LOG2_E, SLOWEST) if packed else A * LOG2_E

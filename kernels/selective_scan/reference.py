@@ -3,10 +3,22 @@
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.array_typing import Array, Float, Int
 from kernels.segments import segment_starts
 
 
-def reference(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size):
+def reference(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " D"] | None,
+    *,
+    initial_state: Float[Array, "B D N"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here."""
     del chunk_size
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)

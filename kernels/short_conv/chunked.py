@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import dispatch
+from kernels.array_typing import Array, Float, Int
 from kernels.precision import narrow
 from kernels.segments import tokens_since_start
 from kernels.toeplitz import toeplitz
@@ -23,7 +24,15 @@ FEW_TAPS = 16  # for which shifts are faster than a product
 AT_ONCE = 4  # taps whose gradients accelerators sum up in one kernel
 
 
-def chunked(x, weight, bias, *, activation, initial_state, segment_ids):
+def chunked(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D W"],
+    bias: Float[Array, " D"] | None,
+    *,
+    activation: str | None,
+    initial_state: Float[Array, "B W-1 D"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """y [B, T, D] and the final state; see `short_conv`."""
     T, taps = x.shape[1], weight.shape[1]
     from_zero = initial_state is None

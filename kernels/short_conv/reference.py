@@ -4,10 +4,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.array_typing import Array, Float, Int
 from kernels.segments import segment_starts
 
 
-def reference(x, weight, bias, *, activation, initial_state, segment_ids):
+def reference(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D W"],
+    bias: Float[Array, " D"] | None,
+    *,
+    activation: str | None,
+    initial_state: Float[Array, "B W-1 D"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """y [B, T, D] and the final state; see `short_conv`."""
     starts = jnp.zeros(x.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
     weight = weight.astype(jnp.float32)

@@ -1,9 +1,18 @@
 """Linear attention on Hopper GPUs: Pallas kernels, forward and backward."""
 
+from typing import Any
+
 from kernels import dispatch
+from kernels.array_typing import Array, Float
 
 
-def mosaic_gpu(q, k, v, log_decay, **options):
+def mosaic_gpu(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "..."],
+    **options: Any,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for other devices.
 
     Raises:

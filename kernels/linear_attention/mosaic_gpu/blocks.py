@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import mosaic_gpu
-from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
+from kernels.linear_attention.mosaic_gpu.chunk import CHUNK, Operand
 from kernels.mosaic_gpu import COLUMNS, ROWS, WGMMA, load, shared_tile, transposed
 
 WIDEST = 128  # columns of v that a block computes
@@ -31,35 +33,35 @@ class Plan:
     interpret: object
 
     @property
-    def machine(self):
+    def machine(self) -> type:
         return Registers if self.interpret is None else Interpreted
 
     @property
-    def sequences(self):
+    def sequences(self) -> int:
         return self.batch * self.heads
 
     @property
-    def chunks(self):
+    def chunks(self) -> int:
         return self.time // CHUNK
 
     @property
-    def part_chunks(self):  # the last part may have fewer
+    def part_chunks(self) -> int:  # the last part may have fewer
         return pl.cdiv(self.chunks, self.parts)
 
     @property
-    def key_tiles(self):
+    def key_tiles(self) -> int:
         return self.key_dim // CHUNK
 
     @property
-    def width(self):
+    def width(self) -> int:
         return WIDEST if self.value_dim % WIDEST == 0 else CHUNK
 
     @property
-    def value_blocks(self):
+    def value_blocks(self) -> int:
         return self.value_dim // self.width
 
     @property
-    def states_shape(self):
+    def states_shape(self) -> tuple[int, int, int]:
         return self.sequences, self.chunks * self.key_dim, self.value_dim
 
 
@@ -79,25 +81,25 @@ class Registers:
             masks[1] = self.half(jnp.where(t < i, 1.0, 0.0))
             plgpu.commit_smem()
 
-    def index(self, axis):
+    def index(self, axis: int) -> Operand:
         return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
 
-    def read(self, ref, layout):
+    def read(self, ref: Operand, layout: Any) -> Operand:
         return load(ref, layout)
 
-    def load(self, shared):
+    def load(self, shared: Operand) -> Operand:
         return self.read(shared, WGMMA).astype(jnp.float32)
 
-    def rows(self, vector, width):
+    def rows(self, vector: Operand, width: int) -> Operand:
         return lax.broadcast_in_dim(self.read(vector, ROWS), (CHUNK, width), [0])
 
-    def columns(self, vector):
+    def columns(self, vector: Operand) -> Operand:
         return lax.broadcast_in_dim(self.read(vector, COLUMNS), (CHUNK, CHUNK), [1])
 
-    def half(self, x):
+    def half(self, x: Operand) -> Operand:
         return x.astype(jnp.bfloat16)
 
-    def stage_all(self, *values):
+    def stage_all(self, *values: Operand) -> Sequence[Operand]:
         plgpu.commit_smem()
         staged = self.staged[: len(values)]
         for shared, x in zip(staged, values, strict=True):
@@ -105,18 +107,18 @@ class Registers:
         plgpu.commit_smem()
         return staged
 
-    def stage(self, x):
+    def stage(self, x: Operand) -> Operand:
         return self.stage_all(x)[0]
 
-    def transposed(self, shared):
+    def transposed(self, shared: Operand) -> Operand:
         return transposed(shared)
 
-    def ones(self, which):
+    def ones(self, which: str) -> Operand:
         # Not in registers: ptxas of CUDA 13.0 sets those that are constant after the product that reads them.
         mask = self.masks.at[0 if which in ("upto", "from") else 1]
         return mask if which in ("upto", "before") else self.transposed(mask)
 
-    def dots(self, start, *pairs):
+    def dots(self, start: Operand, *pairs: tuple[Operand, Operand]) -> Operand:
         def multiply(accumulator):
             for a, b in pairs:
                 plgpu.wgmma(accumulator, a, b)
@@ -134,19 +136,19 @@ class Registers:
 class Interpreted(Registers):
     """On a CPU, which has no layouts and whose interpreter has no accumulators. The four warps are one thread here."""
 
-    def index(self, axis):
+    def index(self, axis: int) -> Operand:
         return lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
 
-    def read(self, ref, layout):
+    def read(self, ref: Operand, layout: Any) -> Operand:
         return ref[...]
 
-    def half(self, x):  # XLA may leave out a rounding that is only a conversion there and back
+    def half(self, x: Operand) -> Operand:  # XLA may leave out a rounding that is only a conversion there and back
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
-    def transposed(self, shared):
+    def transposed(self, shared: Operand) -> Operand:
         return shared[...].T
 
-    def dots(self, start, *pairs):
+    def dots(self, start: Operand, *pairs: tuple[Operand, Operand]) -> Operand:
         pairs = [(a[...], b[...]) for a, b in pairs]
         assert all(x.dtype == jnp.bfloat16 and x.shape[0] % CHUNK == 0 for pair in pairs for x in pair)
         products = [jnp.dot(a, b, preferred_element_type=jnp.float32) for a, b in pairs]
@@ -156,15 +158,23 @@ class Interpreted(Registers):
 class Fetches(mosaic_gpu.Fetches):
     """Tiles of bfloat16, one copy each matrix of them, and vectors of float32."""
 
-    def tile(self, name, *shape):
+    def tile(self, name: str, *shape: int) -> None:
         self.add(name, shared_tile(self.slots, *shape), copies=math.prod(shape[:-2]))
 
-    def vector(self, *names):
+    def vector(self, *names: str) -> None:
         for name in names:
             self.add(name, plgpu.SMEM((self.slots, CHUNK), jnp.float32))
 
 
-def launch(plan, body, inputs, outputs, scratch, grid, name):
+def launch(
+    plan: Plan,
+    body: Callable[..., None],
+    inputs: Mapping[str, Operand],
+    outputs: Mapping[str, Any],
+    scratch: Mapping[str, Any],
+    grid: tuple[int, ...],
+    name: str,
+) -> dict[str, Operand]:
     """`mosaic_gpu.launch` over sequences, chunks or parts of the time, and blocks of them."""
     name = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
     grid = dict(zip(("sequence", "time", "block"), grid, strict=True))

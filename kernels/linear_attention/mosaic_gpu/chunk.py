@@ -29,11 +29,13 @@ The first two lines are one function each, read from left to right and, with q a
            + e^total sum_V S R
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
+Operand = Any  # an array in registers, or a reference to shared memory
 CHUNK = 64  # tokens; and rows and columns of a tile
 FASTEST = -50.0  # log-decay: e^-50 leaves nothing, and sums of more extreme ones lose digits
 LEVELS = 6  # of pairs: 1, 2, 4 ... 32 tokens and less apart
@@ -56,15 +58,15 @@ class PerKey(NamedTuple):
     high: Any
     low: Any
 
-    def sums(self, m, ones):
+    def sums(self, m: Any, ones: Operand) -> Operand:
         """sum_t ones[i, t] g_t, for each i."""
         return m.dots(None, (ones, self.high), (ones, self.low))
 
-    def gate(self, m, reads):
+    def gate(self, m: Any, reads: bool) -> Operand:
         """exp of the sum up to each token, or after it."""
         return jnp.exp(self.sums(m, m.ones("upto" if reads else "after")))
 
-    def level(self, m, level):
+    def level(self, m: Any, level: Operand) -> Operand:
         """exp of the sum between a token and the middle of its block of 2^(level + 1) tokens: [64, 64].
 
         Every term of the mask depends on the level: what does not would be kept in registers over the levels.
@@ -76,13 +78,13 @@ class PerKey(NamedTuple):
         return jnp.exp(self.sums(m, m.half(jnp.where(counted, 1.0, 0.0))))
 
 
-def seen(m, reverse):
+def seen(m: Any, reverse: bool) -> Operand:
     """The pairs of a token (row) and one that it reads, or that reads it: on and below the diagonal, or above."""
     i, j = m.index(0), m.index(1)
     return i <= j if reverse else i >= j
 
 
-def pairs_of_level(m, level):
+def pairs_of_level(m: Any, level: Operand) -> Operand:
     """A token (row) and an earlier one on both sides of the middle of a block of 2^(level + 1) tokens: the highest bit
     in which they differ."""
     i, j = m.index(0), m.index(1)
@@ -90,26 +92,37 @@ def pairs_of_level(m, level):
     return (i >> (level + 1) == j >> (level + 1)) & ((i & size) > (j & size))
 
 
-def over_levels(step, value):
+def over_levels(step: Callable[..., Any], value: Any) -> Any:
     """`value` after step(level, value) for each level."""
     return lax.fori_loop(0, LEVELS, step, value)
 
 
-def scalar_pairs(m, decay, reverse):
+def scalar_pairs(m: Any, decay: Scalar, reverse: bool) -> Operand:
     """exp of the sum of g between the tokens of a pair, 0 for unseen ones."""
     later, earlier = m.rows(decay.sums, CHUNK), m.columns(decay.sums)
     between = earlier - later if reverse else later - earlier
     return jnp.where(seen(m, reverse), jnp.exp(jnp.minimum(between, 0.0)), 0.0)
 
 
-def update(m, decay, reverse, scale, x, y, total, state):
+def update(
+    m: Any, decay: PerKey | Scalar, reverse: bool, scale: float, x: Operand, y: Operand, total: Operand, state: Operand
+) -> Operand:
     """The next state, or gradient of one, of 64 keys: [64, V] float32. x [64, 64], y [64, V]; total [64], e^total."""
     gate = decay.gate(m, reads=reverse) if isinstance(decay, PerKey) else m.rows(decay.gate, CHUNK)
     written = m.stage(m.load(x) * gate * (scale if reverse else 1.0))
     return m.dots(state * m.rows(total, state.shape[1]), (m.transposed(written), y))
 
 
-def read(m, decay, reverse, scale, x, y, w, state):
+def read(
+    m: Any,
+    decay: Scalar,
+    reverse: bool,
+    scale: float,
+    x: list[Operand],
+    y: list[Operand],
+    w: Operand,
+    state: list[Operand],
+) -> Operand:
     """out (or dv) of scalar decays, [64, V] float32.
 
     x, y: q, k (or k, q), and `state`, S (or R): a tile for each 64 keys; w: v (or do).
@@ -121,7 +134,16 @@ def read(m, decay, reverse, scale, x, y, w, state):
     return m.dots(out, (m.half(scale * pairs), w))
 
 
-def read_per_key(m, decays, reverse, scale, x, pairs, w, state):
+def read_per_key(
+    m: Any,
+    decays: list[PerKey],
+    reverse: bool,
+    scale: float,
+    x: list[Operand],
+    pairs: Operand,
+    w: Operand,
+    state: list[Operand],
+) -> Operand:
     """`read` of decays per key, one for each 64; pairs: A, with the scale in it."""
     out = m.dots(None, (m.transposed(pairs) if reverse else pairs, w))
     for decay, x_tile, state_tile in zip(decays, x, state, strict=True):
@@ -130,7 +152,7 @@ def read_per_key(m, decays, reverse, scale, x, pairs, w, state):
     return out
 
 
-def scores(m, decay, q, k, earlier):
+def scores(m: Any, decay: PerKey, q: Operand, k: Operand, earlier: Operand) -> Operand:
     """A of 64 keys, without the scale, [64, 64] float32, plus that of `earlier` ones, which may be None.
 
     Level by level, each a product of what is left of q and of k at the middle of their block.
@@ -156,7 +178,9 @@ class Products(NamedTuple):
     states: Any  # of S and R
 
 
-def add_products(m, sums, v, d_out, state, d_state):
+def add_products(
+    m: Any, sums: Products | None, v: Operand, d_out: Operand, state: Operand, d_state: Operand
+) -> Products:
     """`sums`, or None for none yet, and those over some columns of v, do, S and R: tiles of 64 x 64."""
     pairs, dq, dk, states = sums or (None,) * 4
     new = jnp.sum(m.load(state) * m.load(d_state), axis=1)
@@ -168,7 +192,9 @@ def add_products(m, sums, v, d_out, state, d_state):
     )
 
 
-def key_gradients(m, reads, writes, scale, q, k, products):
+def key_gradients(
+    m: Any, reads: Scalar, writes: Scalar, scale: float, q: Operand, k: Operand, products: Products
+) -> tuple[Operand, Operand, Operand, Operand]:
     """dq, dk of 64 keys and scalar decays, and the two terms of dg, one number a token: at t' >= t, and at t' < t."""
     pairs = m.stage(scale * products.pairs * scalar_pairs(m, reads, reverse=False))
     dq = m.dots(products.dq * (scale * m.rows(reads.gate, CHUNK)), (pairs, k))
@@ -179,7 +205,9 @@ def key_gradients(m, reads, writes, scale, q, k, products):
     return dq, dk + written, from_here_on, before
 
 
-def key_gradients_per_key(m, decay, q, k, pairs, dq, dk, later):
+def key_gradients_per_key(
+    m: Any, decay: PerKey, q: Operand, k: Operand, pairs: Operand, dq: Operand, dk: Operand, later: Operand
+) -> tuple[Operand, Operand, Operand]:
     """dq, dk, and dg of 64 keys, [64, 64] float32.
 
     pairs, dq, dk: of `Products`, with the scale in the first two, bfloat16; later [64]: e^total sum_V S R.
@@ -204,7 +232,7 @@ def key_gradients_per_key(m, decay, q, k, pairs, dq, dk, later):
     return dq, within + written, jnp.where(m.load(decay.high) > FASTEST, changes, 0.0)
 
 
-def sums_over(m, which, values):
+def sums_over(m: Any, which: str, values: Operand) -> Operand:
     """sum_t values_t over the tokens that `m.ones(which)` counts: of what bfloat16 holds, and of the rest."""
     high, low = m.stage_all(values, values - m.half(values).astype(jnp.float32))
     return m.dots(None, (m.ones(which), high), (m.ones(which), low))

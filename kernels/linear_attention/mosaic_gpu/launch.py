@@ -23,8 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.array_typing import Array
 from kernels.linear_attention.mosaic_gpu import chunk
-from kernels.linear_attention.mosaic_gpu.blocks import Fetches, launch
+from kernels.linear_attention.mosaic_gpu.blocks import Fetches, Plan, launch
 from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
 from kernels.mosaic_gpu import shared_tile
 
@@ -44,7 +45,16 @@ def _masks(plan):
     return {"masks": shared_tile(2, CHUNK, CHUNK)} if plan.per_key else {}
 
 
-def sweep(plan, reverse, x, y, decay, totals, starts, keep):
+def sweep(
+    plan: Plan,
+    reverse: bool,
+    x: Array,
+    y: Array,
+    decay: Array | tuple[Array, Array],
+    totals: Array,
+    starts: Array | None,
+    keep: bool,
+) -> tuple[Array | None, ...]:
     """States before each chunk (after it, in reverse), or None, and what each part ends with, [B H P, K, V] float32.
 
     x, y: k, v (or q, do). starts [B H P, K, V] float32: what each part starts with, at its end in reverse.
@@ -124,7 +134,7 @@ def sweep(plan, reverse, x, y, decay, totals, starts, keep):
     return result.get("states"), result["ends"]
 
 
-def scores(plan, q, k, decay):
+def scores(plan: Plan, q: Array, k: Array, decay: tuple[Array, Array]) -> Array:
     """A of decays per key, with the scale in it, [B H, T, 64] bfloat16."""
     inputs = {"q": q, "k": k, **_decay_inputs(plan, decay)}
     fetches = Fetches(min(2, plan.key_tiles))
@@ -153,7 +163,9 @@ def scores(plan, q, k, decay):
     return launch(plan, body, inputs, outputs, scratch, (plan.sequences, plan.chunks, 1), "scores")["scores"]
 
 
-def read(plan, reverse, x, y, w, decay, states):
+def read(
+    plan: Plan, reverse: bool, x: Array, y: Array, w: Array, decay: Array | tuple[Array, Array], states: Array
+) -> Array:
     """out [B, T, H, V] from q, k, v and S; in reverse dv from k, q, do and R. bfloat16. Per key, y is the scores."""
     inputs = {"x": x, "y": y, "w": w, **_decay_inputs(plan, decay), "states": states}
     tiles = plan.key_tiles
@@ -243,7 +255,9 @@ def _product_fetches(plan):
     return fetches
 
 
-def gradients(plan, q, k, v, d_out, decay, states, d_states):
+def gradients(
+    plan: Plan, q: Array, k: Array, v: Array, d_out: Array, decay: Array, states: Array, d_states: Array
+) -> tuple[Array, ...]:
     """Of scalar decays: dq, dk [B, T, H, K] bfloat16, and of the decay's gradient, float32, the two terms
     [K / 64, B H, T] of 64 keys each, from a token on and before it, and sum_V S R [B H, N K]."""
     inputs = {"q": q, "k": k, "v": v, "d_out": d_out, "decay": decay, "states": states, "d_states": d_states}
@@ -296,7 +310,7 @@ def gradients(plan, q, k, v, d_out, decay, states, d_states):
     return tuple(launch(plan, body, inputs, outputs, scratch, grid, "dq_dk").values())
 
 
-def products(plan, v, d_out, states, d_states):
+def products(plan: Plan, v: Array, d_out: Array, states: Array, d_states: Array) -> tuple[Array, Array, Array, Array]:
     """Scaled do v^T [B H, T, 64], scaled do S^T and v R^T [B, T, H, K], bfloat16; sum_V S R [B H, N K], float32."""
     inputs = {"v": v, "d_out": d_out, "states": states, "d_states": d_states}
     fetches = _product_fetches(plan)
@@ -333,7 +347,9 @@ def products(plan, v, d_out, states, d_states):
     return tuple(launch(plan, body, inputs, outputs, scratch, grid, "products").values())
 
 
-def key_gradients(plan, q, k, pairs, dq, dk, decay, later):
+def key_gradients(
+    plan: Plan, q: Array, k: Array, pairs: Array, dq: Array, dk: Array, decay: tuple[Array, Array], later: Array
+) -> tuple[Array, Array, Array]:
     """Of decays per key: dq, dk [B, T, H, K] bfloat16, and the decay's gradient, [B, T, H, K] float32.
 
     pairs, dq, dk: of `products`; later [B H, N K] float32: e^total sum_V S R.

@@ -7,6 +7,7 @@ all chunks. From right to left likewise. Then `read` and `gradients` have a bloc
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,9 @@ def mosaic_gpu(
     return (out + scale * own * v).astype(v.dtype), state
 
 
-def in_whole_chunks(plan, q, k, v, g, starts, initial_state):
+def in_whole_chunks(
+    plan: Plan, q: Array, k: Array, v: Array, g: Array, starts: Array | None, initial_state: Array
+) -> tuple[Array, Array]:
     """`attend`, after padding T, K and V to the plan's: padding has no decay, and keys of zero."""
     time, key_dim, value_dim = v.shape[1], k.shape[3], v.shape[3]
     if starts is not None:
@@ -87,7 +90,7 @@ def in_whole_chunks(plan, q, k, v, g, starts, initial_state):
     return out[:, :time, :, :value_dim], state[:, :key_dim, :value_dim].reshape(initial_state.shape)
 
 
-def pad(x, first, last):
+def pad(x: Array, first: int, last: int) -> Array:
     """Zeros after axis 1 and the last one."""
     widths = [(0, 0)] * x.ndim
     widths[1], widths[-1] = (0, first), (0, last)
@@ -95,12 +98,12 @@ def pad(x, first, last):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan, q, k, v, g, initial_state):
+def attend(plan: Plan, q: Array, k: Array, v: Array, g: Array, initial_state: Array) -> tuple[Array, Array]:
     """q, k [B, T, G, K]; v [B, T, H, V]; g [B, T, H, K|1] float32; initial_state [B H, K, V] float32."""
     return attend_forward(plan, q, k, v, g, initial_state)[0]
 
 
-def attend_forward(plan, q, k, v, g, initial_state):
+def attend_forward(plan: Plan, q: Array, k: Array, v: Array, g: Array, initial_state: Array) -> tuple[Any, ...]:
     decay, totals = decays(plan, g)
     starts = part_starts(plan, False, k, v, decay, totals, initial_state)
     states, ends = launch.sweep(plan, False, k, v, decay, totals, starts, keep=True)
@@ -111,7 +114,7 @@ def attend_forward(plan, q, k, v, g, initial_state):
     return (out, final_state), (q, k, v, decay, None if plan.per_key else g, totals, starts, pairs)
 
 
-def attend_backward(plan, residuals, cotangents):
+def attend_backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Array | None, ...]:
     q, k, v, decay, g, totals, starts, pairs = residuals
     d_out, d_final_state = cotangents[0].astype(jnp.bfloat16), cotangents[1].astype(jnp.float32)
     states, _ = launch.sweep(plan, False, k, v, decay, totals, starts, keep=True)
@@ -132,7 +135,7 @@ def attend_backward(plan, residuals, cotangents):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def decays(plan, g):
+def decays(plan: Plan, g: Array) -> tuple[Array | tuple[Array, Array], Array]:
     """What launch.py calls decays and totals."""
     g = jnp.where(g == SEGMENT_START, g, jnp.maximum(g, FASTEST))
     chunks = g.reshape(plan.batch, plan.chunks, CHUNK, plan.heads, -1)
@@ -146,14 +149,16 @@ def decays(plan, g):
     return jnp.stack([sums, jnp.exp(sums), write]).reshape(3, plan.sequences, plan.time), totals
 
 
-def over_chunk(plan, x, counted):
+def over_chunk(plan: Plan, x: Array, counted: str) -> Array:
     """Sums of [..., T] over tokens of each one's chunk, [B H, N, 64]: those "upto" it, "from" it on, or "before" it."""
     t, i = jnp.indices((CHUNK, CHUNK))
     ones = {"upto": t <= i, "from": t >= i, "before": t < i}[counted].astype(jnp.float32)
     return jnp.matmul(x.reshape(plan.sequences, plan.chunks, CHUNK), ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def part_starts(plan, reverse, x, y, decay, totals, state):
+def part_starts(
+    plan: Plan, reverse: bool, x: Array, y: Array, decay: Array | tuple[Array, Array], totals: Array, state: Array
+) -> Array:
     """The state that each part starts with (its gradient at each part's end), [B H P, K, V], from the first's."""
     if plan.parts == 1:
         return state
@@ -169,14 +174,14 @@ def part_starts(plan, reverse, x, y, decay, totals, state):
     return jnp.moveaxis(starts, 0, 1).reshape(zeros.shape)
 
 
-def log_decay_gradient(plan, from_here_on, before, later):
+def log_decay_gradient(plan: Plan, from_here_on: Array, before: Array, later: Array) -> Array:
     """The gradient of scalar log-decays, [B, T, H, 1]: chunk.py's three terms, the last of which is [B H, N K]."""
     sums = over_chunk(plan, jnp.sum(from_here_on, axis=0), "from") + over_chunk(plan, jnp.sum(before, axis=0), "before")
     sums += jnp.sum(later.reshape(plan.sequences, plan.chunks, -1), axis=-1, keepdims=True)
     return sums.reshape(plan.batch, plan.heads, plan.time).transpose(0, 2, 1)[..., None]
 
 
-def sum_shared(plan, gradient):
+def sum_shared(plan: Plan, gradient: Array) -> Array:
     """Of [B, T, H, K], over the heads that share a head of q and k."""
     gradient = gradient.reshape(*gradient.shape[:2], plan.groups, -1, plan.key_dim)
     return jnp.sum(gradient, axis=3, dtype=jnp.float32).astype(gradient.dtype)

@@ -7,16 +7,21 @@ The backward pass goes from right to left. The states at the starts of the time 
 pass; those of the chunks inside are computed again.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels.array_typing import Array
 from kernels.linear_attention.mosaic_tpu import per_key, scalar
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.dots import Dots
+from kernels.linear_attention.mosaic_tpu.plan import Plan
 
 
-def forward_kernel(plan, refs):
+def forward_kernel(plan: Plan, refs: Any) -> None:
     dots, block = Dots(plan.dtype), pl.program_id(2)
     first_head = pl.program_id(3) * plan.tiles.heads
 
@@ -48,7 +53,7 @@ def forward_kernel(plan, refs):
     over_chunks(plan, body)
 
 
-def backward_kernel(plan, refs):
+def backward_kernel(plan: Plan, refs: Any) -> None:
     dots, tiles = Dots(plan.dtype), plan.tiles
     block = plan.blocks - 1 - pl.program_id(2)
     first_head = pl.program_id(3) * tiles.heads
@@ -99,7 +104,7 @@ def backward_kernel(plan, refs):
             refs.dk[...] = refs.dk_sum[...].astype(plan.dtype)
 
 
-def compute_states(plan, refs, dots, block):
+def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> None:
     """The states at the starts of the block's chunks and at its end, into `refs.states`."""
     for head in range(plan.tiles.heads):
         refs.states[0, head] = refs.kept[head].astype(plan.dtype)
@@ -122,7 +127,18 @@ def compute_states(plan, refs, dots, block):
     lax.fori_loop(0, count, body, states, unroll=min(plan.tiles.unroll_backward, count))
 
 
-def backward_head(plan, refs, dots, chunk, index, head, first_head, q, k, decay):
+def backward_head(
+    plan: Plan,
+    refs: Any,
+    dots: Dots,
+    chunk: Chunk,
+    index: int | Array,
+    head: int | Array,
+    first_head: int | Array,
+    q: Array,
+    k: Array,
+    decay: per_key.Decay | scalar.Decay,
+) -> tuple[Array | None, ...]:
     """dq, dk [C, K], and the terms of the gradient of a scalar decay, [C, 1]; everything else is stored."""
     v, d_out = (chunk.load(name, head, plan.value_dim) for name in ("v", "d_out"))
     tiles, d_end = plan.tiles, refs.d_state[first_head + head]
@@ -149,7 +165,7 @@ def backward_head(plan, refs, dots, chunk, index, head, first_head, q, k, decay)
     return plan.scale * gradients.q, gradients.k, None
 
 
-def over_chunks(plan, body, reverse=False):
+def over_chunks(plan: Plan, body: Callable, reverse: bool = False) -> None:
     count = plan.tiles.block // plan.tiles.chunk
     unroll = plan.tiles.unroll_backward if reverse else plan.tiles.unroll
     if count == 1:

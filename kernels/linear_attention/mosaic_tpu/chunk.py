@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels.array_typing import Array
 from kernels.linear_attention.mosaic_tpu import per_key, scalar
-from kernels.linear_attention.mosaic_tpu.dots import LANES
+from kernels.linear_attention.mosaic_tpu.dots import LANES, Dots
 from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START
 
 
@@ -27,16 +28,16 @@ class Chunk:
         token = block * plan.tiles.block + start + lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
         self.valid = token < plan.time if plan.ragged else None
 
-    def load(self, name, head, width):
+    def load(self, name: str, head: int | Array, width: int) -> Array:
         """[C, width] of one head; rows after the last token are zero."""
         x = getattr(self.refs, name)[self.rows, head * width : (head + 1) * width]
         return x if self.valid is None else jnp.where(self.valid, x, jnp.zeros_like(x))
 
-    def store(self, name, head, x):
+    def store(self, name: str, head: int | Array, x: Array) -> None:
         ref, width = getattr(self.refs, name), x.shape[1]
         ref[self.rows, head * width : (head + 1) * width] = x.astype(ref.dtype)
 
-    def decays(self, dots, sums="compute"):
+    def decays(self, dots: Dots, sums: str = "compute") -> list[per_key.Decay | scalar.Decay]:
         """Of each head of the step. Sums of decays per key: "compute" them, "keep" them in `refs.sums`, "load" them."""
         plan, refs = self.plan, self.refs
         if not plan.per_key:
@@ -60,14 +61,14 @@ class Chunk:
             result.append(per_key.decay(dots, g, starts, plan.bonus, cumulative))
         return result
 
-    def keys(self, group, *names):
+    def keys(self, group: int | Array, *names: str) -> list[Array]:
         return [self.load(name, group, self.plan.key_dim) for name in names]
 
-    def per_key_operands(self, q, k, head):
+    def per_key_operands(self, q: Array, k: Array, head: int | Array) -> tuple[Array | None, ...]:
         u = self.refs.bonus[head] if self.plan.bonus else None
         return self.plan.scale * q.astype(jnp.float32), k.astype(jnp.float32), u
 
-    def store_changes(self, columns):
+    def store_changes(self, columns: list[Array]) -> None:
         """Columns [C, 1], one a head, as rows of `changes`."""
         size = columns[0].shape[0]
         rows = self.refs.changes.shape[0]

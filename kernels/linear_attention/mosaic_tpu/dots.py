@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.array_typing import Array
+
 LANES = 128
 
 
@@ -13,19 +15,19 @@ class Dots:
         self.dtype = jnp.dtype(dtype)
         self.exact = self.dtype == jnp.float32
 
-    def nn(self, a, b):
+    def nn(self, a: Array, b: Array) -> Array:
         """a b"""
         return self._dot(a, b, (1, 0))
 
-    def nt(self, a, b):
+    def nt(self, a: Array, b: Array) -> Array:
         """a b^T"""
         return self._dot(a, b, (1, 1))
 
-    def tn(self, a, b):
+    def tn(self, a: Array, b: Array) -> Array:
         """a^T b"""
         return self._dot(a, b, (0, 0))
 
-    def count(self, ones, x):
+    def count(self, ones: Array, x: Array) -> Array:
         """ones x, for a matrix of zeros and ones: x float32, not rounded to more than 16 bits on its way."""
         if self.exact:
             return self.nn(ones, x)
@@ -43,12 +45,12 @@ class Dots:
         )
 
 
-def over_lanes(x, width):
+def over_lanes(x: Array, width: int) -> Array:
     """x [C, 128] of equal lanes, on `width` lanes."""
     return jnp.concatenate([x] * (width // LANES), axis=1) if width > LANES else x[:, :width]
 
 
-def grid_index(size):
+def grid_index(size: int) -> tuple[Array, Array]:
     """Row and column numbers of a [size, size] matrix."""
     shape = (size, size)
     return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)

@@ -12,12 +12,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.array_typing import Array
 from kernels.linear_attention.mosaic_tpu.bodies import backward_kernel, forward_kernel
+from kernels.linear_attention.mosaic_tpu.plan import Plan
 
 VMEM_LIMIT = 100 * 2**20  # bytes; of 128 MiB on v5e and v6e
 
 
-def forward(plan, q, k, v, decay, bonus, starts, initial_state, keep_states):
+def forward(
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    bonus: Array | None,
+    starts: Array | None,
+    initial_state: Array,
+    keep_states: bool,
+) -> tuple[Array | None, ...]:
     """out [B, T, H * V]; final state [B, H, ...]; the states at the starts of time blocks [B, N, H, ...] or None."""
     inputs = _inputs(plan, q=q, k=k, v=v, decay=decay, bonus=bonus, starts=starts, initial_state=initial_state)
     outputs = {
@@ -30,7 +42,18 @@ def forward(plan, q, k, v, decay, bonus, starts, initial_state, keep_states):
     return result["out"], result["state"], result.get("kept")
 
 
-def backward(plan, q, k, v, decay, bonus, starts, kept, d_out, d_final_state):
+def backward(
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    bonus: Array | None,
+    starts: Array | None,
+    kept: Array,
+    d_out: Array,
+    d_final_state: Array,
+) -> dict[str, Array]:
     """The gradients by name; of scalar decays `changes`, whose sums over later tokens of a chunk they are."""
     inputs = _inputs(
         plan, q=q, k=k, v=v, d_out=d_out, decay=decay, bonus=bonus, starts=starts, kept=kept,

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,16 @@ def mosaic_tpu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan, q, k, v, decay, bonus, initial_state, starts):
+def attend(
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    bonus: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+) -> tuple[Array, Array]:
     """q, k [B, T, G K]; v [B, T, H V]; decay [B, T, H K], or [B|1, T|1, H]; bonus [H, 1, K]; starts [B, T]."""
     return _forward(plan, q, k, v, decay, bonus, initial_state, starts, keep_states=False)[:2]
 
@@ -116,13 +126,13 @@ def _forward(plan, q, k, v, decay, bonus, initial_state, starts, keep_states):
     return out, state.mT if plan.per_key else state, kept
 
 
-def attend_forward(plan, *args):
+def attend_forward(plan: Plan, *args: Any) -> tuple[Any, ...]:
     out, state, kept = _forward(plan, *args, keep_states=True)
     q, k, v, decay, bonus, _, starts = args
     return (out, state), (q, k, v, decay, bonus, starts, kept)
 
 
-def attend_backward(plan, residuals, cotangents):
+def attend_backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Array | None, ...]:
     q, k, v, decay, bonus, starts, kept = residuals
     d_out, d_final_state = cotangents[0].astype(plan.dtype), cotangents[1].astype(jnp.float32)
     sums = decay if plan.per_key else decay_sums(plan, decay, starts)
@@ -141,7 +151,7 @@ def attend_backward(plan, residuals, cotangents):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def start_rows(plan, starts):
+def start_rows(plan: Plan, starts: Array | None) -> Array | None:
     """[B, 8, T padded], for decays per key."""
     if not plan.starts:
         return None
@@ -149,7 +159,7 @@ def start_rows(plan, starts):
     return jnp.broadcast_to(starts[:, None], (plan.batch, 8, starts.shape[1]))
 
 
-def decay_sums(plan, decay, starts):
+def decay_sums(plan: Plan, decay: Array, starts: Array | None) -> Array:
     """Sums of scalar log-decays within each chunk, [B|1, steps, rows, T padded | chunk]: see `scalar.decays`."""
     tiles, exact = plan.tiles, Dots(plan.dtype).exact
     decay = jnp.maximum(decay, -1e30 if exact else FASTEST)
@@ -169,7 +179,7 @@ def decay_sums(plan, decay, starts):
     return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 8), (0, 0)))
 
 
-def scalar_decay_gradient(plan, changes, starts, decay):
+def scalar_decay_gradient(plan: Plan, changes: Array, starts: Array | None, decay: Array) -> Array:
     """Sums of `changes` over later tokens of a chunk; 0 at the start of a segment.
 
     A chunk's last token stands for all later ones, by sum(S' dS') at its end: roundings do not add up over chunks.

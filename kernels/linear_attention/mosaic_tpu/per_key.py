@@ -82,12 +82,12 @@ def decay(dots: Dots, g: Array, starts: Array | None, bonus: bool, sums: Array |
     return Decay(levels, jnp.exp(jnp.minimum(seen, 0.0)), jnp.exp(jnp.minimum(last - sums, 0.0)), jnp.exp(last))
 
 
-def level_sizes(size):
+def level_sizes(size: int) -> list[int]:
     """1, 2, 4, ... below `size`."""
     return [1 << bit for bit in range((size - 1).bit_length())]
 
 
-def at_middle(sums, row, level):
+def at_middle(sums: Array, row: int, level: int) -> Array:
     """The sum at the last token of the first half of each block of 2 * level tokens, on all its rows; level > 1."""
     size, width = sums.shape
     block = max(2 * level, SUBLANES)
@@ -99,11 +99,11 @@ def at_middle(sums, row, level):
     return jnp.broadcast_to(middle, blocks.shape).reshape(size, width)
 
 
-def own_scores(q, k, u):
+def own_scores(q: Array, k: Array, u: Array | None) -> Array:
     return jnp.sum(q * k if u is None else q * (u * k), axis=1, keepdims=True)
 
 
-def scores(dots, levels, q, k):
+def scores(dots: Dots, levels: dict[int, Array], q: Array, k: Array) -> Array:
     """A [C, C], strictly below the diagonal."""
     i, j = grid_index(q.shape[0])
     bits = i ^ j
@@ -113,7 +113,7 @@ def scores(dots, levels, q, k):
     return result * jnp.where(i > j, 1.0, 0.0)  # of the profiler: a select before a conversion aborts it
 
 
-def level_scores(dots, level, e, q, k):
+def level_scores(dots: Dots, level: int, e: Array, q: Array, k: Array) -> Array:
     """[C, C], of which the pairs of this level are scores."""
     if level < COMPACT:
         return dots.nt(q * e, k * e)
@@ -121,27 +121,27 @@ def level_scores(dots, level, e, q, k):
     return interleave(rows, rows, level)
 
 
-def second(x, level):
+def second(x: Array, level: int) -> Array:
     """The rows in the second halves of the blocks of 2 * level, [C / 2, X]."""
     return jnp.concatenate([x[start : start + level] for start in range(level, x.shape[0], 2 * level)])
 
 
-def first(x, level):
+def first(x: Array, level: int) -> Array:
     return jnp.concatenate([x[start : start + level] for start in range(0, x.shape[0], 2 * level)])
 
 
-def interleave(x1, x2, level):
+def interleave(x1: Array, x2: Array, level: int) -> Array:
     """The inverse of `first` and `second`."""
     pairs = [(x1[start : start + level], x2[start : start + level]) for start in range(0, x1.shape[0], level)]
     return jnp.concatenate([x for pair in pairs for x in pair])
 
 
-def update(dots: Dots, k, v, decay: Decay, state):
+def update(dots: Dots, k: Array, v: Array, decay: Decay, state: Array) -> Array:
     """S'^T [V, K] from S^T."""
     return decay.total * state + dots.tn(v, k * decay.write)
 
 
-def forward(dots: Dots, q, k, v, u, decay: Decay, state):
+def forward(dots: Dots, q: Array, k: Array, v: Array, u: Array | None, decay: Decay, state: Array) -> Array:
     """out [C, V], float32. q, k float32, q scaled; u [1, K] or None."""
     out = dots.nn(scores(dots, decay.levels, q, k), v) + dots.nt(q * decay.read, state)
     return out + own_scores(q, k, u) * v.astype(jnp.float32)
@@ -157,7 +157,9 @@ class Gradients(NamedTuple):
     state: Array  # of S^T
 
 
-def backward(dots: Dots, q, k, v, u, d_out, decay: Decay, state, d_end):
+def backward(
+    dots: Dots, q: Array, k: Array, v: Array, u: Array | None, d_out: Array, decay: Decay, state: Array, d_end: Array
+) -> Gradients:
     """state: S^T at the start; d_end: the gradient of S'^T; all float32 but v and d_out."""
     i, j = grid_index(q.shape[0])
     bits = jnp.where(i > j, i ^ j, 0)
@@ -189,7 +191,7 @@ def backward(dots: Dots, q, k, v, u, d_out, decay: Decay, state, d_end):
     return Gradients(dq + uk * d_own, dk + uq * d_own, dv, reads, writes, d_bonus, d_state)
 
 
-def log_decay_gradient(dots: Dots, reads, writes, later, bonus):
+def log_decay_gradient(dots: Dots, reads: Array, writes: Array, later: Array, bonus: bool) -> Array:
     """dg_t = sum_{s >= t} (reads_s - writes_s) + later, [C, K]; with a bonus s > t for the reads."""
     i, j = grid_index(reads.shape[0])
     inclusive = (j >= i).astype(dots.dtype)

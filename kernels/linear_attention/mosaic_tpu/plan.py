@@ -35,33 +35,33 @@ class Plan:
     interpret: object
 
     @property
-    def shared(self):  # heads of v that share q and k
+    def shared(self) -> int:  # heads of v that share q and k
         return self.heads // self.groups
 
     @property
-    def step_groups(self):  # heads of q and k of a step
+    def step_groups(self) -> int:  # heads of q and k of a step
         return max(1, self.tiles.heads // self.shared)
 
     @property
-    def inner(self):  # steps that share q and k
+    def inner(self) -> int:  # steps that share q and k
         return max(1, self.shared // self.tiles.heads)
 
     @property
-    def outer(self):
+    def outer(self) -> int:
         return self.heads // (self.inner * self.tiles.heads)
 
     @property
-    def blocks(self):
+    def blocks(self) -> int:
         return pl.cdiv(self.time, self.tiles.block)
 
     @property
-    def ragged(self):
+    def ragged(self) -> bool:
         return self.time % self.tiles.block != 0
 
     @property
-    def state_shape(self):  # of one head
+    def state_shape(self) -> tuple[int, int]:  # of one head
         return (self.value_dim, self.key_dim) if self.per_key else (self.key_dim, self.value_dim)
 
-    def heads_of(self, group):  # of v, of a step, that read head `group` of its q and k
+    def heads_of(self, group: int) -> range:  # of v, of a step, that read head `group` of its q and k
         count = self.tiles.heads // self.step_groups
         return range(group * count, (group + 1) * count)

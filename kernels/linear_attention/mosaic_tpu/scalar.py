@@ -57,22 +57,24 @@ def decays(dots: Dots, rows: Array, num_heads: int) -> list[Decay]:
     return result
 
 
-def lane_broadcast(columns, index):
+def lane_broadcast(columns: Array, index: int | Array) -> Array:
     return jnp.broadcast_to(columns[:, index : index + 1], (columns.shape[0], LANES))
 
 
-def update(dots: Dots, k, v, decay: Decay, state):
+def update(dots: Dots, k: Array, v: Array, decay: Decay, state: Array) -> Array:
     """S' [K, V] from S."""
     return decay.total * state + dots.tn(k, over_lanes(decay.write, v.shape[1]) * v)
 
 
-def forward(dots: Dots, q, k, v, decay: Decay, state, scale):
+def forward(dots: Dots, q: Array, k: Array, v: Array, decay: Decay, state: Array, scale: float) -> Array:
     """out [C, V], float32."""
     within = dots.nn(dots.nt(q, k) * decay.pairs, v)
     return scale * (within + over_lanes(decay.read, v.shape[1]) * dots.nn(q, state))
 
 
-def backward(dots: Dots, q, k, v, d_out, decay: Decay, state, d_end, scale):
+def backward(
+    dots: Dots, q: Array, k: Array, v: Array, d_out: Array, decay: Decay, state: Array, d_end: Array, scale: float
+) -> tuple[Array, Array, Array, Array]:
     """dq, dk [C, K], dv [C, V] and the gradient of S, all float32. state: S; d_end: dS'."""
     pairs = scale * decay.pairs
     write = over_lanes(decay.write, v.shape[1])

@@ -1,9 +1,12 @@
 """The selective scan as Pallas kernels for Hopper GPUs."""
 
+from typing import Any
+
 from kernels import dispatch
+from kernels.array_typing import Array, Float
 
 
-def mosaic_gpu(*arrays, **options):
+def mosaic_gpu(*arrays: Array | None, **options: Any) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """`op.mosaic_gpu`, which says what it takes; it is not imported before a call, nor for other devices.
 
     Raises:

@@ -15,13 +15,16 @@ twice, since Pallas copies multiples of 128 bytes).
 """
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.array_typing import Array
 from kernels.mosaic_gpu import Fetches, launch
 from kernels.selective_scan.mosaic_gpu.recurrence import WARPS, Tile, advance, decay, pull, read
 from kernels.selective_scan.pallas import LOG2_E
@@ -45,19 +48,19 @@ class Plan:
     interpret: object
 
     @property
-    def tile(self):
+    def tile(self) -> Tile:
         return Tile(self.numbers, interpret=self.interpret is not None)
 
     @property
-    def chunks(self):
+    def chunks(self) -> int:
         return self.time // CHUNK
 
     @property
-    def part_chunks(self):  # the last part may have fewer
+    def part_chunks(self) -> int:  # the last part may have fewer
         return pl.cdiv(self.chunks, self.parts)
 
     @property
-    def states_shape(self):
+    def states_shape(self) -> tuple[int, ...]:
         return self.batch, self.parts, self.groups, *self.tile.shape
 
 
@@ -72,7 +75,9 @@ class Walk:
             shape = of_chunk if name in OF_CHUNKS else (CHUNK, *of_chunk)
             self.fetches.add(f"{name}_tile", plgpu.SMEM((slots, *shape), array.dtype))
 
-    def fold(self, refs, place, step, state):
+    def fold(
+        self, refs: Any, place: tuple[Array, Array, Array], step: Callable, state: Array | tuple[Array, Array, Array]
+    ) -> Array | tuple[Array, Array, Array]:
         """`step(tiles by name, chunk, state)` of all chunks, one after the other. It ends after a barrier of all warps,
         so that its tiles can be fetched anew."""
         batch, part, group = place
@@ -102,7 +107,7 @@ class Walk:
         return lax.fori_loop(0, count, turn, state)
 
 
-def ends(plan, reverse, x, dt, A2, B, starts):
+def ends(plan: Plan, reverse: bool, x: Array, dt: Array, A2: Array, B: Array, starts: Array | None) -> Array:
     """[B, P, G, 4, N, W]. In reverse, x is dy and B is C, and the ends are those on the left."""
     walk = Walk(plan, _over_time(starts, x=x, dt=dt, B=B), slots=3, reverse=reverse)
     tile = plan.tile
@@ -128,7 +133,18 @@ def ends(plan, reverse, x, dt, A2, B, starts):
     return _call(plan, name, body, walk, {"A2": A2}, outputs, {})["ends"]
 
 
-def forward(plan, x, dt, A2, B, C, D, starts, initial_states, keep):
+def forward(
+    plan: Plan,
+    x: Array,
+    dt: Array,
+    A2: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    starts: Array | None,
+    initial_states: Array,
+    keep: bool,
+) -> tuple[Array | None, ...]:
     """y; the final states of all parts; the states before the chunks [B, T / 16, G, 4, N, W], or None."""
     walk = Walk(plan, _over_time(starts, x=x, dt=dt, B=B, C=C), slots=3)
     tile = plan.tile
@@ -167,7 +183,19 @@ def forward(plan, x, dt, A2, B, C, D, starts, initial_states, keep):
     return result["y"], result["final_states"], result.get("kept")
 
 
-def backward(plan, x, dt, A2, B, C, D, starts, kept, dy, d_final_states):
+def backward(
+    plan: Plan,
+    x: Array,
+    dt: Array,
+    A2: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    starts: Array | None,
+    kept: Array,
+    dy: Array,
+    d_final_states: Array,
+) -> dict[str, Array]:
     """Gradients by name: dx, ddt; dB, dC [B, G, T N], of each group; dA, dD of each sequence and part; d_states, of the
     states that the parts start with. float32 but for dx and ddt."""
     walk = Walk(plan, _over_time(starts, x=x, dt=dt, B=B, C=C, dy=dy, kept=kept), slots=2, reverse=True)

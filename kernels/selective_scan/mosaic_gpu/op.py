@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import mosaic_gpu as hopper
+from kernels.array_typing import Array, Float, Int
 from kernels.segments import segment_starts
 from kernels.selective_scan.mosaic_gpu import launch
 from kernels.selective_scan.mosaic_gpu.recurrence import Tile
@@ -22,7 +23,18 @@ from kernels.selective_scan.pallas import START_STEP, check_supported, rates
 SMALLEST_STATE = 8  # N
 
 
-def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None):
+def mosaic_gpu(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " D"] | None,
+    *,
+    initial_state: Float[Array, "B D N"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here.
 
     A CPU interprets it inside of `mosaic_gpu.use_interpret`. In packed rows rates above 0 count as 0, and what is not
@@ -82,7 +94,17 @@ def mosaic_gpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan(plan, x, dt, A, B, C, D, initial_state, starts):
+def scan(
+    plan: launch.Plan,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+) -> tuple[Array, Array]:
     """Arrays as in launch.py, of one part; A in place of A2."""
     return _forward(plan, x, dt, A, B, C, D, initial_state, starts, keep=False)[0]
 

@@ -9,11 +9,13 @@ Rates come times log2 e, `A2`: a GPU's exponential is one of base 2.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.array_typing import Array
 from kernels.mosaic_gpu import load, store
 
 WARPS = 4
@@ -29,49 +31,49 @@ class Tile:
     interpret: bool
 
     @property
-    def warp_channels(self):
+    def warp_channels(self) -> int:
         return STATES // self.numbers
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         return WARPS, self.numbers, self.warp_channels
 
     @property
-    def channels_shape(self):
+    def channels_shape(self) -> tuple[int, int]:
         return WARPS, self.warp_channels
 
     @property
-    def layout(self):
+    def layout(self) -> Any:
         # Tiled, a block is [warp, lane, lane, 4, 4], after two axes of one number.
         tiling = plgpu.Tiling((self.shape, (THREAD, THREAD)))
         return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-4, -3), vector_dim=-1)
 
-    def states(self, ref):
+    def states(self, ref: Any) -> Array:
         return self._load(ref, self.layout)
 
-    def channels(self, ref):
+    def channels(self, ref: Any) -> Array:
         return self._load(ref, self.layout.reduce((1,))).astype(jnp.float32)
 
-    def of_number(self, ref):
+    def of_number(self, ref: Any) -> Array:
         return self._load(ref, self.layout.reduce((0, 2)))
 
-    def store(self, ref, x):
+    def store(self, ref: Any, x: Array) -> None:
         if self.interpret:
             ref[...] = x.astype(ref.dtype)
         else:
             store(ref, x.astype(ref.dtype))
 
-    def no_states(self):
+    def no_states(self) -> Array:
         return self._zeros(self.shape, self.layout)
 
-    def no_channels(self):
+    def no_channels(self) -> Array:
         return self._zeros(self.channels_shape, self.layout.reduce((1,)))
 
-    def over_numbers(self, x):
+    def over_numbers(self, x: Array) -> Array:
         """[4, W] -> [4, N, W]"""
         return self._broadcast(x, (0, 2))
 
-    def over_channels(self, x):
+    def over_channels(self, x: Array) -> Array:
         """[N] -> [4, N, W]"""
         return self._broadcast(x, (1,))
 
@@ -88,21 +90,34 @@ class Tile:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
 
-def decay(tile, dt, A2):
+def decay(tile: Tile, dt: Array, A2: Array) -> Array:
     return jnp.exp2(tile.over_numbers(dt) * A2)
 
 
-def advance(tile, h, decay, u, B):
+def advance(tile: Tile, h: Array, decay: Array, u: Array, B: Array) -> Array:
     """h_t = exp(dt A) h_{t-1} + u B"""
     return decay * h + tile.over_channels(B) * tile.over_numbers(u)
 
 
-def read(tile, h, C):
+def read(tile: Tile, h: Array, C: Array) -> Array:
     """C . h, [4, W]"""
     return jnp.sum(tile.over_channels(C) * h, axis=1)
 
 
-def pull(tile, W, dA, h_before, h, decay, dt, u, dy, A2, B, C):
+def pull(
+    tile: Tile,
+    W: Array,
+    dA: Array,
+    h_before: Array,
+    h: Array,
+    decay: Array,
+    dt: Array,
+    u: Array,
+    dy: Array,
+    A2: Array,
+    B: Array,
+    C: Array,
+) -> tuple[Array, ...]:
     """The gradient of a token, given what all later ones say of its state, W = W_{t+1} [4, N, W].
 
     G = C dy + W_{t+1}      W_t = a G      P = W_t h_{t-1}      dA += dt P

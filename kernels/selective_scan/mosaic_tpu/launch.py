@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.array_typing import Array
 from kernels.selective_scan.mosaic_tpu.recurrence import LANES, ROWS, advance, pull, read, row_sums
 from kernels.selective_scan.pallas import LOG2_E, START_STEP
 
@@ -41,19 +42,30 @@ class Plan:
     interpret: object
 
     @property
-    def blocks(self):
+    def blocks(self) -> int:
         return pl.cdiv(self.time, BLOCK)
 
     @property
-    def ragged(self):
+    def ragged(self) -> bool:
         return self.time % BLOCK != 0
 
     @property
-    def inner(self):  # channel blocks of a group
+    def inner(self) -> int:  # channel blocks of a group
         return self.channels // (self.groups * self.width)
 
 
-def forward(plan, x, dt, A2, B, C, D, starts, initial_state, keep_states):
+def forward(
+    plan: Plan,
+    x: Array,
+    dt: Array,
+    A2: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    starts: Array | None,
+    initial_state: Array,
+    keep_states: bool,
+) -> tuple[Array | None, ...]:
     """y [B, T, D]; final state [B, N, D]; the states at the starts of time blocks [B, blocks, N, D], or None."""
     inputs = {"x": x, "dt": dt, "A2": A2, "B": B, "C": C, "D": D, "initial_state": initial_state}
     outputs = {"y": (x.shape, x.dtype), "state": (initial_state.shape, jnp.float32)}
@@ -63,7 +75,19 @@ def forward(plan, x, dt, A2, B, C, D, starts, initial_state, keep_states):
     return result["y"], result["state"], result.get("kept")
 
 
-def backward(plan, x, dt, A2, B, C, D, starts, kept, dy, d_final_state):
+def backward(
+    plan: Plan,
+    x: Array,
+    dt: Array,
+    A2: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    starts: Array | None,
+    kept: Array,
+    dy: Array,
+    d_final_state: Array,
+) -> dict[str, Array]:
     """Gradients by name: dA [B, N, D], dD [B, 1, D], and dB, dC [B, groups, blocks, N, 128] are sums still to finish.
 
     B, C and their gradients are N rows of 128 numbers a block: those of its first token, then of its second, and so on.

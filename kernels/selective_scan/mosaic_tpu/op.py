@@ -9,11 +9,13 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
+from kernels.array_typing import Array, Float, Int
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 from kernels.selective_scan.mosaic_tpu import launch
@@ -37,7 +39,18 @@ def use(*, width: int | None) -> Iterator[None]:
         _width.reset(token)
 
 
-def mosaic_tpu(x, dt, A, B, C, D, *, initial_state, segment_ids, chunk_size=None):
+def mosaic_tpu(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, " D"] | None,
+    *,
+    initial_state: Float[Array, "B D N"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `selective_scan`. `chunk_size` has no meaning here. Interpreted on a CPU.
 
     Raises:
@@ -93,19 +106,41 @@ def _largest_divisor(number, limit):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan(plan, x, dt, A, B, C, D, initial_state, starts):
+def scan(
+    plan: launch.Plan,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+) -> tuple[Array, Array]:
     """x, dt [B, T, D]; A [N, D]; B, C [B, T, N]; D [1, D]; initial_state [B, N, D]; starts [B, T, 1]."""
     operands = _operands(plan, x, dt, A, B, C, D, starts)
     return launch.forward(plan, *operands, initial_state, keep_states=False)[:2]
 
 
-def scan_forward(plan, x, dt, A, B, C, D, initial_state, starts):
+def scan_forward(
+    plan: launch.Plan,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    initial_state: Array,
+    starts: Array | None,
+) -> tuple[Any, ...]:
     operands = _operands(plan, x, dt, A, B, C, D, starts)
     y, state, kept = launch.forward(plan, *operands, initial_state, keep_states=True)
     return (y, state), (x, dt, A, B, C, D, starts, kept)
 
 
-def scan_backward(plan, residuals, cotangents):
+def scan_backward(
+    plan: launch.Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]
+) -> tuple[Array | None, ...]:
     *arrays, kept = residuals
     dy, d_final_state = cotangents
     d = launch.backward(plan, *_operands(plan, *arrays), kept, dy, d_final_state)

@@ -12,30 +12,34 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.array_typing import Array
+
 LANES = 128
 ROWS = 8  # sublanes of a vector register of float32
 
 
-def over_lanes(x, width):
+def over_lanes(x: Array, width: int) -> Array:
     """x [N, 128] of equal lanes, on `width` lanes."""
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
-def decay(dt, A2):
+def decay(dt: Array, A2: Array) -> Array:
     return jnp.exp2(dt * A2)
 
 
-def advance(h, dt, u, A2, B):
+def advance(h: Array, dt: Array, u: Array, A2: Array, B: Array) -> Array:
     """h_t = exp(dt A) h_{t-1} + u B, [N, W]."""
     return decay(dt, A2) * h + over_lanes(B, h.shape[1]) * u
 
 
-def read(h, C):
+def read(h: Array, C: Array) -> Array:
     """C . h before the last sum, [8, W]."""
     return fold(over_lanes(C, h.shape[1]) * h)
 
 
-def pull(W, dA, h_before, h, dt, u, dy, A2, B, C):
+def pull(
+    W: Array, dA: Array, h_before: Array, h: Array, dt: Array, u: Array, dy: Array, A2: Array, B: Array, C: Array
+) -> tuple[Array, ...]:
     """The gradient of a token, given what all later ones say of its state, W = W_{t+1} [N, W].
 
     G = C dy + W_{t+1}      W_t = a G      P = W_t h_{t-1}      dA += dt P
@@ -50,18 +54,18 @@ def pull(W, dA, h_before, h, dt, u, dy, A2, B, C):
     return W, dA + dt * P, fold(over_lanes(B, width) * G), fold(A2 * P), fold_lanes(u * G), fold_lanes(dy * h)
 
 
-def fold(x):
+def fold(x: Array) -> Array:
     """The sum of the groups of eight rows, [8, W]."""
     return sum(x[n : n + ROWS] for n in range(ROWS, x.shape[0], ROWS)) + x[:ROWS] if x.shape[0] > ROWS else x
 
 
-def fold_lanes(x):
+def fold_lanes(x: Array) -> Array:
     """The sum of the groups of 128 lanes, [N, 128]."""
     first, *others = (x[:, n : n + LANES] for n in range(0, x.shape[1], LANES))
     return sum(others, first)
 
 
-def row_sums(parts):
+def row_sums(parts: list[Array]) -> Array:
     """Eight arrays [8, W] -> [8, W], whose row s is the sum of the rows of parts[s].
 
     A pair becomes one array: after a step of `shift`, row r holds a sum of twice as many rows of the member that bit
