@@ -87,7 +87,7 @@ def level_sizes(size: int) -> list[int]:
     return [1 << bit for bit in range((size - 1).bit_length())]
 
 
-def at_middle(sums: Array, row: int, level: int) -> Array:
+def at_middle(sums: Array, row: Array, level: int) -> Array:
     """The sum at the last token of the first half of each block of 2 * level tokens, on all its rows; level > 1."""
     size, width = sums.shape
     block = max(2 * level, SUBLANES)
