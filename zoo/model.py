@@ -14,11 +14,10 @@ from flax import nnx
 
 from kernels import dispatch, segments
 from kernels.array_typing import Array, Float, Int
-from kernels.softcap import soft_cap
 from zoo import ops, sharding
 from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern, validate_model
 from zoo.errors import UsageError
-from zoo.layers import MLPS, dropout, embedding, linear, rms_norm
+from zoo.layers import MLPS, dropout, embedding, linear, rms_norm, soft_cap
 from zoo.mixers import MIXERS, Sizes
 
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.

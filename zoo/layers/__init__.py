@@ -1,5 +1,7 @@
-"""What mixers and the model share: projections, norms, rotary, token shift, MLPs, dropout."""
+"""What mixers and the model share: projections, norms, rotary, token shift, MLPs, dropout, soft caps, segments."""
 
+from kernels.segments import segment_numbers, segment_starts
+from kernels.softcap import soft_cap
 from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dropout import dropout
 from zoo.layers.in_pieces import in_pieces
@@ -30,6 +32,9 @@ __all__ = [
     "parameter",
     "rms_norm",
     "rotary",
+    "segment_numbers",
+    "segment_starts",
+    "soft_cap",
     "step_size_bias",
     "token_shift",
     "with_axes",

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.segments import segment_numbers
 from zoo import ops
-from zoo.layers import linear, rms_norm, rotary
+from zoo.layers import linear, rms_norm, rotary, segment_numbers
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import setting
 

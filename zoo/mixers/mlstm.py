@@ -18,10 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.segments import segment_starts
-from kernels.softcap import soft_cap
 from zoo import ops
-from zoo.layers import HeadLayerNorm, linear, parameter
+from zoo.layers import HeadLayerNorm, linear, parameter, segment_starts, soft_cap
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
