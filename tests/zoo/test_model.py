@@ -106,8 +106,7 @@ def test_packed_documents_equal_documents_alone(tokens):
 @pytest.mark.parametrize("window", [0, 2])
 def test_more_tokens_than_a_cache_holds_are_refused_or_nan(window):
     sizes = Sizes(d_model=16, num_layers=1)
-    with nnx.use_eager_sharding(False):
-        mixer = MIXERS["attention"](AttentionConfig(window=window), sizes, layer_index=0, rngs=nnx.Rngs(0))
+    mixer = MIXERS["attention"](AttentionConfig(window=window), sizes, layer_index=0, rngs=nnx.Rngs(0))
     graphdef, parameters = nnx.split(mixer)
     call = jax.jit(lambda x, state: nnx.merge(graphdef, parameters)(x, state=state))
     x, state = jnp.ones((1, 2, 16)), mixer.init_state(1, 5, jnp.float32)
@@ -127,8 +126,7 @@ def test_more_tokens_than_a_cache_holds_are_refused_or_nan(window):
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
 def test_an_id_outside_the_table_is_nan(dtype):
-    with nnx.use_eager_sharding(False):
-        table = embedding(200, 3, ("vocab", "embed"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    table = embedding(200, 3, ("vocab", "embed"), dtype=jnp.float32, rngs=nnx.Rngs(0))
     ids = [0, 127, -1, -128] if dtype == jnp.int8 else [0, 199, 200, 255]
     rows = table(jnp.asarray([ids], dtype))
     assert np.isnan(rows[0, 2:]).all() and (rows[0, :2] == table.embedding[...][jnp.array(ids[:2])]).all()
