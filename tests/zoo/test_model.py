@@ -268,7 +268,7 @@ def test_bfloat16_model_is_close_to_float32(tokens):
 
 
 def test_vocabulary_must_be_resolved():
-    with pytest.raises(ValueError, match="vocab_size is 0"):
+    with pytest.raises(ValueError, match="vocab_size: got 0"):
         build(tiny(vocab_size=0))
 
 
