@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import sys
 from typing import Any, NamedTuple
 
@@ -26,12 +27,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from zoo import config as zoo_config
-from zoo import memory
+from zoo import files, memory
 from zoo.data.tokenizer import Tokenizer, for_run
 from zoo.errors import RunError, UsageError
 from zoo.model import LanguageModel
+from zoo.terminal import one_line
 
 DIGEST = "DIGEST.json"
+_LARGEST_JSON = 64 << 20  # bytes of a file that is read as a whole
 
 
 class Checkpoint(NamedTuple):
@@ -210,12 +213,13 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     params = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in named_leaves(abstract).items()
     }
+    limit = _LARGEST_JSON + 16 * sum(x.size * max(4, x.dtype.itemsize) for x in params.values())  # optimizer included
     orbax = _orbax_checkpointer()
     try:
         for candidate in reversed(steps) if step is None else [step]:
             path = directory / str(candidate)
             try:
-                verify(path)
+                verify(path, limit)
                 check_parameters(f"checkpoint {path}", _read_description(orbax, path)["parameters"], shapes(params))
                 items = orbax.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
             except UsageError:
@@ -279,7 +283,7 @@ def check_parameters(where: str, found: dict[str, list[int]], wanted: dict[str, 
 def complete_steps(directory: pathlib.Path) -> list[int]:
     if not directory.is_dir():
         return []
-    return sorted(int(d.name) for d in directory.iterdir() if d.name.isdigit() and (d / DIGEST).exists())
+    return sorted(int(d.name) for d in directory.iterdir() if re.fullmatch("[0-9]+", d.name) and (d / DIGEST).exists())
 
 
 def write_digest(path: pathlib.Path, loss: float | None) -> None:
@@ -293,14 +297,34 @@ def write_digest(path: pathlib.Path, loss: float | None) -> None:
     temporary.rename(path / DIGEST)
 
 
-def verify(path: pathlib.Path) -> None:
-    """Raise ValueError if a file of the checkpoint is missing or differs from its digest."""
-    recorded = json.loads((path / DIGEST).read_text())["files"]
+def verify(path: pathlib.Path, limit: int | None = None) -> None:
+    """Raise ValueError if a file of the checkpoint is missing, differs from its digest, or is no file inside it.
+
+    Args:
+      limit: bytes that all files together may have; None: any number.
+    """
+    recorded = files.read_json(path / DIGEST, _LARGEST_JSON)["files"]
+    sizes = _sizes(path)
+    if limit is not None and sum(sizes.values()) > limit:
+        raise ValueError(f"it holds {sum(sizes.values()):,} bytes, more than a model of this size has")
     for name, digest in recorded.items():
-        if not (path / name).exists():
+        if name not in sizes:
             raise ValueError(f"{name} is missing")
         if _sha256(path / name) != digest:
             raise ValueError(f"{name} differs from its digest")
+
+
+def _sizes(path: pathlib.Path) -> dict[str, int]:
+    """Bytes of every file below `path`. ValueError for what is no regular file: Orbax would follow it, or wait."""
+    found = {}
+    for root, folders, names in os.walk(path):
+        for name in [*folders, *names]:
+            status = os.lstat(os.path.join(root, name))
+            if stat.S_ISREG(status.st_mode):
+                found[os.path.relpath(os.path.join(root, name), path)] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                raise ValueError(f"{name} is no regular file")
+    return found
 
 
 def _files(path: pathlib.Path) -> list[str]:
@@ -309,7 +333,7 @@ def _files(path: pathlib.Path) -> list[str]:
 
 
 def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as f:
+    with files.open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -354,4 +378,4 @@ def _listed(steps: list[int]) -> str:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)

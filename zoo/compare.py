@@ -2,25 +2,32 @@
 
     python -m zoo.compare runs/gla runs/retnet --output=comparison
 
-Reads the workdirs (config.json, metrics.jsonl, summary.json), also of runs that are still training. Prints a table, and
-writes comparison.json and plots of training and validation loss against tokens and against time. Runs on different
-texts are kept apart: their losses do not compare.
+Reads the workdirs (config.json, metrics.jsonl, summary.json), also of runs that are still training, and writes nothing
+there. Prints a table, and writes comparison.json and plots of training and validation loss against tokens and against
+time. Runs on different texts are kept apart: their losses do not compare.
 """
 
 import argparse
 import dataclasses
-import json
+import hashlib
+import math
+import os
 import pathlib
+import re
 import sys
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from zoo import checkpoints, metrics
+from zoo import checkpoints, files, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.flops import num_parameters, state_bytes
 from zoo.settings import argument
+from zoo.terminal import one_line
+
+_LARGEST_SUMMARY, _LARGEST_METRICS = 1 << 20, 1 << 30  # bytes
 
 
 @dataclasses.dataclass
@@ -56,13 +63,57 @@ def read_runs(workdirs: list[str]) -> list[Run]:
 
 def _read_run(path: pathlib.Path, name: str) -> Run:
     config = checkpoints.read_config(path)
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        summary = {}
-    rows = metrics.read(path)
+    summary = _summary(path / "summary.json")
     corpus = summary.get("corpus", {}).get("fingerprint", "unknown")
-    return Run(name, config, rows, corpus, finished=summary.get("step") == config.train.steps)
+    finished = summary.get("step") == config.train.steps
+    return Run(one_line(name), config, _rows(path), one_line(corpus), finished)
+
+
+def _summary(path: pathlib.Path) -> dict:
+    """What a run's summary.json holds; empty where there is none yet. UsageError for one that no training wrote."""
+    if not path.exists():
+        return {}
+    try:
+        summary = files.read_json(path, _LARGEST_SUMMARY)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON ({error}); it is not the file that training wrote") from error
+    corpus = summary.get("corpus", {}) if isinstance(summary, dict) else None
+    if not isinstance(corpus, dict) or not isinstance(corpus.get("fingerprint", ""), str):
+        raise UsageError(
+            f'{path}: expected an object with {{"corpus": {{"fingerprint": text}}}}, as training writes it'
+        )
+    return summary
+
+
+def _rows(workdir: pathlib.Path) -> list[metrics.Row]:
+    path = workdir / "metrics.jsonl"
+    try:
+        if path.exists():
+            status = os.stat(path)
+            files.check_regular(status)
+            if status.st_size > _LARGEST_METRICS:
+                raise UsageError(f"{path}: larger than {_LARGEST_METRICS >> 30} GiB; it is no run's")
+        rows = metrics.read(workdir)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not the lines of JSON that training writes") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name, 0), int | float | None) for name in _NUMBERS):
+            raise UsageError(f"{path}: row {number} is not what training writes, an object of numbers")
+    return [{name: value for name, value in row.items() if _is_finite(value)} for row in rows]
+
+
+_NUMBERS = ("step", "tokens", "seconds", "loss", "eval_loss", "eval_bits_per_byte")
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def warnings(runs: list[Run]) -> list[str]:
@@ -118,16 +169,14 @@ _COLUMNS = {
 def table(records: list[dict]) -> Table:
     """Of runs on one text, best first."""
     first = records[0]
-    shown = Table(
-        title=f"text {first['corpus']}; state at {first['state_context_length']:,} tokens; * not finished",
-        title_justify="left",
-    )
+    title = f"text {first['corpus']}; state at {first['state_context_length']:,} tokens; * not finished"
+    shown = Table(title=Text(title), title_justify="left")  # Text: brackets in it are no markup
     for name in _COLUMNS:
         shown.add_column(name.replace("_", " "), justify="left" if name in ("run", "mixer") else "right")
     loss = "eval_bits_per_byte"
     for r in sorted(records, key=lambda r: (r[loss] is None, r[loss])):
-        cells = ["" if r[name] is None else form.format(r[name]) for name, form in _COLUMNS.items()]
-        shown.add_row(cells[0] + ("" if r["finished"] else " *"), *cells[1:])
+        cells = ["-" if r[name] is None else one_line(form.format(r[name])) for name, form in _COLUMNS.items()]
+        shown.add_row(*map(Text, [cells[0] + ("" if r["finished"] else " *"), *cells[1:]]))
     return shown
 
 
@@ -154,6 +203,13 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
+def _in_file_names(fingerprint: str) -> str:
+    """A fingerprint as it is; a hash of what a workdir says instead of one, which could be a path."""
+    if re.fullmatch("[0-9A-Za-z]{1,64}", fingerprint):
+        return fingerprint
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+
+
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -175,7 +231,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         if context_length is None:
             context_length = max(run.config.train.context_length for run in runs)
         for warning in warnings(runs):
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {one_line(warning)}", file=sys.stderr)
         texts = list(dict.fromkeys(run.corpus for run in runs))
         console = Console(width=None if sys.stdout.isatty() else 160)
         records = [record(run, context_length) for run in runs]
@@ -185,13 +241,16 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         written = [folder / "comparison.json"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            written[0].write_text(json.dumps(records, indent=2) + "\n")
+            with files.replacing(written[0]) as path:
+                path.write_text(files.to_json(records, indent=2) + "\n")
             for text in texts:
-                written.append(folder / ("loss.png" if len(texts) == 1 else f"loss_{text}.png"))
-                plot([run for run in runs if run.corpus == text], written[-1])
+                written.append(folder / ("loss.png" if len(texts) == 1 else f"loss_{_in_file_names(text)}.png"))
+                with files.replacing(written[-1]) as path:
+                    plot([run for run in runs if run.corpus == text], path)
         except OSError as error:
             raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
-        console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
+        shown = one_line("written: " + ", ".join(map(str, written)))
+        console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ class DataConfig:
     validation_fraction: float = setting(
         0.05, "share of the documents that validates, of a source without a validation split", above=0, below=1
     )
+    max_lost_text: float = setting(
+        0.01, "share of a source's bytes that the tokenizer may have no tokens for", at_least=0, at_most=1
+    )
     cache_dir: str = setting("", "of tokenized text; empty: the user's cache directory")
     read_threads: int = setting(
         1, "threads that read ahead", unit="thread", zero="none", at_most=1024, also=("num_workers",)

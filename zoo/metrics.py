@@ -2,7 +2,8 @@
 
 A training row: step, loss (nats per token, mean since the row before), learning_rate, grad_norm, parameter_norm,
 tokens (all trained on so far), tokens_per_second, mfu, seconds (of training since the run began, resumes included;
-compiling, evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte, tokens, seconds.
+compiling, evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte (of text; synthetic
+tasks have none), tokens, seconds.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from zoo import files
 from zoo.config import Config, MetricsConfig
 from zoo.errors import UsageError
 
@@ -61,7 +63,7 @@ class Writer:
             self._others.append(_wandb(self.workdir, config))
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(files.to_json(row) + "\n")
         for write, _ in self._others:
             write(row)
 

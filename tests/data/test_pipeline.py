@@ -265,9 +265,9 @@ def test_stdlib_is_validated_on_its_validation_split_only(config):
 
 
 def test_bytes_with_a_bpe_tokenizer_are_the_bytes_of_the_text(config, bpe_path):
-    config.data.source, config.data.tokenizer, config.eval.batch_size = bpe_path, bpe_path, 8
-    batches = validation_batches(config, context_length=100, source=bpe_path)
-    with open(bpe_path, "rb") as file:
+    config.data.source, config.data.tokenizer, config.eval.batch_size = corpora.__file__, bpe_path, 8
+    batches = validation_batches(config, context_length=100, source=corpora.__file__)
+    with open(corpora.__file__, "rb") as file:
         size = len(file.read())
     assert sum(batch["bytes"].sum() for batch in batches) == batches.text_bytes == size
     assert batches.num_tokens < size

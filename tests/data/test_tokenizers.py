@@ -181,9 +181,9 @@ def test_a_vocabulary_too_small_for_all_bytes_is_refused():
 
 
 def test_training_refuses_text_that_is_no_utf8_and_no_text(tmp_path):
-    (tmp_path / "binary").write_bytes(b"a\xff")
+    (tmp_path / "binary.txt").write_bytes(b"a\xff")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}')
     with pytest.raises(UsageError, match="not UTF-8 at byte 1"):
-        train([corpora.find(str(tmp_path / "binary"), "text")], 300)
+        train([corpora.find(str(tmp_path / "binary.txt"), "text")], 300)
     with pytest.raises(UsageError, match="no text to train on"):
         train([corpora.find(str(tmp_path / "empty.jsonl"), "text")], 300)

@@ -26,12 +26,15 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
+from zoo import files
 from zoo.data.corpora import STDLIB, Source
 from zoo.data.streams import ARRAYS, Stream, content_hash, dtype_of, write_split_at_tail, write_streams
 from zoo.data.tokenizer import Tokenizer
 from zoo.errors import UsageError
+from zoo.terminal import one_line
 
-_VERSION = 1
+_VERSION = 2
+_LARGEST_HEADER = 1 << 16  # bytes
 
 
 def default_folder() -> pathlib.Path:
@@ -49,9 +52,11 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
       {"train": ..., "validation": ...}; without the second if fraction is 0.
 
     Raises:
-      UsageError: no text, text that the tokenizer cannot take, or a folder that cannot be written.
+      UsageError: no text, text that the tokenizer cannot take, a folder that cannot be written, or a file that is
+        written to meanwhile.
     """
     root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_folder()
+    stamp = source.stamp()
     folder = (
         root / content_hash(_VERSION, source.identity(), source.spec == STDLIB, tokenizer.fingerprint, fraction)[:32]
     )
@@ -62,8 +67,8 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
         with _only_writer(folder):
             if (streams := _open(folder)) is None:  # nobody wrote it while this process waited
                 if folder.exists():
-                    logging.warning("the token cache %s is damaged; it is written anew", folder)
-                _write(folder, source, tokenizer, fraction)
+                    logging.warning("the token cache %s is damaged; it is written anew", one_line(folder))
+                _write(folder, source, tokenizer, fraction, stamp)
                 streams = _open(folder)
     except OSError as error:
         raise UsageError(
@@ -81,7 +86,7 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
 def _open(folder: pathlib.Path) -> dict[str, Stream] | None:
     """None: not there, or damaged."""
     try:
-        header = json.loads((folder / "header.json").read_bytes())
+        header = files.read_json(folder / "header.json", _LARGEST_HEADER)
         if header["checksum"] != _checksum_of(header["streams"]):
             return None
         streams = {}
@@ -92,8 +97,11 @@ def _open(folder: pathlib.Path) -> dict[str, Stream] | None:
                 if path.stat().st_size != about[name]["bytes"] or _sampled_checksum(path) != about[name]["checksum"]:
                     return None
                 arrays[name] = np.asarray(np.memmap(path, dtype, mode="r"))  # plain views are faster to slice
-            streams[split] = Stream(**arrays, **about["counts"])
-    except (OSError, ValueError, KeyError, TypeError):
+            stream = streams[split] = Stream(**arrays, **about["counts"])
+            counts = [stream.text_bytes, stream.lost_bytes, stream.max_id]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return streams
 
@@ -105,7 +113,7 @@ def _checksum_of(about: dict) -> int:
 def _sampled_checksum(path: pathlib.Path, samples: int = 64, width: int = 1 << 20) -> int:
     """Of the whole file up to 64 MiB, else of evenly spaced samples, both ends among them."""
     size, checksum = path.stat().st_size, 0
-    with open(path, "rb") as file:
+    with files.open_regular(path) as file:
         if size <= samples * width:
             return zlib.crc32(file.read())
         for n in range(samples):
@@ -131,7 +139,7 @@ def _only_writer(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, fraction: float) -> None:
+def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, fraction: float, stamp: list) -> None:
     prefix, suffix = f"{folder.name}.{socket.gethostname()}.", ".partial"
     partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder.parent))
     try:
@@ -139,6 +147,8 @@ def _write(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, fraction:
         about = {} if by_tail else write_streams(partial, source, tokenizer, fraction)
         if fraction > 0 and len(about) < 2:
             about = write_split_at_tail(partial, source, tokenizer, fraction)
+        if source.stamp() != stamp:  # the folder's name is a hash of what was there
+            raise UsageError(f"data.source: files of {source.spec!r} changed while they were read; start again")
         for split, counts in about.items():
             about[split] = _describe(partial, split, counts, tokenizer)
         (partial / "header.json").write_text(json.dumps({"streams": about, "checksum": _checksum_of(about)}, indent=1))

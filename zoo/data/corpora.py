@@ -15,9 +15,11 @@ import hashlib
 import itertools
 import os
 import pathlib
+import sys
 import sysconfig
 from collections.abc import Iterator
 
+from zoo import files
 from zoo.data import readers
 from zoo.data.readers import Document
 from zoo.errors import UsageError
@@ -35,6 +37,7 @@ class Source:
     spec: str
     text_field: str
     paths: tuple[str, ...] = ()  # none for stdlib
+    inodes: frozenset[tuple[int, int]] = frozenset()  # device and number of each file
 
     def documents(self) -> Iterator[Document]:
         """All documents, training and validation, in a fixed order. Memory: one piece of one document.
@@ -47,8 +50,9 @@ class Source:
         for path in self.paths:
             yield from readers.documents(path, self.text_field)
 
-    def pieces(self, utf8: bool) -> Iterator[tuple[Document, bool, bytes]]:
-        """The documents' pieces, and whether each is its document's first. Documents without content are left out.
+    def texts(self, utf8: bool) -> Iterator[tuple[str, bytes, Iterator[bytes]]]:
+        """The documents that have content: name, what decides their split, and their pieces, which must be read before
+        the next document is asked for.
 
         Args:
           utf8: whether the text must be UTF-8.
@@ -57,12 +61,9 @@ class Source:
           UsageError: as `documents`, and for text that is not UTF-8; names file and byte.
         """
         for document in self.documents():
-            offset = 0
-            for piece in document.pieces:
-                if utf8:
-                    _check_utf8(document.name, piece, offset)
-                yield document, offset == 0, piece
-                offset += len(piece)
+            pieces = _checked(document) if utf8 else iter(document.pieces)
+            if first := next(pieces, b""):
+                yield document.name, document.split_key or first, itertools.chain([first], pieces)
 
     def identity(self) -> str:
         """A hash that changes when the text may have changed: of the files' content, or of path, size and time of
@@ -73,18 +74,27 @@ class Source:
                 digest.update(hashlib.sha256(document.split_key).digest())
                 digest.update(hashlib.sha256(b"".join(document.pieces)).digest())
         for path in self.paths:
-            status = os.stat(path)
-            digest.update(f"{readers.file_format(path)} {pathlib.PurePath(path).suffix} {status.st_size}\0".encode())
-            if status.st_size <= _HASHED_WHOLE:
-                with open(path, "rb") as file:
+            with readers.read_errors(path), files.open_regular(path) as file:
+                status = os.fstat(file.fileno())
+                kind = f"{readers.file_format(path)} {pathlib.PurePath(path).suffix} {status.st_size}\0"
+                digest.update(os.fsencode(kind))
+                if status.st_size <= _HASHED_WHOLE:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
-            else:
-                digest.update(f"{os.path.realpath(path)} {status.st_mtime_ns}\0".encode())
+                else:
+                    digest.update(os.fsencode(f"{os.path.realpath(path)} {status.st_mtime_ns}\0"))
         return digest.hexdigest()
+
+    def stamp(self) -> list[tuple[int, ...]]:
+        """Changes when a file is written to, replaced or deleted."""
+        return [_stamp(path) for path in self.paths]
+
+    def overlaps(self, other: "Source") -> bool:
+        """Whether a file, whatever its name, is in both."""
+        return bool(self.inodes & other.inodes) or self.spec == other.spec == STDLIB
 
     def has_few_documents(self, fraction: float) -> bool:
         """Whether `fraction` of the documents may be none at all."""
-        needed = int(_EXPECTED_VALIDATION_DOCUMENTS / fraction)
+        needed = int(min(_EXPECTED_VALIDATION_DOCUMENTS / fraction, sys.maxsize))
         return sum(1 for _ in itertools.islice(self.documents(), needed)) < needed
 
 
@@ -110,20 +120,51 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         raise UsageError(f"{setting}: {spec!r} is a directory; give a file or a glob, such as {spec.rstrip('/')}/*.txt")
-    if os.path.exists(path):
+    if os.path.lexists(path):
         paths = [path]
     elif glob.has_magic(path):
-        paths = sorted(p for p in glob.glob(path, recursive=True) if not os.path.isdir(p))
+        paths = sorted(p for p in _expand(path) if not os.path.isdir(p))
         if not paths:
             raise UsageError(f"{setting}: no file matches {spec!r}; check the pattern")
     else:
         raise UsageError(f"{setting}: no file {spec!r}; expected `stdlib`, a path or a glob")
+    size, kept = 0, {}
     for path in paths:
+        try:
+            status = os.stat(path)
+            files.check_regular(status)
+        except OSError as error:
+            raise UsageError(
+                f"{setting}: {path!r} cannot be read: {error.strerror}; name another, or remove it"
+            ) from error
         if not os.access(path, os.R_OK):
             raise UsageError(f"{setting}: {path!r} may not be read; check its permissions")
-    if not any(os.path.getsize(path) for path in paths):
+        readers.file_format(path)
+        size += status.st_size
+        kept.setdefault((status.st_dev, status.st_ino), path)  # a file of several names is one
+    if size == 0:
         raise UsageError(f"{setting}: {spec!r} is empty; expected text")
-    return Source(spec, text_field, tuple(paths))
+    return Source(spec, text_field, tuple(kept.values()), frozenset(kept))
+
+
+def _expand(pattern: str) -> list[str]:
+    """The matches of a glob; links to folders are followed for `**` too, but none twice, so that loops end."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return glob.glob(pattern)
+    at = parts.index("**")
+    start, rest = os.sep.join(parts[:at]) or (os.sep if at else ""), os.sep.join(parts[at + 1 :]) or "*"
+    found, seen = set(), set()
+    for root in glob.glob(start) if start else [""]:
+        for folder, folders, _ in os.walk(root or ".", followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folder = os.path.relpath(folder) if not root else folder
+            found.update(_expand(os.path.join(glob.escape(folder), rest) if folder != "." else rest))
+    return sorted(found)
 
 
 def find_all(source: str, text_field: str, setting: str = "data.source") -> list[Source]:
@@ -135,16 +176,23 @@ def find_all(source: str, text_field: str, setting: str = "data.source") -> list
     specs = [spec.strip() for spec in source.split(",") if spec.strip()]
     if not specs:
         raise UsageError(f"{setting}: got nothing; expected `stdlib`, or a comma-separated list of paths and globs")
-    return [find(spec, text_field, setting) for spec in specs]
+    sources = [find(spec, text_field, setting) for spec in specs]
+    for one, other in itertools.combinations(sources, 2):
+        if one.overlaps(other):
+            raise UsageError(
+                f"{setting}: {one.spec!r} and {other.spec!r} read the same file, and may split it differently; name it "
+                "once (data.weights weigh sources)"
+            )
+    return sources
 
 
 def _stdlib() -> Iterator[Document]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     texts = {}
-    for folder, folders, files in os.walk(root):
+    for folder, folders, names in os.walk(root):
         # A build's own settings (config-3.11-x86_64-linux-gnu, _sysconfigdata_*) differ between machines.
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
-        for name in files:
+        for name in names:
             path = pathlib.Path(folder, name).relative_to(root).as_posix()
             if name.endswith(".py") and not name.startswith("_sysconfigdata") and path != "pydoc_data/topics.py":
                 texts[path] = (root / path).read_bytes()
@@ -158,14 +206,26 @@ def _stdlib() -> Iterator[Document]:
             yield Document(f"{STDLIB}/{path}", [text] if text else [], split_key=path.encode())
 
 
-def _check_utf8(name: str, piece: bytes, offset: int) -> None:
+def _checked(document: Document) -> Iterator[bytes]:
+    offset = 0
+    for piece in document.pieces:
+        try:
+            piece.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{document.name}: not UTF-8 at byte {offset + error.start}; convert the file (iconv -t utf-8), or "
+                "train on its bytes with data.tokenizer=bytes"
+            ) from error
+        yield piece
+        offset += len(piece)
+
+
+def _stamp(path: str) -> tuple[int, ...]:
     try:
-        piece.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name}: not UTF-8 at byte {offset + error.start}; convert the file (iconv -t utf-8), or train on its "
-            "bytes with data.tokenizer=bytes"
-        ) from error
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_utf8(text: bytes) -> bool:

@@ -8,11 +8,12 @@ before, on any number of processes: process p of n takes rows p, p + n, ... of t
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
+from absl import logging
 
 from zoo import lists
 from zoo.data import cache, corpora, packing, synthetic
@@ -179,8 +180,9 @@ def validation_batches(
 
 
 def corpus_info(config: "Config") -> dict[str, Any]:
-    """What a run reads: source, fingerprint, train_tokens, validation_tokens, train_bytes, validation_bytes, and
-    gzip_bits_per_byte, the yardstick: what gzip -9 needs for the validation text (its first 64 MiB, documents joined).
+    """What a run reads: source, fingerprint, train_tokens, validation_tokens, train_bytes, validation_bytes (those that
+    tokens stand for), lost_text (the share of all bytes that the tokenizer has no tokens for), and gzip_bits_per_byte,
+    the yardstick: what gzip -9 needs for the validation text (its first 64 MiB, documents joined); None without bytes.
 
     Raises:
       UsageError: as `training_dataset`.
@@ -195,11 +197,13 @@ def corpus_info(config: "Config") -> dict[str, Any]:
             "validation_tokens": rows.num_tokens,
             "train_bytes": 0,
             "validation_bytes": 0,
-            "gzip_bits_per_byte": 0.0,
+            "lost_text": 0.0,
+            "gzip_bits_per_byte": None,
         }
     sources, weights, tokenizer = _settings(config)
     train = [_streams(config, source, tokenizer)["train"] for source in sources]
     validation = _validation_streams(config, None, tokenizer)
+    lost, represented = _text_bytes([*train, *validation])
     return {
         "source": config.data.source,
         "fingerprint": content_hash([[s.fingerprint for s in streams] for streams in (train, validation)])[:16],
@@ -207,6 +211,7 @@ def corpus_info(config: "Config") -> dict[str, Any]:
         "validation_tokens": sum(stream.num_targets for stream in validation),
         "train_bytes": sum(stream.text_bytes for stream in train),
         "validation_bytes": sum(stream.text_bytes for stream in validation),
+        "lost_text": lost / (lost + represented),
         "gzip_bits_per_byte": _gzip_bits_per_byte(validation, tokenizer),
     }
 
@@ -218,7 +223,11 @@ def check(config: "Config") -> None:
       UsageError: the first problem found.
     """
     if synthetic.find(config) is None:
-        _settings(config)
+        sources = _settings(config)[0]
+        if config.data.validation_source:
+            validation = corpora.find(config.data.validation_source, config.data.text_field, "data.validation_source")
+            if any(validation.overlaps(source) for source in sources) and validation.spec != corpora.STDLIB:
+                logging.warning("data.validation_source: training reads it too, so its loss says nothing of new text")
 
 
 def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:
@@ -259,6 +268,13 @@ def _streams(config: "Config", source: corpora.Source, tokenizer: Tokenizer, who
             f"data.source: the token cache of {source.spec!r} holds token {largest}, beyond a vocabulary of {size}; "
             f"delete {folder}, and check data.tokenizer and model.vocab_size"
         )
+    lost, represented = _text_bytes(streams.values())
+    if lost > config.data.max_lost_text * (lost + represented):
+        raise UsageError(
+            f"data.tokenizer: it has no tokens for {lost / (lost + represented):.1%} of the text of {source.spec!r} "
+            f"({lost:,} bytes), more than data.max_lost_text = {config.data.max_lost_text:g}; use another tokenizer, "
+            "or allow a larger share"
+        )
     return streams
 
 
@@ -273,11 +289,16 @@ def _validation_streams(config: "Config", source: str | None, tokenizer: Tokeniz
     return [streams.get("validation", streams["train"]) for streams in found]
 
 
-def _gzip_bits_per_byte(streams: list[Stream], tokenizer: Tokenizer) -> float:
+def _text_bytes(streams: Iterable[Stream]) -> tuple[int, int]:
+    """Those lost, and those that tokens stand for."""
+    return sum(stream.lost_bytes for stream in streams), sum(stream.text_bytes for stream in streams)
+
+
+def _gzip_bits_per_byte(streams: list[Stream], tokenizer: Tokenizer) -> float | None:
     compressor, text_bytes, size = zlib.compressobj(level=9, wbits=31), 0, 0  # 31: gzip's header and window
     for stream in streams:
         for start in range(0, len(stream.tokens), 1 << 20):
             text = tokenizer.decode_bytes(stream.tokens[start : start + (1 << 20)])[: _GZIP_TEXT - text_bytes]
             text_bytes += len(text)
             size += len(compressor.compress(text))
-    return 8 * (size + len(compressor.flush())) / max(text_bytes, 1)
+    return 8 * (size + len(compressor.flush())) / text_bytes if text_bytes else None

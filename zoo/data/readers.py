@@ -1,16 +1,18 @@
 """File formats: what the documents of one file are.
 
-`.txt` and every other extension: the file is one document. `.jsonl`: one a line, `.parquet`: one a row. Each plain, or
-with `.gz` or `.zst` after it. A document comes as pieces of about a megabyte, so that no file has to fit in memory.
+`.jsonl`: one a line, `.parquet`: one a row, `.txt`: the file. Each plain, or with `.gz` or `.zst` after it, in capitals
+too. A file of another name is one document too, if it begins as text does; what is known to be something else is
+refused. A document comes as pieces of about a megabyte, so that no file has to fit in memory; a line of jsonl, and a
+cell of parquet, has to, and is bounded. docs/data.md lists it all.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import gzip
 import io
 import json
 import pathlib
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,9 +21,28 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from zoo import files
 from zoo.errors import UsageError
+from zoo.terminal import one_line
 
 PIECE_BYTES = 1 << 20
+LONGEST_DOCUMENT = 64 << 20  # bytes of a line of jsonl, or of a cell of parquet: what a small file unpacks to
+_LARGEST_UNPACKED = 4 << 30  # bytes of a compressed parquet file, which is read from its end
+_LOOKED_AT = 1 << 16  # bytes that show whether a file of an unknown extension is text
+
+_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text"}
+_COMPRESSIONS = (".gz", ".zst")
+_KNOWN = "known are .txt, .jsonl and .parquet, each also with .gz or .zst, and text of any name"
+_NO_TEXT = {
+    ".json", ".ndjson", ".csv", ".tsv", ".arrow", ".feather", ".npy", ".npz", ".pkl", ".pt", ".safetensors", ".h5",
+    ".hdf5", ".tfrecord", ".db", ".sqlite", ".pdf", ".epub", ".docx", ".bz2", ".xz", ".lzma", ".lz4", ".zip", ".7z",
+    ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".zstd", ".br", ".z", ".snappy", ".sz",
+}  # fmt: skip
+_BEGINNINGS = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z", b"\x04\x22\x4d\x18": "lz4", b"PAR1": "parquet", b"ARROW1": "arrow",
+    b"%PDF-": "PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -32,14 +53,25 @@ class Document:
 
 
 def file_format(path: str) -> str:
-    """`jsonl`, `parquet` or `text`, by the extension."""
-    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(_extensions(path)[0], "text")
+    """`jsonl`, `parquet`, `text`, or `unknown` (text, if it begins as text does), by the extension in any case.
+
+    Raises:
+      UsageError: an extension of something else, or of a format that is known with another one after it.
+    """
+    extensions, _ = _extensions(path)
+    last = extensions[-1] if extensions else ""
+    inner = [extension for extension in extensions[:-1] if extension in (".jsonl", ".parquet", *_COMPRESSIONS)]
+    if last in _NO_TEXT or (inner and last not in _FORMATS):
+        hint = "; if it has one JSON object a line, rename it to .jsonl" if last in (".json", ".ndjson") else ""
+        raise UsageError(f"{one_line(path)}: files of {''.join([*inner, last])} are not read; {_KNOWN}{hint}")
+    return _FORMATS.get(last, "unknown")
 
 
-def _extensions(path: str) -> tuple[str, str]:
-    pure = pathlib.PurePath(path)
-    compression = pure.suffix if pure.suffix in (".gz", ".zst") else ""
-    return (pathlib.PurePath(pure.stem) if compression else pure).suffix, compression
+def _extensions(path: str) -> tuple[list[str], str]:
+    """All but that of a compression, and that."""
+    extensions = [extension.lower() for extension in pathlib.PurePath(path).suffixes]
+    compression = extensions.pop() if extensions and extensions[-1] in _COMPRESSIONS else ""
+    return extensions, compression
 
 
 def documents(path: str, text_field: str) -> Iterator[Document]:
@@ -48,39 +80,66 @@ def documents(path: str, text_field: str) -> Iterator[Document]:
     Raises:
       UsageError: a file that cannot be read, is cut short, or breaks its format; names the file, and line or row.
     """
-    read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text}[file_format(path)]
-    with _read_errors(path), _open(path) as file:
+    read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "unknown": _text}[file_format(path)]
+    with read_errors(path), _open(path) as file:
         yield from read(path, file, text_field)
 
 
 @contextlib.contextmanager
-def _read_errors(path: str) -> Iterator[None]:
+def read_errors(path: str) -> Iterator[None]:
+    """What reading the file at `path` raises, as UsageError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:  # gzip's and Arrow's own among them
-        raise UsageError(f"{path}: cannot be read: {error}. Is the file complete, and its extension right?") from error
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{one_line(path)}: cannot be read: {one_line(why)}. Is the file complete, and its extension right?"
+        ) from error
 
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    compression = _extensions(path)[1]
-    if compression == ".gz":
-        file = gzip.open(path, "rb")
-    elif compression == ".zst":
-        file = io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), PIECE_BYTES)
-    else:
-        file = open(path, "rb")
-    with file:
-        yield file
+    with files.open_regular(path) as file:
+        compression = _extensions(path)[1]
+        if compression == ".gz":
+            unpacked = gzip.open(file, "rb")
+        elif compression == ".zst":
+            unpacked = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), PIECE_BYTES)
+        else:
+            unpacked = file
+        with unpacked:
+            yield unpacked
 
 
 def _text(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
+    first = file.read(PIECE_BYTES).removeprefix(codecs.BOM_UTF8)
+    _check_beginning(path, first)
+
     def blocks() -> Iterator[bytes]:
-        with _read_errors(path):
+        yield first
+        with read_errors(path):
             while block := file.read(PIECE_BYTES):
                 yield block
 
-    yield Document(path, _pieces(blocks()))
+    yield Document(one_line(path), _pieces(blocks()))
+
+
+def _check_beginning(path: str, first: bytes) -> None:
+    for magic, kind in _BEGINNINGS.items():
+        if first.startswith(magic):
+            raise UsageError(f"{one_line(path)}: its content is {kind}, whatever its name says; {_KNOWN}")
+    if file_format(path) == "unknown":
+        start = first[:_LOOKED_AT]
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(start)  # its end may be half a character
+            at = start.find(b"\0")
+        except UnicodeDecodeError as error:
+            at = error.start
+        if at >= 0:
+            raise UsageError(
+                f"{one_line(path)}: no text (byte {at} is {start[at]:#04x}); {_KNOWN}. To train on the bytes of any "
+                "file, name it .txt"
+            )
 
 
 def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -109,8 +168,10 @@ def _cut(text: bytes) -> int:
 
 
 def _jsonl(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(file, 1):
-        name = f"{path}:{number}"
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_DOCUMENT + 1), b""), 1):
+        name = f"{one_line(path)}:{number}"
+        if len(line) > LONGEST_DOCUMENT:
+            raise UsageError(f"{name}: the line is longer than {LONGEST_DOCUMENT >> 20} MiB; split it into documents")
         try:
             content = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not content.strip():
@@ -123,9 +184,12 @@ def _jsonl(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
             raise UsageError(f"{name}: field {text_field!r} holds half a surrogate pair, which is no text") from error
         except ValueError as error:
             raise UsageError(f"{name}: not valid JSON: {error}; expected one JSON object a line") from error
+        except RecursionError as error:
+            raise UsageError(f"{name}: JSON nested too deeply; expected one JSON object a line") from error
         except KeyError as error:
-            fields = ", ".join(sorted(record)) or "none"
-            raise UsageError(f"{name}: no field {text_field!r} (it has: {fields}); set data.text_field") from error
+            raise UsageError(
+                f"{name}: no field {text_field!r} (it has: {_listed(record)}); set data.text_field"
+            ) from error
         except AttributeError as error:
             kind = type(record[text_field]).__name__
             raise UsageError(f"{name}: field {text_field!r} is not a string but {kind}; set data.text_field") from error
@@ -134,24 +198,42 @@ def _jsonl(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
         yield Document(name, _pieces(_blocks(text)))
 
 
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    shown = ", ".join(one_line(name[:40]) for name in names[:10]) or "none"
+    return shown + (f", and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def _parquet(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
     with contextlib.ExitStack() as stack:
-        if _extensions(path)[1]:  # parquet is read from its end
-            plain = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, plain)
-            file = plain
+        if _extensions(path)[1]:
+            file = _unpacked(path, file, stack.enter_context(tempfile.TemporaryFile()))
         table = pyarrow.parquet.ParquetFile(file)
         if text_field not in table.schema_arrow.names:
-            columns = ", ".join(table.schema_arrow.names)
-            raise UsageError(f"{path}: no column {text_field!r} (it has: {columns}); set data.text_field")
+            raise UsageError(
+                f"{one_line(path)}: no column {text_field!r} (it has: {_listed(table.schema_arrow.names)}); set "
+                "data.text_field"
+            )
         row = 0
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
+            for cell in batch.column(0):  # one at a time: a dictionary's long value may stand in each row
                 row += 1
+                name, value = f"{one_line(path)}: row {row}", cell.as_py()
                 if not isinstance(value, str):
                     kind = "null" if value is None else type(value).__name__
-                    raise UsageError(f"{path}: row {row}: column {text_field!r} is not a string but {kind}")
-                yield Document(f"{path}: row {row}", _pieces(_blocks(value.encode())))
+                    raise UsageError(f"{name}: column {text_field!r} is not a string but {kind}")
+                text = value.encode()
+                if len(text) > LONGEST_DOCUMENT:
+                    raise UsageError(f"{name}: longer than {LONGEST_DOCUMENT >> 20} MiB; split it into documents")
+                yield Document(name, _pieces(_blocks(text)))
+
+
+def _unpacked(path: str, file: BinaryIO, plain: BinaryIO) -> BinaryIO:
+    while block := file.read(PIECE_BYTES):
+        plain.write(block)
+        if plain.tell() > _LARGEST_UNPACKED:
+            raise UsageError(f"{one_line(path)}: unpacks to more than {_LARGEST_UNPACKED >> 30} GiB; unpack it first")
+    return plain
 
 
 def _blocks(text: bytes) -> Iterator[bytes]:

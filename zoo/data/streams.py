@@ -11,12 +11,13 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from zoo.data.corpora import Source, in_validation
-from zoo.data.readers import PIECE_BYTES, Document
-from zoo.data.tokenizer import Tokenizer
+from zoo.data.readers import PIECE_BYTES
+from zoo.data.tokenizer import Tokenizer, cutting
 from zoo.errors import UsageError
 
 ARRAYS = ("tokens", "starts", "scales")
@@ -40,7 +41,8 @@ class Stream:
     tokens: np.ndarray  # uint16 or uint32 [N], memory-mapped
     starts: np.ndarray  # uint64 [documents], memory-mapped
     scales: np.ndarray  # float32 [documents], memory-mapped
-    text_bytes: int
+    text_bytes: int  # that tokens stand for
+    lost_bytes: int  # of text that the tokenizer has no tokens for
     max_id: int
     fingerprint: str  # of the text
 
@@ -66,10 +68,9 @@ class _Writer:
         self._files = {name: stack.enter_context(open(folder / f"{split}.{name}", "wb")) for name in ARRAYS}
         self._tokenizer, self._dtype = tokenizer, _token_dtype(tokenizer)
         self._length = 0  # tokens
-        self._units = self._bytes = 0  # of the open document: the table's bytes, and the text's
+        self._units = self._bytes = self._lost = 0  # of the open document: the table's bytes, the text's, those lost
         self._digest, self._document_digest = hashlib.sha256(), None
-        self.text_bytes = self.max_id = 0
-        self.holds_text = False
+        self.text_bytes = self.lost_bytes = self.max_id = 0
 
     def start_document(self) -> None:
         self._end_document()
@@ -77,10 +78,10 @@ class _Writer:
         self._files["starts"].write(np.uint64(self._length).tobytes())
         self._append(np.array([self._tokenizer.separator_id]))
 
-    def write(self, text: bytes, ids: np.ndarray) -> None:
-        self.holds_text |= len(ids) > 0
+    def write(self, text: bytes, ids: np.ndarray, lost_bytes: int) -> None:
         self._document_digest.update(text)
         self._bytes += len(text)
+        self._lost += lost_bytes
         self._units += float(self._tokenizer.token_bytes[ids].sum(dtype=np.float64))
         self._append(ids)
 
@@ -88,7 +89,12 @@ class _Writer:
         """Close the last document with a separator, so that its end can be predicted too."""
         self._end_document()
         self._append(np.array([self._tokenizer.separator_id]))
-        return {"text_bytes": self.text_bytes, "max_id": self.max_id, "fingerprint": self._digest.hexdigest()}
+        return {
+            "text_bytes": self.text_bytes,
+            "lost_bytes": self.lost_bytes,
+            "max_id": self.max_id,
+            "fingerprint": self._digest.hexdigest(),
+        }
 
     def _append(self, ids: np.ndarray) -> None:
         self._files["tokens"].write(ids.astype(self._dtype).tobytes())
@@ -98,43 +104,76 @@ class _Writer:
     def _end_document(self) -> None:
         if self._document_digest is not None:
             self._digest.update(self._document_digest.digest())
-            self._files["scales"].write(np.float32(self._bytes / self._units if self._units else 0).tobytes())
-            self.text_bytes += self._bytes
-            self._units = self._bytes = 0
+            represented = self._bytes - self._lost if self._units else 0
+            self._files["scales"].write(np.float32(represented / self._units if self._units else 0).tobytes())
+            self.text_bytes += represented
+            self.lost_bytes += self._bytes - represented
+            self._units = self._bytes = self._lost = 0
 
 
 def write_streams(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, fraction: float) -> dict[str, dict]:
     """Split by document. A split that gets no document is missing in the result."""
     with contextlib.ExitStack() as stack:
         writers, writer = {}, None
-        for document, is_first, piece, ids in _encoded(source, tokenizer):
-            if is_first:
-                split = "validation" if in_validation(document.split_key or piece, fraction) else "train"
+        for key, piece, ids, lost_bytes in _encoded(source, tokenizer):
+            if key is not None:
+                split = "validation" if in_validation(key, fraction) else "train"
                 if split not in writers:
                     writers[split] = _Writer(folder, split, tokenizer, stack)
                 writer = writers[split]
                 writer.start_document()
-            writer.write(piece, ids)
-        if not any(writer.holds_text for writer in writers.values()):
-            raise UsageError(f"data.source: {source.spec!r} holds no text; expected at least one document")
-        return {split: writers[split].finish() for split in sorted(writers)}
+            writer.write(piece, ids, lost_bytes)
+        counts = {split: writers[split].finish() for split in sorted(writers)}
+    if not any(count["text_bytes"] for count in counts.values()):
+        if counts:
+            raise UsageError(f"data.tokenizer: it has no token for any of the text of {source.spec!r}; use another one")
+        raise UsageError(f"data.source: {source.spec!r} holds no text; expected at least one document")
+    return counts
 
 
-def _encoded(source: Source, tokenizer: Tokenizer) -> Iterator[tuple[Document, bool, bytes, np.ndarray]]:
-    """Each piece of each document with its tokens, and whether it is the document's first."""
+class _Piece(NamedTuple):
+    key: bytes | None  # of the document's first piece: what decides its split
+    context: bytes  # see `cutting`
+    text: bytes
+    name: str  # of the document
+
+
+def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    def encode(texts):
+        return tokenizer.encode_batch([text.encode() for text in texts])
+
+    for name, key, blocks in source.texts(utf8=tokenizer.is_text):
+        if tokenizer.is_text:
+            cut = cutting.pieces(map(bytes.decode, blocks), encode, name)
+            parts = ((piece.context.encode(), piece.text.encode()) for piece in cut)
+        else:  # bytes may be cut anywhere
+            parts = ((b"", block) for block in blocks)
+        for number, (context, text) in enumerate(parts):
+            yield _Piece(None if number else key, context, text, name)
+
+
+def _encoded(source: Source, tokenizer: Tokenizer) -> Iterator[tuple[bytes | None, bytes, np.ndarray, int]]:
+    """Each piece of each document: what decides its split if it is the first, text, tokens, bytes lost."""
     waiting, size = [], 0
-    for document, is_first, piece in source.pieces(utf8=tokenizer.is_text):
-        waiting.append((document, is_first, piece))
-        size += len(piece)
+    for piece in _pieces(source, tokenizer):
+        waiting.append(piece)
+        size += len(piece.text)
         if size >= _ENCODED_AT_ONCE:
             yield from _encode(waiting, tokenizer)
             waiting, size = [], 0
     yield from _encode(waiting, tokenizer)
 
 
-def _encode(waiting: list, tokenizer: Tokenizer) -> Iterator[tuple[Document, bool, bytes, np.ndarray]]:
-    for part, ids in zip(waiting, tokenizer.encode_batch([piece for *_, piece in waiting]), strict=True):
-        yield *part, ids
+def _encode(waiting: list[_Piece], tokenizer: Tokenizer) -> Iterator[tuple[bytes | None, bytes, np.ndarray, int]]:
+    texts = [piece.text for piece in waiting]
+    encoded = tokenizer.encode_batch([piece.context + piece.text for piece in waiting])
+    later = [i for i, piece in enumerate(waiting) if piece.context]
+    for i, known in zip(later, tokenizer.encode_batch([waiting[i].context for i in later]), strict=True):
+        if not np.array_equal(encoded[i][: len(known)], known):
+            raise UsageError(f"{waiting[i].name}: too long for this tokenizer; break it into documents")
+        encoded[i] = encoded[i][len(known) :]
+    for piece, ids, lost in zip(waiting, encoded, tokenizer.lost_bytes(texts, encoded), strict=True):
+        yield piece.key, piece.text, ids, lost
 
 
 def write_split_at_tail(folder: pathlib.Path, source: Source, tokenizer: Tokenizer, fraction: float) -> dict[str, dict]:
@@ -176,6 +215,11 @@ def write_split_at_tail(folder: pathlib.Path, source: Source, tokenizer: Tokeniz
     text_bytes = round(text_bytes)
     of_split = {"train": counts["text_bytes"] - text_bytes, "validation": text_bytes}
     return {
-        split: counts | {"text_bytes": size, "fingerprint": content_hash(counts["fingerprint"], split, cut)}
+        split: counts
+        | {
+            "text_bytes": size,
+            "lost_bytes": round(counts["lost_bytes"] * size / counts["text_bytes"]),  # as if spread evenly
+            "fingerprint": content_hash(counts["fingerprint"], split, cut),
+        }
         for split, size in of_split.items()
     }

@@ -3,25 +3,26 @@
     python -m zoo.evaluate --workdir=runs/gla --tasks=perplexity --context_length=256,1024
 
 On the validation split of the run's corpus, or on any text with --source. Prints tables, and writes
-WORKDIR/evaluate.json and a plot beside it.
+WORKDIR/evaluate.json and a plot beside it; for another text WORKDIR/evaluate-NAME-FINGERPRINT.json.
 """
 
 import argparse
 import copy
-import json
 import pathlib
+import re
 import sys
 import time
 
 from rich.console import Console
 
-from zoo import checkpoints, data, memory
+from zoo import checkpoints, data, files, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
 from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
 from zoo.settings import argument, nearest
+from zoo.terminal import one_line, printable
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
@@ -33,7 +34,8 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
     add("--source", help="`stdlib`, a path or a glob; default: the run's validation split")
     add("--batches", type=argument(int, at_least=0), default=0, help="at most so many, spread over the text; 0: all")
-    add("--output", help="the JSON to write; default: WORKDIR/evaluate.json")
+    add("--output", help="the JSON to write; default: in WORKDIR, evaluate.json, or with --source a name of its own")
+    add("--cache_dir", default="", help="of tokenized text; default: the user's cache directory, whatever the run used")
     return parser.parse_args(argv)
 
 
@@ -56,9 +58,11 @@ def _context_lengths(text: str | None, default: int) -> list[int]:
         raise UsageError(f"--context_length: {error}, or several lengths, such as 256,1024") from error
 
 
-def _with_data(config: Config, workdir: str, source: str | None) -> Config:
-    """The run's config, reading `source` with the run's own tokenizer."""
+def _with_data(config: Config, workdir: str, source: str | None, cache_dir: str) -> Config:
+    """The run's config, reading `source` with the run's own tokenizer. A workdir does not say where files are written,
+    and text that its tokenizer does not know is measured all the same: the share is printed."""
     config = copy.deepcopy(config)
+    config.data.cache_dir, config.data.max_lost_text = cache_dir, 1.0
     kept = pathlib.Path(workdir, "tokenizer.json")
     if kept.exists():
         config.data.tokenizer = str(kept)
@@ -71,13 +75,15 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         tasks = _tasks(arguments.tasks)
-        config = _with_data(checkpoints.read_config(arguments.workdir), arguments.workdir, arguments.source)
-        output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json"))
-        if not output.parent.is_dir():
-            raise UsageError(f"--output: the folder {str(output.parent)!r} does not exist")
+        config = checkpoints.read_config(arguments.workdir)
+        config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)
+        folder = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json")).parent
+        if not folder.is_dir():
+            raise UsageError(f"--output: the folder {str(folder)!r} does not exist")
         lengths = _context_lengths(arguments.context_length, config.train.context_length)
         memory.check_forward(config, max(lengths))
         corpus = data.corpus_info(config)
+        output = pathlib.Path(arguments.output or folder / _name(arguments.source, corpus["fingerprint"]))
         run = checkpoints.load_run(arguments.workdir, arguments.step)
         request = Request(config, run.model, lengths, arguments.batches)
 
@@ -93,6 +99,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
                 "fingerprint": corpus["fingerprint"],
                 "validation_tokens": corpus["validation_tokens"],
                 "validation_bytes": corpus["validation_bytes"],
+                "lost_text": corpus["lost_text"],
                 "gzip_bits_per_byte": corpus["gzip_bits_per_byte"],
             },
             "batches": arguments.batches,
@@ -100,25 +107,44 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             "seconds": time.perf_counter() - start,
         } | report.provenance()
 
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        console.print(f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters")
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+        about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
+        console.print(one_line(about))
         for name, task in tasks.items():
             console.print(*task.tables(results[name]), sep="\n")
-        gzip = f"gzip -9 needs {corpus['gzip_bits_per_byte']:.4f} bits per byte"
-        console.print(f"text: {corpus['source']} ({corpus['fingerprint']}), {gzip}")
+        console.print(printable(_about_text(corpus)))
         _write(record, tasks, output, console)
+
+
+def _name(source: str | None, fingerprint: str) -> str:
+    """Of the JSON: the run's own evaluation is kept apart from those on other texts."""
+    if source is None:
+        return "evaluate.json"
+    stem = re.sub(r"[^0-9A-Za-z]+", "-", pathlib.PurePath(source).stem).strip("-")[:40]
+    return f"evaluate-{stem or 'text'}-{fingerprint[:8]}.json"
+
+
+def _about_text(corpus: dict) -> str:
+    text = f"text: {one_line(corpus['source'])} ({corpus['fingerprint']})"
+    if corpus["gzip_bits_per_byte"] is not None:
+        text += f", gzip -9 needs {corpus['gzip_bits_per_byte']:.4f} bits per byte"
+    if corpus["lost_text"]:
+        text += f"; the tokenizer has no tokens for {corpus['lost_text']:.2%} of its bytes, which are not counted"
+    return text
 
 
 def _write(record: dict, tasks: dict[str, Task], output: pathlib.Path, console: Console) -> None:
     written = [output]
     try:
-        output.write_text(json.dumps(record, indent=2) + "\n")
+        with files.replacing(output) as path:
+            path.write_text(files.to_json(record, indent=2) + "\n")
         for name, task in tasks.items():
             written.append(output.with_name(f"{output.stem}_{name}.png"))
-            task.plot(record["tasks"][name], written[-1])
+            with files.replacing(written[-1]) as path:
+                task.plot(record["tasks"][name], path)
     except OSError as error:
         raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
-    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+    console.print(one_line("written: " + ", ".join(map(str, written))), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
         and bytes float32 [b, T].
 
     Returns:
-      loss (nats per token), perplexity, bits_per_byte (nan without bytes), tokens, bytes, and loss_by_position: for
+      loss (nats per token), perplexity, bits_per_byte (None without bytes), tokens, bytes, and loss_by_position: for
       positions 1, 2, 3-4, 5-8, ... {"first", "last", "tokens", "loss"}. Position n has n tokens to predict from: it is
       counted from the document's start, or from the row's where the document began before.
 
@@ -51,7 +51,7 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
     return {
         "loss": float(loss),
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": float(nats.sum() / math.log(2) / num_bytes) if num_bytes else math.nan,
+        "bits_per_byte": float(nats.sum() / math.log(2) / num_bytes) if num_bytes else None,
         "tokens": int(counts.sum()),
         "bytes": int(num_bytes),
         "loss_by_position": by_position,

@@ -31,7 +31,7 @@ def perplexity_tables(result: dict) -> list[Table]:
             f"{r['context_length']}",
             f"{r['loss']:.4f}",
             f"{r['perplexity']:.3f}",
-            f"{r['bits_per_byte']:.4f}",
+            "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}",
             f"{r['tokens']:,}",
         )
     positions = Table(title="loss by position")

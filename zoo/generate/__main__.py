@@ -2,7 +2,8 @@
 
     python -m zoo.generate --workdir=runs/gla --prompt="def main(" --max_tokens=200
 
-Text goes to stdout as it is made, with several prompts in their order; the costs go to stderr.
+Text goes to stdout as it is made, with several prompts in their order; the costs go to stderr. Control characters,
+which a terminal would obey, are shown as escapes such as \\x1b, line ends and tabs left as they are; --raw: none.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from zoo import checkpoints, data
 from zoo.errors import UsageError, exit_with_message
 from zoo.generate.sampler import Generation, Sampling, check_request, generate
 from zoo.settings import argument
+from zoo.terminal import printable
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
@@ -37,6 +39,7 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
         "--stop_at_separator", action=argparse.BooleanOptionalAction, default=True,
         help="end where the model ends the document; --no-stop_at_separator: it may not, and writes max_tokens",
     )  # fmt: skip
+    add("--raw", action="store_true", help="write control characters as they are: for a file, not for a terminal")
     return parser.parse_args(argv)
 
 
@@ -63,8 +66,8 @@ def _prompts(arguments: argparse.Namespace, tokenizer: data.tokenizer.Tokenizer)
 class Printer:
     """Prompts and what follows them: the first text as it is made, the others when all are done (one cursor)."""
 
-    def __init__(self, prompts: list[list[int]], tokenizer: data.tokenizer.Tokenizer):
-        self._prompts, self._tokenizer = prompts, tokenizer
+    def __init__(self, prompts: list[list[int]], tokenizer: data.tokenizer.Tokenizer, raw: bool = False):
+        self._prompts, self._tokenizer, self._raw = prompts, tokenizer, raw
         self._decoder = tokenizer.stream_decoder()  # of prompt and text, for a character may begin in the prompt
         self._write(self._heading(0) + "".join(map(self._decoder.push, prompts[0])))
 
@@ -81,7 +84,7 @@ class Printer:
         return f"--- {row + 1} of {len(self._prompts)} ---\n" if len(self._prompts) > 1 else ""
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(text if self._raw else printable(text))
         sys.stdout.flush()
 
 
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
         allowed[tokenizer.separator_id] = arguments.stop_at_separator
         check_request(run.model, prompts, arguments.max_tokens)
         sys.stdout.reconfigure(errors="replace")
-        printer = Printer(texts, tokenizer)
+        printer = Printer(texts, tokenizer, arguments.raw)
         result = generate(
             run.model, prompts, arguments.max_tokens, sampling,
             seed=arguments.seed, stop_id=tokenizer.separator_id, allowed=allowed, on_token=printer.on_token,

@@ -9,7 +9,6 @@ losses since the last row; the checkpoint holds them.
 """
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from zoo import checkpoints, data, flops, memory, metrics, sharding
+from zoo import checkpoints, data, files, flops, memory, metrics, sharding
 from zoo.checkpoints import Checkpointer
 from zoo.config import Config
 from zoo.errors import RunError, UsageError
@@ -130,10 +129,13 @@ class _Loop:
             f"model       {config.model.mixer}, {config.model.num_layers} layers of width {config.model.d_model}, "
             f"{flops.num_parameters(config.model):,} parameters, {config.model.dtype}"
         )
-        say(
-            f"corpus      {info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
-            f"{info['validation_tokens']:,} validation tokens, gzip -9 {info['gzip_bits_per_byte']:.3f} bits per byte"
-        )
+        corpus = f"{info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
+        corpus += f"{info['validation_tokens']:,} validation tokens"
+        if info["gzip_bits_per_byte"] is not None:
+            corpus += f", gzip -9 {info['gzip_bits_per_byte']:.3f} bits per byte"
+        if info["lost_text"]:
+            corpus += f"; the tokenizer has no tokens for {info['lost_text']:.2%} of the text's bytes"
+        say(f"corpus      {corpus}")
         say(
             f"training    {config.train.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs), "
             f"{config.optimizer.name}"
@@ -207,10 +209,12 @@ class _Loop:
         }
         _write_summary(self.workdir, summary)
         self.writer.plot()
-        self.progress.say(
-            f"finished    step {self.step}, validation bits per byte {summary['eval_bits_per_byte']:.4f} "
-            f"(gzip -9: {info['gzip_bits_per_byte']:.4f}), {self.seconds:.0f} s of training"
-        )
+        if summary["eval_bits_per_byte"] is None:
+            result = f"validation loss {summary['eval_loss']:.4f}"
+        else:
+            result = f"validation bits per byte {summary['eval_bits_per_byte']:.4f}"
+            result += f" (gzip -9: {info['gzip_bits_per_byte']:.4f})"
+        self.progress.say(f"finished    step {self.step}, {result}, {self.seconds:.0f} s of training")
         return summary
 
     def close(self) -> None:
@@ -281,10 +285,11 @@ class _Loop:
         row = {
             "step": self.step,
             "eval_loss": nats / max(tokens, 1.0),
-            "eval_bits_per_byte": nats / math.log(2) / max(num_bytes, 1.0),
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
         }
+        if num_bytes:  # a synthetic task has none
+            row["eval_bits_per_byte"] = nats / math.log(2) / num_bytes
         self.writer.write(row)
         self.progress.row(row)
         self.writer.plot()
@@ -317,7 +322,8 @@ class _Loop:
 
 
 def _write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with files.replacing(workdir / "summary.json") as path:
+        path.write_text(files.to_json(summary, indent=2) + "\n")
 
 
 def _due(every: int, step: int) -> bool:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zoo.metrics import Row
+from zoo.terminal import printable
 
 
 class ProgressLine:
@@ -30,10 +31,8 @@ class ProgressLine:
     def row(self, row: Row, seconds_per_step: float = 0.0) -> None:
         """Show a row of metrics: of training, or of an evaluation."""
         if "eval_loss" in row:
-            self.say(
-                f"step {row['step']}  validation loss {row['eval_loss']:.4f}  "
-                f"bits per byte {row['eval_bits_per_byte']:.4f}"
-            )
+            bits = f"  bits per byte {row['eval_bits_per_byte']:.4f}" if "eval_bits_per_byte" in row else ""
+            self.say(f"step {row['step']}  validation loss {row['eval_loss']:.4f}{bits}")
             return
         text = f"loss {row['loss']:.4f}  {_count(row['tokens_per_second'])} tokens/s  MFU {row['mfu']:.1%}"
         if self._live:
@@ -43,8 +42,9 @@ class ProgressLine:
             print(f"step {row['step']}/{self._steps}  {text}  {_duration(left)} left", flush=True)
 
     def say(self, text: str) -> None:
+        text = printable(text)
         if self._live:
-            self._live.console.print(text, highlight=False)
+            self._live.console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
 

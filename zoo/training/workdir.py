@@ -17,7 +17,7 @@ from zoo.errors import UsageError
 # schedule of the learning rate from the step resumed on; another mesh changes sums in their last bits.
 FREE_ON_RESUME = (
     "train.steps", "train.log_every", "eval.", "checkpoint.", "metrics.", "mesh.", "data.cache_dir",
-    "data.read_threads",
+    "data.max_lost_text", "data.read_threads",
 )  # fmt: skip
 
 VOCAB_MULTIPLE = 64

@@ -7,11 +7,12 @@ Every tokenizer has
     fingerprint     hash of what it does
     token_bytes     float32 [vocab_size]: bytes of text that a token stands for, separator 0 (see below)
     encode(str), encode_bytes(bytes) -> int32 [T];  encode_batch([bytes, ...]) -> [int32 [T], ...]
+    lost_bytes([bytes, ...], their ids) -> [int, ...]: of each text, how much no token stands for
     decode(ids) -> str, decode_bytes(ids) -> bytes: separators are left out
     stream_decoder() -> decoder with push(id) -> str and flush() -> str: text as it becomes certain
 
-`token_bytes` is exact for bytes and for byte-level BPE. For others it is 1, and the token cache scales it, document by
-document, to the bytes that the document has.
+`token_bytes` is exact for bytes and for byte-level BPE. For others it is 1 (0 for the unknown token), and the token
+cache scales it, document by document, to the bytes of the document that are not lost.
 """
 
 import codecs
@@ -25,9 +26,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from zoo import files
+from zoo.data.tokenizer import library
+from zoo.data.tokenizer.coverage import Coverage
 from zoo.errors import UsageError
 
 BYTES = "bytes"
+LARGEST_FILE = 128 << 20  # bytes of a tokenizer.json; the largest in use have 40 MB
+LARGEST_VOCABULARY = 1 << 22  # ids; tables of that many rows are made
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]", "<s>")  # the first one that a tokenizer.json has is taken
 
 
@@ -52,6 +58,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [self.encode_bytes(text) for text in texts]
 
+    def lost_bytes(self, texts: Sequence[bytes], ids: Sequence[np.ndarray]) -> list[int]:
+        return [0] * len(texts)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -67,40 +76,47 @@ class FileTokenizer:
     """A Hugging Face tokenizer.json. Text is never read as a special token: `<|endoftext|>` in it stays text.
 
     Raises:
-      UsageError: no such file, or not a tokenizer.json.
+      UsageError: no such file, not a tokenizer.json, no tokens, or absurd ids.
     """
 
     is_text = True
 
     def __init__(self, path: str):
         try:
-            content = pathlib.Path(path).expanduser().read_bytes()
+            content = files.read_bytes(os.path.expanduser(path), LARGEST_FILE)
         except OSError as error:
             raise UsageError(
                 f"data.tokenizer: {path!r} cannot be read ({error.strerror}); expected `bytes` or the path of a "
                 "tokenizer.json (python -m zoo.data.tokenizer trains one)"
             ) from error
-        try:
+        with library.errors(f"data.tokenizer: {path!r} is no tokenizer.json of the Hugging Face tokenizers library"):
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare exceptions
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+            description = json.loads(content)
+        last = max(vocabulary.values(), default=-1)
+        if not 0 <= last < LARGEST_VOCABULARY:
+            found = f"ids up to {last:,}" if vocabulary else "no tokens"
             raise UsageError(
-                f"data.tokenizer: {path!r} is no tokenizer.json of the Hugging Face tokenizers library: {error}"
-            ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+                f"data.tokenizer: {path!r} has {found}; expected a vocabulary with ids below {LARGEST_VOCABULARY:,}"
+            )
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # the same text, the same tokens
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        last = max(vocabulary.values())
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         self.separator_id = next((vocabulary[name] for name in SEPARATORS if name in special), last + 1)
         self.vocab_size = max(last, self.separator_id) + 1
-        self.is_byte_level = any(part["type"] == "ByteLevel" for part in _parts(json.loads(content).get("decoder")))
+        self.is_byte_level = any(part["type"] == "ByteLevel" for part in _parts(description.get("decoder")))
         self._pieces = self._byte_pieces(vocabulary) if self.is_byte_level else []
         self.token_bytes = np.ones(self.vocab_size, np.float32)
         if self.is_byte_level:
             self.token_bytes[:] = [len(piece) for piece in self._pieces]
         self.token_bytes[self.separator_id] = 0
+        self._coverage = Coverage(self._tokenizer, description, self.token_bytes if self.is_byte_level else None)
+        if self._coverage.unknown_id is not None:
+            self.token_bytes[self._coverage.unknown_id] = 0
 
     def _byte_pieces(self, vocabulary: dict[str, int]) -> list[bytes]:
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
@@ -112,20 +128,30 @@ class FileTokenizer:
         return pieces
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._encode([text])[0]
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         return self.encode(text.decode())
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return self._encode([text.decode() for text in texts])
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        def encode() -> list:
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+        encoded = library.bounded(encode, sum(map(len, texts)))
         return [np.asarray(e.ids, np.int32) for e in encoded]
+
+    def lost_bytes(self, texts: Sequence[bytes], ids: Sequence[np.ndarray]) -> list[int]:
+        return self._coverage.lost_bytes([text.decode() for text in texts], ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         if self.is_byte_level:
             return self.decode_bytes(ids).decode(errors="replace")
         known = [int(i) for i in ids if i != self.separator_id and i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+        with library.errors("data.tokenizer: the tokens cannot be decoded", quiet=False):
+            return self._tokenizer.decode(known, skip_special_tokens=False)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         if not self.is_byte_level:

@@ -16,7 +16,7 @@ from absl import app, flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from zoo.data import corpora
-from zoo.data.tokenizer import SEPARATORS
+from zoo.data.tokenizer import LARGEST_VOCABULARY, SEPARATORS, library
 from zoo.errors import UsageError, exit_with_message
 
 _SMALLEST = 257  # 256 bytes and the separator
@@ -32,10 +32,15 @@ def train(sources: list[corpora.Source], vocab_size: int, validation_fraction: f
     """A byte-level BPE tokenizer whose separator is `<|endoftext|>`.
 
     Raises:
-      UsageError: a vocabulary smaller than 257, no text, or text that is not UTF-8.
+      UsageError: a vocabulary smaller than 257 or absurdly large, no text, or text that is not UTF-8.
     """
-    if vocab_size < _SMALLEST:
-        raise UsageError(f"--vocab_size: got {vocab_size}, expected at least {_SMALLEST}: 256 bytes and the separator")
+    if not _SMALLEST <= vocab_size <= LARGEST_VOCABULARY:
+        raise UsageError(
+            f"--vocab_size: got {vocab_size}, expected at least {_SMALLEST} (256 bytes and the separator), and at most "
+            f"{LARGEST_VOCABULARY}"
+        )
+    if not 0 <= validation_fraction < 1:
+        raise UsageError(f"--validation_fraction: got {validation_fraction}, expected a share in [0, 1); 0 reads all")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,18 +54,17 @@ def train(sources: list[corpora.Source], vocab_size: int, validation_fraction: f
     first = next(pieces, None)
     if first is None:
         raise UsageError(f"--source: {', '.join(source.spec for source in sources)}: no text to train on")
-    tokenizer.train_from_iterator(itertools.chain([first], pieces), trainer)
+    with library.errors("the text cannot be trained on"):
+        tokenizer.train_from_iterator(itertools.chain([first], pieces), trainer)
     return tokenizer
 
 
 def _training_text(sources: list[corpora.Source], fraction: float) -> Iterator[str]:
     for source in sources:
-        by_document = source.spec == corpora.STDLIB or not source.has_few_documents(fraction)
-        for document, is_first, piece in source.pieces(utf8=True):
-            if is_first:
-                skipped = by_document and corpora.in_validation(document.split_key or piece, fraction)
-            if not skipped:
-                yield piece.decode()
+        by_document = fraction > 0 and (source.spec == corpora.STDLIB or not source.has_few_documents(fraction))
+        for _, key, pieces in source.texts(utf8=True):
+            if not (by_document and corpora.in_validation(key, fraction)):
+                yield from map(bytes.decode, pieces)
 
 
 def _save(tokenizer: tokenizers.Tokenizer, path: str) -> None:

@@ -1,0 +1,114 @@
+"""How much of a text no token stands for: dropped without a word, or turned into the unknown token.
+
+BPE and Unigram know characters or do not, so each character that occurs is tried once. WordPiece and WordLevel know
+words or do not: words are tried where the unknown token came up. White space that a tokenizer cuts words at, and gives
+no token to (as BERT's does), is not counted as lost.
+"""
+
+import collections
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from zoo.data.tokenizer import library
+
+_CUT_AT_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
+
+
+class Coverage:
+    """Of one tokenizer.
+
+    Args:
+      description: its tokenizer.json.
+      token_bytes: float32 [vocab_size], of a byte-level tokenizer; None for others.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, description: dict[str, Any], token_bytes: np.ndarray | None):
+        self._tokenizer, self._token_bytes = tokenizer, token_bytes
+        self.unknown_id = _unknown_id(tokenizer, description["model"])
+        self._by_words = isinstance(tokenizer.model, tokenizers.models.WordPiece | tokenizers.models.WordLevel)
+        self._normalizes = description.get("normalizer") is not None
+        self._skips_space = any(kind in _CUT_AT_SPACE for kind in _kinds(description.get("pre_tokenizer")))
+        self._tried: set[str] = set()  # characters
+        self._lost: set[str] = set()  # of these
+
+    def lost_bytes(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> list[int]:
+        """Bytes (UTF-8) of each text that its ids do not stand for."""
+        if self._by_words:
+            unknown = [int((found == self.unknown_id).sum()) for found in ids]
+            return list(map(self._in_words, texts, unknown))
+        characters = set().union(*texts)
+        self._try(characters - self._tried)
+        if not (lost := characters & self._lost):
+            return [0] * len(texts)
+        return [
+            sum(count * len(c.encode()) for c, count in collections.Counter(text).items() if c in lost)
+            for text in texts
+        ]
+
+    def _try(self, characters: set[str]) -> None:
+        self._tried |= characters
+        if self._skips_space:
+            characters = {c for c in characters if not c.isspace()}
+        if self._normalizes:  # accents that follow their letter may be stripped, as those in one character are
+            characters = {c for c in characters if not unicodedata.combining(c)}
+        ordered = sorted(characters)
+        # As first, middle and last character; and white space between letters, where no normalizer strips it.
+        tests = [f"a{c}a" if c.isspace() else 3 * c for c in ordered]
+        for c, test, encoding in zip(ordered, tests, self._encode(tests), strict=True):
+            if self._token_bytes is None or not c.isspace():
+                covered = self._covered(test, encoding)
+                missing = not (covered[1] if c.isspace() else covered.all())
+            else:
+                missing = False  # offsets of byte-level tokens may leave out the space before a word
+            if self._token_bytes is not None and not self._normalizes:  # a part of the bytes of a character
+                missing |= self._token_bytes[encoding.ids].sum() < len(test.encode())
+            if missing:
+                self._lost.add(c)
+
+    def _in_words(self, text: str, unknown: int) -> int:
+        if not unknown:
+            return 0
+        words = collections.Counter(text.split())
+        encoded = self._encode(list(words))
+        counts = [encoding.ids.count(self.unknown_id) * n for encoding, n in zip(encoded, words.values(), strict=True)]
+        if sum(counts) != unknown:  # words are something else here
+            return self._uncovered_bytes(text, self._encode([text])[0])
+        return sum(
+            n * self._uncovered_bytes(word, encoding)
+            for (word, n), encoding, count in zip(words.items(), encoded, counts, strict=True)
+            if count
+        )
+
+    def _uncovered_bytes(self, text: str, encoding: tokenizers.Encoding) -> int:
+        missing = np.flatnonzero(~self._covered(text, encoding))
+        return sum(len(text[i].encode()) for i in missing if not text[i].isspace())
+
+    def _covered(self, text: str, encoding: tokenizers.Encoding) -> np.ndarray:
+        covered = np.zeros(len(text), bool)
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token != self.unknown_id:
+                covered[start:stop] = True
+        return covered
+
+    def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        size = sum(map(len, texts))
+        return library.bounded(lambda: self._tokenizer.encode_batch(texts, add_special_tokens=False), size)
+
+
+def _unknown_id(tokenizer: tokenizers.Tokenizer, model: dict[str, Any]) -> int | None:
+    if isinstance(tokenizer.model, tokenizers.models.Unigram):
+        return model.get("unk_id")
+    token = getattr(tokenizer.model, "unk_token", None)
+    return tokenizer.token_to_id(token) if token is not None else None
+
+
+def _kinds(component: dict[str, Any] | None) -> Iterator[str]:
+    """The types of a component of a tokenizer.json, those in a Sequence among them."""
+    if component is not None:
+        yield component["type"]
+        for part in component.get("pretokenizers", []):
+            yield from _kinds(part)

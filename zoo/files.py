@@ -1,0 +1,92 @@
+"""Files that others wrote: only regular ones are opened, none is waited for, none is read without a bound.
+
+And files that others will read: JSON without NaN, written whole or not at all.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import stat
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device", stat.S_IFLNK: "a symbolic link",
+}  # fmt: skip
+
+
+def check_regular(status: os.stat_result) -> None:
+    """OSError if `status` is of anything but a regular file, which to open may block, or do something."""
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A file to read. OSError for a FIFO, socket, device or directory, at once."""
+    try:
+        check_regular(os.stat(path))
+    except ValueError as error:  # a name with a NUL in it
+        raise OSError(errno.EINVAL, f"it is no path: {error}") from error
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        check_regular(os.fstat(file.fileno()))  # it may be another one by now
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. OSError for others."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
+    return content
+
+
+def read_json(path: str | os.PathLike, limit: int) -> Any:
+    """JSON of at most `limit` bytes.
+
+    Raises:
+      OSError: as `read_bytes`.
+      ValueError: not JSON, or nested too deeply to read.
+    """
+    try:
+        return json.loads(read_bytes(path, limit))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: what is not finite becomes null, since NaN is no JSON."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A new file beside `path`, which becomes `path` when all went well. A link that stood there is not followed."""
+    path = pathlib.Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:64]}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
