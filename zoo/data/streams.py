@@ -144,7 +144,7 @@ def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[_Piece]:
 
     for name, key, blocks in source.texts(utf8=tokenizer.is_text):
         if tokenizer.is_text:
-            cut = cutting.pieces(map(bytes.decode, blocks), encode, name)
+            cut = cutting.pieces(map(bytes.decode, blocks), encode, name, cutting.SIZES)
             parts = ((piece.context.encode(), piece.text.encode()) for piece in cut)
         else:  # bytes may be cut anywhere
             parts = ((b"", block) for block in blocks)

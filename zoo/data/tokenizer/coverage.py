@@ -58,12 +58,14 @@ class Coverage:
         ordered = sorted(characters)
         # As first, middle and last character; and white space between letters, where no normalizer strips it.
         tests = [f"a{c}a" if c.isspace() else 3 * c for c in ordered]
-        for c, test, encoding in zip(ordered, tests, self._encode(tests), strict=True):
-            if self._token_bytes is None or not c.isspace():
-                covered = self._covered(test, encoding)
-                missing = not (covered[1] if c.isspace() else covered.all())
-            else:
-                missing = False  # offsets of byte-level tokens may leave out the space before a word
+        *encoded, letters = self._encode([*tests, "aa"])
+        without = self._covered("aa", letters).sum()
+        for c, test, encoding in zip(ordered, tests, encoded, strict=True):
+            covered = self._covered(test, encoding).sum()
+            if not c.isspace():
+                missing = covered < len(test)
+            else:  # offsets of byte-level tokens may leave out the space before a word
+                missing = covered <= without and self._token_bytes is None
             if self._token_bytes is not None and not self._normalizes:  # a part of the bytes of a character
                 missing |= self._token_bytes[encoding.ids].sum() < len(test.encode())
             if missing:

@@ -42,7 +42,7 @@ SIZES = Sizes()
 
 
 def pieces(
-    blocks: Iterable[str], encode: Callable[[Sequence[str]], Sequence[Sequence[int]]], name: str, sizes: Sizes = SIZES
+    blocks: Iterable[str], encode: Callable[[Sequence[str]], Sequence[Sequence[int]]], name: str, sizes: Sizes
 ) -> Iterator[Piece]:
     """A document, given in blocks, cut anew.
 
