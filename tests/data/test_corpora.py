@@ -1,8 +1,11 @@
+import logging
 import os
+import socket
 
 import pytest
 
-from zoo.data import corpora, corpus_info, training_dataset
+from zoo.data import check, corpora, corpus_info, training_dataset
+from zoo.data.tokenizer import ByteTokenizer
 from zoo.errors import UsageError
 
 
@@ -96,6 +99,70 @@ def test_a_source_that_is_not_there_is_refused(config, tmp_path, monkeypatch, sp
     (tmp_path / "empty.txt").touch()
     config.data.source = spec
     with pytest.raises(UsageError, match=f"data.source: .*{message}"):
+        training_dataset(config)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "symbolic links"])
+@pytest.mark.parametrize("by", ["path", "glob"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind, by):
+    path = tmp_path / "b.txt"
+    (tmp_path / "a.txt").write_text("text")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.symlink_to(path)
+    with pytest.raises(UsageError, match=f"data.source: .*b.txt' cannot be read: .*{kind}"):
+        find(str(path if by == "path" else tmp_path / "*.txt"))
+
+
+def test_a_glob_ends_where_links_form_loops(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for i in range(3):  # without a memory of folders seen: 3^40 paths
+        (tmp_path / "deep" / "er" / f"loop{i}").symlink_to(tmp_path / "deep")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "deep" / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("deep/a.txt", "deep/er/b.txt", "elsewhere/c.txt", "deep/.hidden.txt"):
+        (tmp_path / name).write_text(name)
+    texts = [b"".join(d.pieces).decode() for d in find(f"{tmp_path}/deep/**/*.txt").documents()]
+    assert texts == ["deep/a.txt", "deep/er/b.txt", "elsewhere/c.txt"]
+    assert len(find(f"{tmp_path}/**").paths) == 3
+
+
+def test_a_file_of_two_names_is_read_once_and_in_two_sources_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    assert find("*.txt").paths == ("a.txt",)
+    for other in (f"{tmp_path}/a.txt", "b.txt", "*.txt"):
+        with pytest.raises(UsageError, match="data.source: 'a.txt' and .* read the same file"):
+            corpora.find_all(f"a.txt,{other}", "text")
+
+
+def test_validation_text_that_is_trained_on_is_said(config, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    (tmp_path / "a.txt").write_text("text")
+    config.data.source, config.data.validation_source = f"{tmp_path}/a.txt", f"{tmp_path}/*.txt"
+    check(config)
+    assert "data.validation_source: training reads it too" in caplog.text
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(config, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("some words\n" * 50)
+    encode = ByteTokenizer.encode_bytes
+
+    def encode_and_write(self, text):
+        path.write_text("other words")
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode_bytes", encode_and_write)
+    config.data.source = str(path)
+    with pytest.raises(UsageError, match="changed while they were read; start again"):
         training_dataset(config)
 
 

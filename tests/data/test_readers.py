@@ -1,11 +1,13 @@
+import bz2
 import gzip
 import json
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from zoo.data import readers
+from zoo.data import corpora, readers
 from zoo.errors import UsageError
 
 TEXTS = ["def f():\n    return 1\n", "naïve λ 🦓\n", "the last one"]
@@ -137,3 +139,108 @@ def test_a_long_document_is_cut_before_a_line_that_does_not_start_with_white_spa
     (tmp_path / "long.txt").write_bytes((b"def f():\n    return 1\n\n\n") * 100_000)
     for document in readers.documents(str(tmp_path / "long.txt"), "text"):
         assert all(piece.startswith(b"def") for piece in document.pieces)
+
+
+# --- What is not read, and what is bounded ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extension", [".JSONL", ".Jsonl.GZ", ".jsonl.Zst"])
+def test_capitals_in_an_extension_change_nothing(tmp_path, extension):
+    compression = COMPRESSIONS[extension[6:].lower()]
+    (tmp_path / f"a{extension}").write_bytes(compression(jsonl(TEXTS)))
+    assert read(tmp_path / f"a{extension}") == TEXTS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl.bz2",
+        "a.BZ2",
+        "a.zip",
+        "a.xz",
+        "a.csv",
+        "a.json",
+        "a.jsonl.1",
+        "a.parquet.old",
+        "a.jsonl.gz.part",
+        "a.tgz",
+    ],
+)
+def test_other_formats_are_refused_with_those_that_are_known(tmp_path, name):
+    (tmp_path / name).write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(UsageError, match=rf"{name}: files of .* are not read; known are .txt, .jsonl and .parquet"):
+        corpora.find(str(tmp_path / name), "text")
+
+
+@pytest.mark.parametrize("name", ["notes", "a.md", "a.py", "data.v1.2", "a.txt.gz"])
+def test_text_of_any_other_name_is_text(tmp_path, name):
+    content = "naïve text\n".encode() * 7000  # a character lies across the last byte looked at
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read(tmp_path / name) == [content.decode()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"ab\0c", "no text .byte 2 is 0x00"),
+        ("a", "naïve".encode("latin-1"), "no text .byte 2 is 0xef"),
+        ("a.md", bz2.compress(b"text"), "its content is bzip2"),
+        ("a.txt", gzip.compress(b"text"), "its content is gzip"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"text")), "its content is gzip"),
+        ("a.txt", parquet(TEXTS), "its content is parquet"),
+        ("a.txt", "text".encode("utf-16"), "its content is UTF-16"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_whatever_its_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text_and_other_odd_characters_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\0c\x1b[0m")
+    assert read(tmp_path / "a.txt") == ["a\r\nb\0c\x1b[0m"]
+
+
+def test_json_nested_deeply_is_one_line_of_error(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[:1]) + b'{"text":' + b"[" * 200_000 + b"]" * 200_000 + b"}\n")
+    with pytest.raises(UsageError, match="a.jsonl:2: JSON nested too deeply"):
+        read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_line_that_unpacks_to_more_than_the_bound_is_refused_before_it_is_held(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 1 << 20)
+    (tmp_path / f"a.jsonl{compression}").write_bytes(COMPRESSIONS[compression](b'{"text": "' + b" " * (16 << 20)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=":1: the line is longer than 1 MiB"):
+            read(tmp_path / f"a.jsonl{compression}")
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_parquet_is_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 1000)
+    monkeypatch.setattr(readers, "_LARGEST_UNPACKED", 1 << 20)
+    (tmp_path / "a.parquet").write_bytes(parquet(["a", "b" * 1001]))
+    with pytest.raises(UsageError, match="row 2: longer than"):
+        read(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(bytes(2 << 20)))
+    with pytest.raises(UsageError, match="unpacks to more than"):
+        read(tmp_path / "a.parquet.gz")
+
+
+@pytest.mark.parametrize("type", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_every_kind_of_text_column_is_read(tmp_path, type):
+    (tmp_path / "a.parquet").write_bytes(parquet(pyarrow.array(TEXTS).cast(type)))
+    assert read(tmp_path / "a.parquet") == TEXTS
+
+
+def test_names_with_escapes_are_said_without_them(tmp_path):
+    path = tmp_path / "a\n\x1b[31m.jsonl"
+    path.write_bytes(b'{"\\u001b]0;x\\u0007": 1}')
+    with pytest.raises(UsageError) as raised:
+        read(path)
+    assert not set("\n\x1b\x07") & set(str(raised.value))

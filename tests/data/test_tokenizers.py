@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from zoo.config import Config
 from zoo.data import corpora
 from zoo.data import tokenizer as zoo_tokenizer
-from zoo.data.tokenizer import ByteTokenizer, FileTokenizer
+from zoo.data.tokenizer import ByteTokenizer, FileTokenizer, library
 from zoo.data.tokenizer.__main__ import train
 from zoo.errors import UsageError
 
@@ -127,6 +128,58 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
         zoo_tokenizer.load(str(tmp_path / "t.json"))
 
 
+def described(path, **changes):
+    """A tokenizer.json with two letters, but for `changes` of its model and its pre_tokenizer."""
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": {"a": 0, "b": 1}, "merges": [],
+    }  # fmt: skip
+    pre_tokenizer = changes.pop("pre_tokenizer", None)
+    path.write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": None, "model": model | changes,
+    }))  # fmt: skip
+    return str(path)
+
+
+def test_a_tokenizer_with_absurd_contents_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="t.json' has no tokens"):
+        zoo_tokenizer.load(described(tmp_path / "t.json", vocab={}))
+    with pytest.raises(UsageError, match="t.json' has ids up to 4,000,000,000; expected .* below 4,194,304"):
+        zoo_tokenizer.load(described(tmp_path / "t.json", vocab={"a": 0, "b": 4_000_000_000}))
+    monkeypatch.setattr(zoo_tokenizer, "LARGEST_FILE", 100)
+    with pytest.raises(UsageError, match="larger than 100 bytes"):
+        zoo_tokenizer.load(described(tmp_path / "t.json"))
+    os.mkfifo(tmp_path / "fifo.json")
+    with pytest.raises(UsageError, match="it is a FIFO"):
+        zoo_tokenizer.load(str(tmp_path / "fifo.json"))
+
+
+def test_dropout_of_merges_is_off(tmp_path):
+    path = described(tmp_path / "t.json", vocab={"a": 0, "aa": 1}, merges=[["a", "a"]], dropout=0.5)
+    assert zoo_tokenizer.load(path).encode("aa" * 100).tolist() == [1] * 100
+
+
+BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+def test_a_panic_of_the_library_is_one_error_and_leaves_nothing_on_the_terminal(tmp_path, capfd):
+    tokenizer = zoo_tokenizer.load(described(tmp_path / "t.json", pre_tokenizer=BACKTRACKS))
+    with pytest.raises(UsageError, match="data.tokenizer: the text cannot be tokenized: .*retry-limit"):
+        tokenizer.encode("a" * 60 + "!")
+    assert capfd.readouterr().err == ""
+    os.write(2, b"what others write there stays")
+    assert capfd.readouterr().err == "what others write there stays"
+
+
+def test_a_text_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "_SECONDS", 0.1)
+    monkeypatch.setattr(library, "_SECONDS_PER_BYTE", 0.0)
+    tokenizer = zoo_tokenizer.load(described(tmp_path / "t.json", pre_tokenizer=BACKTRACKS))
+    with pytest.raises(UsageError, match="23 characters were not tokenized within 0 s; a regular expression"):
+        tokenizer.encode("a" * 22 + "!")  # half a second, below the limit of the library's own
+
+
 def test_a_missing_tokenizer_says_how_to_get_one(tmp_path):
     with pytest.raises(UsageError, match="data.tokenizer: .*No such file.*zoo.data.tokenizer trains one"):
         zoo_tokenizer.load(str(tmp_path / "t.json"))
@@ -178,6 +231,19 @@ def test_the_command_ends_with_2_on_bad_flags(arguments, message):
 def test_a_vocabulary_too_small_for_all_bytes_is_refused():
     with pytest.raises(UsageError, match="--vocab_size: got 256, expected at least 257"):
         train([], 256)
+    with pytest.raises(UsageError, match="--vocab_size: got 99999999999999, .* at most 4194304"):
+        train([], 99_999_999_999_999)
+
+
+@pytest.mark.parametrize("fraction", [float("nan"), 1.0, -0.1])
+def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(fraction):
+    with pytest.raises(UsageError, match="--validation_fraction: got"):
+        train([], 300, fraction)
+
+
+def test_a_fraction_of_0_reads_all(tmp_path):
+    (tmp_path / "a.txt").write_text("the zoo grows")
+    assert train([corpora.find(str(tmp_path / "a.txt"), "text")], 260, 0.0).get_vocab_size() == 260
 
 
 def test_training_refuses_text_that_is_no_utf8_and_no_text(tmp_path):
