@@ -30,6 +30,12 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def user_cache(text, monkeypatch):
+    """Evaluation tokenizes into the user's cache directory, whatever a workdir names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(text.parent))
+
+
 def command(*arguments, stdin=None):
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, input=stdin, timeout=300,
@@ -130,8 +136,11 @@ def test_the_record_of_an_evaluation_says_what_was_measured(run, text, tmp_path,
 def test_any_text_can_be_evaluated(run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("another text, all of it\n" * 5)
-    evaluate([f"--workdir={run}", f"--source={other}", f"--output={tmp_path / 'other.json'}"])
-    record = json.loads((tmp_path / "other.json").read_text())
+    (run / "evaluate.json").write_text("the run's own")
+    evaluate([f"--workdir={run}", f"--source={other}"])
+    assert (run / "evaluate.json").read_text() == "the run's own"
+    (output,) = run.glob("evaluate-other-*.json")
+    record = json.loads(output.read_text())
     assert record["corpus"]["source"] == str(other) and record["corpus"]["validation_bytes"] == 120
     assert record["tasks"]["perplexity"]["by_context_length"][0]["bytes"] == 120
     capsys.readouterr()

@@ -277,3 +277,16 @@ def test_several_texts_are_printed_in_order(capsys):
         printer.on_token(row, token)
     printer.finish([[65, 67], [66]])
     assert capsys.readouterr().out == "--- 1 of 2 ---\none AC\n--- 2 of 2 ---\ntwo B\n"
+
+
+def test_control_characters_are_shown_not_obeyed_unless_raw(capsys):
+    prompt, tokens = list(b"a\x1b"), [list(b"[31m\n\tb\x9b"), list(b"\x07")]
+    for raw in (False, True):
+        printer = Printer([prompt, []], tokenizer.load("bytes"), raw)
+        for token in tokens[0]:
+            printer.on_token(0, token)
+        printer.finish(tokens)
+        output = capsys.readouterr().out
+        assert ("\x1b" in output) == ("\x07" in output) == raw
+    printer = Printer([prompt], tokenizer.load("bytes"))
+    assert capsys.readouterr().out == "a\\x1b"

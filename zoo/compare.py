@@ -71,7 +71,7 @@ def _read_run(path: pathlib.Path, name: str) -> Run:
 
 def _summary(path: pathlib.Path) -> dict:
     """What a run's summary.json holds; empty where there is none yet. UsageError for one that no training wrote."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
         summary = files.read_json(path, _LARGEST_SUMMARY)
@@ -90,7 +90,7 @@ def _summary(path: pathlib.Path) -> dict:
 def _rows(workdir: pathlib.Path) -> list[metrics.Row]:
     path = workdir / "metrics.jsonl"
     try:
-        if path.exists():
+        if os.path.lexists(path):
             status = os.stat(path)
             files.check_regular(status)
             if status.st_size > _LARGEST_METRICS:
@@ -98,7 +98,7 @@ def _rows(workdir: pathlib.Path) -> list[metrics.Row]:
         rows = metrics.read(workdir)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not the lines of JSON that training writes") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(name, 0), int | float | None) for name in _NUMBERS):

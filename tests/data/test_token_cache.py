@@ -121,6 +121,17 @@ def test_a_damaged_cache_is_written_anew_with_a_warning(
     assert not caplog.text
 
 
+@pytest.mark.parametrize("count", [float("nan"), -1, "many", None, [[]]])
+def test_a_header_with_counts_that_are_none_is_damaged(open_streams, write_documents, cached, tmp_path, count):
+    spec, _ = write_documents(40)
+    before = open_streams(spec)["train"]
+    path = tmp_path / "cache" / cached()[0] / "header.json"
+    streams = json.loads(path.read_text())["streams"]
+    streams["train"]["counts"]["text_bytes"] = count
+    path.write_text(json.dumps({"streams": streams, "checksum": cache._checksum_of(streams)}))
+    assert open_streams(spec)["train"].text_bytes == before.text_bytes
+
+
 def test_the_samples_of_a_large_file_reach_both_ends(tmp_path):
     content = bytearray(1000)
     path = tmp_path / "large"

@@ -1,6 +1,8 @@
 """The comparison of runs, on workdirs written by hand."""
 
 import json
+import os
+import re
 
 import pytest
 
@@ -114,3 +116,69 @@ def test_bad_arguments_exit_with_2(tmp_path, monkeypatch, capsys, arguments, mes
     with pytest.raises(SystemExit) as exit:
         compare.main(arguments)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+# --- A workdir is only read -------------------------------------------------------------------------------------------
+
+
+def test_what_a_workdir_says_is_neither_a_path_nor_obeyed_by_the_terminal(tmp_path, capsys):
+    evil = "/../../ESCAPED\x1b]0;title\x07[/red]"
+    write_run(tmp_path / "a[bold]", corpus=evil)
+    write_run(tmp_path / "b", corpus="aaaa")
+    run(tmp_path, "a[bold]", "b")
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err and "a[bold]" in output.out and "[/red]" in output.out
+    assert {path.name for path in tmp_path.iterdir()} == {"a[bold]", "b", "out"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names > {"comparison.json", "loss_aaaa.png"} and len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("summary.json", "[1]", "summary.json: expected an object"),
+        ("summary.json", '{"corpus": {"fingerprint": ["a"]}}', "summary.json: expected an object"),
+        ("summary.json", '{"corpus"', "summary.json is no JSON"),
+        ("summary.json", "[" * 100_000, "summary.json is no JSON .nested too deeply"),
+        ("metrics.jsonl", '{"step": "x", "tokens": 1}', "metrics.jsonl: row 1 is not what training writes"),
+        ("metrics.jsonl", '{"step": 1' + "0" * 5000 + "}", "metrics.jsonl: not the lines of JSON"),
+        ("config.json", "[" * 100_000, "config.json: it is not the file that training wrote"),
+        ("config.json", '{"train": {"steps": 1' + "0" * 5000 + "}}", "config.json: it is not the file"),
+        ("config.json", b"\xff", "config.json: not UTF-8"),
+    ],
+)
+def test_odd_content_is_one_line_of_error(tmp_path, capsys, file, content, message):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / file
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path, "run")
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error)
+
+
+@pytest.mark.parametrize("file", ["summary.json", "metrics.jsonl", "config.json"])
+def test_what_would_block_or_never_end_is_refused(tmp_path, capsys, file):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / file).unlink()
+    os.mkfifo(tmp_path / "run" / file)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "run")
+    (tmp_path / "run" / file).unlink()
+    (tmp_path / "run" / file).symlink_to("/dev/zero")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "run")
+    assert "it is a FIFO" in (errors := capsys.readouterr().err) and "it is a device" in errors
+
+
+def test_a_run_without_bytes_has_no_bits_per_byte(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name != "eval_bits_per_byte"} for row in rows]
+    rows[-1]["eval_loss"] = float("nan")  # as json.dumps writes it: NaN, which is no JSON
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = run(tmp_path, "run")["run"]
+    assert record["eval_bits_per_byte"] is None and record["eval_loss"] == pytest.approx(2.7)
+    assert " - " in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "out" / "comparison.json").read_text()

@@ -10,7 +10,8 @@ from flax import nnx
 
 from zoo import data
 from zoo.config import Config, preset
-from zoo.evaluate import perplexity
+from zoo.evaluate import __main__ as evaluate
+from zoo.evaluate import perplexity, report
 from zoo.model import LanguageModel
 
 VOCAB = 320  # of the byte tokenizer, rounded up to a multiple of 64
@@ -49,6 +50,24 @@ def test_a_uniform_model_has_the_loss_of_its_vocabulary(config, context_length):
     assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     for bin in result["loss_by_position"]:
         assert bin["loss"] == pytest.approx(math.log(VOCAB), rel=1e-6)
+
+
+def test_without_bytes_there_are_no_bits_per_byte(config):
+    batches = [b | {"bytes": np.zeros_like(b["bytes"])} for b in data.validation_batches(config, 32)]
+    result = perplexity(build(0.0), batches)
+    assert result["bits_per_byte"] is None and result["loss"] > 0
+    table, _ = report.perplexity_tables({"by_context_length": [{"context_length": 32} | result]})
+    assert [*table.columns[3].cells] == ["-"]
+
+
+def test_another_text_has_a_file_of_its_own_and_a_workdir_names_no_cache():
+    assert evaluate._name(None, "0123456789") == "evaluate.json"
+    assert evaluate._name("../a b/*.jsonl.gz", "0123456789") == "evaluate-jsonl-01234567.json"
+    assert evaluate._name("stdlib", "0123456789") == "evaluate-stdlib-01234567.json"
+    config = Config()
+    config.data.cache_dir = "/somewhere"
+    assert evaluate._with_data(config, "run", None, "").data.cache_dir == ""
+    assert evaluate._with_data(config, "run", None, "mine").data.cache_dir == "mine"
 
 
 def test_the_loss_is_the_cross_entropy_of_the_models_logits(config):

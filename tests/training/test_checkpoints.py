@@ -1,5 +1,6 @@
 """Checkpoints of a small state: what is kept, what counts as damaged, what a full disk and a kill leave behind."""
 
+import json
 import os
 import pathlib
 import resource
@@ -205,3 +206,41 @@ def test_another_architecture_is_named_by_its_parameters(checkpointer):
 def test_names_are_paths():
     assert list(checkpoints.named_leaves(make_state(1).params)) == ["a.kernel", "b"]
     np.testing.assert_array_equal(checkpoints.named_leaves(make_state(1).params)["b"], [1, 1, 1])
+
+
+# --- A folder that others wrote ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digested(tmp_path):
+    """A folder that looks like a checkpoint, with a digest."""
+    (tmp_path / "5" / "params").mkdir(parents=True)
+    (tmp_path / "5" / "params" / "data").write_bytes(b"numbers")
+    (tmp_path / "outside").write_bytes(b"numbers")
+    checkpoints.write_digest(tmp_path / "5", None)
+    checkpoints.verify(tmp_path / "5", limit=1000)
+    return tmp_path / "5"
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "params/../../outside", "params"])
+def test_a_digest_names_files_inside_its_folder_only(digested, name):
+    record = json.loads((digested / "DIGEST.json").read_text())
+    record["files"][name] = record["files"]["params/data"]
+    (digested / "DIGEST.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="is missing"):
+        checkpoints.verify(digested)
+
+
+@pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "FIFO"])
+def test_a_checkpoint_holds_nothing_to_follow_or_to_wait_for(digested, kind):
+    stray = digested / "params" / "stray"
+    os.mkfifo(stray) if kind == "FIFO" else stray.symlink_to("/dev/zero" if kind == "link to a file" else "/dev")
+    with pytest.raises(ValueError, match="stray is no regular file"):
+        checkpoints.verify(digested)
+
+
+def test_a_checkpoint_larger_than_its_model_is_not_read(digested):
+    with open(digested / "params" / "data", "wb") as file:
+        file.truncate(1 << 40)  # no blocks on disk
+    with pytest.raises(ValueError, match="more than a model of this size has"):
+        checkpoints.verify(digested, limit=1 << 30)
