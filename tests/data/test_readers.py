@@ -113,7 +113,7 @@ def test_parquet_without_the_column_lists_the_columns(tmp_path):
         read(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize(("column", "kind"), [([1, 2], "int"), (["a", None], "null")])
+@pytest.mark.parametrize(("column", "kind"), [([1, 2], "int"), (["a", None], "null"), ([b"a"], "bytes")])
 def test_a_parquet_cell_that_is_no_text_is_named(tmp_path, column, kind):
     (tmp_path / "a.parquet").write_bytes(parquet(column))
     with pytest.raises(UsageError, match=f"row {len(column) if None in column else 1}: .* is not a string but {kind}"):
@@ -234,8 +234,9 @@ def test_parquet_is_bounded_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("type", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
 def test_every_kind_of_text_column_is_read(tmp_path, type):
-    (tmp_path / "a.parquet").write_bytes(parquet(pyarrow.array(TEXTS).cast(type)))
-    assert read(tmp_path / "a.parquet") == TEXTS
+    for texts in (TEXTS, []):
+        (tmp_path / "a.parquet").write_bytes(parquet(pyarrow.array(texts, pyarrow.string()).cast(type)))
+        assert read(tmp_path / "a.parquet") == texts
 
 
 def test_names_with_escapes_are_said_without_them(tmp_path):
