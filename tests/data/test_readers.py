@@ -161,6 +161,8 @@ def test_capitals_in_an_extension_change_nothing(tmp_path, extension):
         "a.csv",
         "a.json",
         "a.jsonl.1",
+        "a.jsonl-00000-of-00002",
+        "a.parquet~",
         "a.parquet.old",
         "a.jsonl.gz.part",
         "a.tgz",

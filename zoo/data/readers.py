@@ -60,10 +60,11 @@ def file_format(path: str) -> str:
     """
     extensions, _ = _extensions(path)
     last = extensions[-1] if extensions else ""
-    inner = [extension for extension in extensions[:-1] if extension in (".jsonl", ".parquet", *_COMPRESSIONS)]
-    if last in _NO_TEXT or (inner and last not in _FORMATS):
+    known = [extension for extension in extensions if extension.startswith((".jsonl", ".parquet", *_COMPRESSIONS))]
+    if last in _NO_TEXT or (known and last not in _FORMATS):  # a.csv, a.jsonl.bz2, a.jsonl.1, a.jsonl-00000-of-00010
+        kind = last if last in known else "".join([*known, last])
         hint = "; if it has one JSON object a line, rename it to .jsonl" if last in (".json", ".ndjson") else ""
-        raise UsageError(f"{one_line(path)}: files of {''.join([*inner, last])} are not read; {_KNOWN}{hint}")
+        raise UsageError(f"{one_line(path)}: files of {one_line(kind)} are not read; {_KNOWN}{hint}")
     return _FORMATS.get(last, "unknown")
 
 
