@@ -6,6 +6,7 @@ no token to (as BERT's does), is not counted as lost.
 """
 
 import collections
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import tokenizers
 
 from zoo.data.tokenizer import library
 
+_ASCII, _NOT_ASCII = set(map(chr, range(128))), re.compile("[^\x00-\x7f]+")
+_WORDS_KEPT = 1 << 20
 _CUT_AT_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
 
 
@@ -34,20 +37,20 @@ class Coverage:
         self._skips_space = any(kind in _CUT_AT_SPACE for kind in _kinds(description.get("pre_tokenizer")))
         self._tried: set[str] = set()  # characters
         self._lost: set[str] = set()  # of these
+        self._pattern: re.Pattern[str] | None = None  # of the lost ones
+        self._words: dict[str, tuple[int, int]] = {}  # their unknown tokens, and the bytes these stand for
 
     def lost_bytes(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> list[int]:
         """Bytes (UTF-8) of each text that its ids do not stand for."""
         if self._by_words:
             unknown = [int((found == self.unknown_id).sum()) for found in ids]
             return list(map(self._in_words, texts, unknown))
-        characters = set().union(*texts)
-        self._try(characters - self._tried)
-        if not (lost := characters & self._lost):
+        characters = set("".join(run for text in texts for run in _NOT_ASCII.findall(text))) | _ASCII
+        if new := characters - self._tried:
+            self._try(new)
+        if self._pattern is None:
             return [0] * len(texts)
-        return [
-            sum(count * len(c.encode()) for c, count in collections.Counter(text).items() if c in lost)
-            for text in texts
-        ]
+        return [len("".join(self._pattern.findall(text)).encode()) for text in texts]
 
     def _try(self, characters: set[str]) -> None:
         self._tried |= characters
@@ -70,20 +73,22 @@ class Coverage:
                 missing |= self._token_bytes[encoding.ids].sum() < len(test.encode())
             if missing:
                 self._lost.add(c)
+        if self._lost:
+            self._pattern = re.compile(f"[{''.join(map(re.escape, sorted(self._lost)))}]+")
 
     def _in_words(self, text: str, unknown: int) -> int:
         if not unknown:
             return 0
+        if len(self._words) > _WORDS_KEPT:
+            self._words.clear()
         words = collections.Counter(text.split())
-        encoded = self._encode(list(words))
-        counts = [encoding.ids.count(self.unknown_id) * n for encoding, n in zip(encoded, words.values(), strict=True)]
-        if sum(counts) != unknown:  # words are something else here
+        new = [word for word in words if word not in self._words]
+        for word, encoding in zip(new, self._encode(new), strict=True):
+            count = encoding.ids.count(self.unknown_id)
+            self._words[word] = count, self._uncovered_bytes(word, encoding) if count else 0
+        if sum(n * self._words[word][0] for word, n in words.items()) != unknown:  # words are something else here
             return self._uncovered_bytes(text, self._encode([text])[0])
-        return sum(
-            n * self._uncovered_bytes(word, encoding)
-            for (word, n), encoding, count in zip(words.items(), encoded, counts, strict=True)
-            if count
-        )
+        return sum(n * self._words[word][1] for word, n in words.items())
 
     def _uncovered_bytes(self, text: str, encoding: tokenizers.Encoding) -> int:
         missing = np.flatnonzero(~self._covered(text, encoding))
