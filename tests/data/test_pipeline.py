@@ -9,7 +9,7 @@ import pytest
 from plain_streams import SEPARATOR, rows_of, stream_of
 
 from zoo.config import Config
-from zoo.data import corpora, cache, check, training_dataset, validation_batches
+from zoo.data import cache, check, corpora, training_dataset, validation_batches
 from zoo.errors import UsageError
 
 
