@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import record
-from zoo import checkpoints, flops
+from zoo import checkpoints, flops, plots
 from zoo.config import Config, from_json
 from zoo.mixers import MIXERS
 from zoo.mixers.gla import GATES
@@ -143,24 +143,6 @@ def line(row: dict) -> str:
     )
 
 
-def plot(rows: list[dict], path: pathlib.Path) -> None:
-    """What is learnt against the speed of training, and the speed of decoding against what lies behind."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    quality, decoding = figure.subplots(1, 2)
-    for row in rows:
-        quality.scatter(row["train_tokens_per_second"], row["bits_per_byte"])
-        quality.annotate(row["family"], (row["train_tokens_per_second"], row["bits_per_byte"]), fontsize=8)
-        speeds = [row["decode_tokens_per_second"][str(n)] for n in POSITIONS]
-        decoding.loglog(POSITIONS, speeds, "o-", label=row["family"], markersize=3)
-    quality.set(xlabel="training tokens/s", ylabel=f"validation bits per byte after {rows[0]['tokens']:,} tokens")
-    decoding.set(xlabel="tokens behind", ylabel="decoded tokens/s, one sequence")
-    decoding.legend(fontsize=7, ncols=2)
-    FigureCanvasAgg(figure).print_png(path)
-
-
 def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Path, decode_again: bool = False):
     rows = []
     for number, family in enumerate(families):
@@ -168,7 +150,7 @@ def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Pa
         rows.append(measure(family, size, steps, workdir / family, decode_again))
     rows.sort(key=lambda row: row["bits_per_byte"])
     print(f"\n{HEADER}\n" + "\n".join(map(line, rows)))
-    plot(rows, workdir / "zoo.png")
+    plots.side_by_side(rows, POSITIONS, workdir / "zoo.png")
     print(f"written to {workdir / 'zoo.png'}")
     if families == list(MIXERS):
         record.write(f"zoo_{size}", {"steps": steps, "rows": rows})

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,7 @@ from zoo.mixers import MIXERS, Sizes  # noqa: E402
 
 D_MODEL, TIME, LINES = 64, 512, 24
 MATRIX = {"linear_attention": "S", "mlstm": "S", "rwkv6": "S", "gateloop": "R"}  # others: the state is the matrix
-COLOURS = ("#1f5fa8", "#d1662b")  # one a sequence of tokens
+SEQUENCES = {"one sequence of random tokens": "#1f5fa8", "another": "#d1662b"}  # and its colour
 
 
 def remaining(family: str) -> np.ndarray:
@@ -58,9 +59,10 @@ def draw(path: pathlib.Path) -> None:
     families = [family for family in MIXERS if recurrent(family)]
     columns = 5
     rows = -(-len(families) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(13, 2.6 * rows), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(13, 0.4 + 2.6 * rows), sharex=True, sharey=True, squeeze=False,
+                                layout="constrained")  # fmt: skip
     for axis, family in zip(axes.flat, families, strict=False):
-        for sequence, colour in zip(remaining(family), COLOURS, strict=True):
+        for sequence, colour in zip(remaining(family), SEQUENCES.values(), strict=True):
             entries = np.unique(np.linspace(0, sequence.shape[1] - 1, LINES).astype(int))
             axis.plot(np.arange(1, TIME + 1), sequence[:, entries], color=colour, linewidth=0.6, alpha=0.6)
         axis.set(title=family, xscale="log", xlim=(1, TIME), ylim=(-0.02, 1.05))
@@ -69,7 +71,9 @@ def draw(path: pathlib.Path) -> None:
         axis.set_visible(False)
     figure.supxlabel("tokens since it was written")
     figure.supylabel("share left")
-    figure.tight_layout()
+    lines = [Line2D([], [], color=colour) for colour in SEQUENCES.values()]
+    title = "a line: one entry of a state; its colour, what is read:"
+    figure.legend(lines, SEQUENCES, title=title, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=80)
 
 

@@ -180,29 +180,6 @@ def table(records: list[dict]) -> Table:
     return shown
 
 
-def plot(runs: list[Run], path: pathlib.Path) -> None:
-    """Training loss and validation bits per byte, against tokens and against seconds of training."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    labels = {"loss": "training loss (nats per token)", "eval_bits_per_byte": "validation bits per byte"}
-    for row, (metric, label) in zip(panels, labels.items(), strict=True):
-        row[0].set_ylabel(label)
-        for axes, x in zip(row, ("tokens", "seconds"), strict=True):
-            axes.grid(alpha=0.3)
-            for run in runs:
-                points = [(r[x], r[metric]) for r in run.rows if metric in r and x in r]
-                at, values = zip(*points, strict=True) if points else ((), ())
-                style = "-" if metric == "loss" else "o-"
-                axes.plot(at, values, style, label=run.name, markersize=3, linewidth=1)
-    panels[1][0].set_xlabel("tokens")
-    panels[1][1].set_xlabel("seconds of training")
-    panels[0][0].legend()
-    FigureCanvasAgg(figure).print_png(path)
-
-
 def _in_file_names(fingerprint: str) -> str:
     """A fingerprint as it is; a hash of what a workdir says instead of one, which could be a path."""
     if re.fullmatch("[0-9A-Za-z]{1,64}", fingerprint):
@@ -226,6 +203,8 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
 def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") -> None:
     arguments = _arguments(argv, program)
     with exit_with_message():
+        from zoo import plots  # here, so that --help needs no matplotlib
+
         runs = read_runs(arguments.runs)
         context_length = arguments.context_length
         if context_length is None:
@@ -246,7 +225,8 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
             for text in texts:
                 written.append(folder / ("loss.png" if len(texts) == 1 else f"loss_{_in_file_names(text)}.png"))
                 with files.replacing(written[-1]) as path:
-                    plot([run for run in runs if run.corpus == text], path)
+                    drawn = [(run.name, run.config.model.mixer, run.rows) for run in runs if run.corpus == text]
+                    plots.comparison(drawn, path)
         except OSError as error:
             raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
         shown = one_line("written: " + ", ".join(map(str, written)))

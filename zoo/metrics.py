@@ -49,7 +49,7 @@ class Writer:
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, step: int):
-        self.workdir = pathlib.Path(workdir)
+        self.workdir, self._mixer = pathlib.Path(workdir), config.model.mixer
         path = self.workdir / "metrics.jsonl"
         kept = [row for row in read(workdir) if row["step"] <= step]
         temporary = path.with_suffix(".tmp")
@@ -69,30 +69,14 @@ class Writer:
 
     def plot(self) -> None:
         """Draw loss.png from the rows so far."""
-        plot_loss(read(self.workdir), self.workdir / "loss.png")
+        from zoo import plots  # matplotlib, which few commands need
+
+        plots.loss(read(self.workdir), self._mixer, self.workdir / "loss.png")
 
     def close(self) -> None:
         self._file.close()
         for _, close in self._others:
             close()
-
-
-def plot_loss(rows: list[Row], path: pathlib.Path) -> None:
-    """Training and evaluation loss against tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        points = [(row["tokens"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    FigureCanvasAgg(figure).print_png(path)
 
 
 def _tensorboard(directory: pathlib.Path, step: int) -> tuple[Callable[[Row], None], Callable[[], None]]:

@@ -1,7 +1,6 @@
-"""What evaluation leaves to read: tables, plots, and what each figure was measured on."""
+"""What evaluation leaves to read: tables, and what each figure was measured on."""
 
 import datetime
-import pathlib
 import platform
 from importlib.metadata import version
 
@@ -44,19 +43,3 @@ def perplexity_tables(result: dict) -> list[Table]:
         cells = (f"{column[first, last]:.4f}" if (first, last) in column else "" for column in columns)
         positions.add_row(f"{first}" if first == last else f"{first} to {last}", *cells)
     return [whole, positions]
-
-
-def plot_loss_by_position(result: dict, path: pathlib.Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for r in result["by_context_length"]:
-        bins = r["loss_by_position"]
-        axes.plot([b["last"] for b in bins], [b["loss"] for b in bins], "o-", label=f"context {r['context_length']}")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the context, up to (tokens)", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(path)

@@ -57,6 +57,12 @@ def _perplexity(request: Request) -> dict:
     return {"by_context_length": results}
 
 
+def _plot_perplexity(result: dict, path: pathlib.Path) -> None:
+    from zoo import plots  # matplotlib, which few commands need
+
+    plots.loss_by_position(result["by_context_length"], path)
+
+
 TASKS: dict[str, Task] = {
-    "perplexity": Task(_perplexity, report.perplexity_tables, report.plot_loss_by_position),
+    "perplexity": Task(_perplexity, report.perplexity_tables, _plot_perplexity),
 }
