@@ -44,6 +44,7 @@ def quiet_libraries() -> None:
 
 
 def main(argv: list[str]) -> None:
+    from zoo import compile_cache
     from zoo.config import Config
     from zoo.training import command_line, train
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
         if not FLAGS.workdir:
             raise UsageError("--workdir is missing; for example --workdir=runs/gla")
         quiet_libraries()
+        compile_cache.enable()
         try:
             train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile_steps=FLAGS.profile)
         except KeyboardInterrupt:  # the second Ctrl-C: the first one saves and ends

@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from zoo import checkpoints, data
+from zoo import checkpoints, compile_cache, data
 from zoo.errors import UsageError, exit_with_message
 from zoo.generate.sampler import Generation, Sampling, check_request, generate
 from zoo.settings import argument
@@ -99,6 +99,7 @@ def _costs(result: Generation, rows: int) -> str:
 def main(argv: list[str] | None = None, program: str = "python -m zoo.generate") -> None:
     arguments = _arguments(argv, program)
     with exit_with_message():
+        compile_cache.enable()
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         run = checkpoints.load_run(arguments.workdir, arguments.step)
         tokenizer = run.tokenizer
