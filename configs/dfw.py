@@ -1,4 +1,4 @@
-"""Decaying fast weights in every layer. Sizes: configs/dfw.py:tiny, 125m, 340m, 1.3b."""
+"""Decaying fast weights in every layer. Sizes: configs/dfw.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""Gated retention in every layer. Sizes: configs/gated_retention.py:tiny, 125m, 340m, 1.3b."""
+"""Gated retention in every layer. Sizes: configs/gated_retention.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

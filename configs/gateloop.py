@@ -1,4 +1,4 @@
-"""GateLoop in every layer. Sizes: configs/gateloop.py:tiny, 125m, 340m, 1.3b."""
+"""GateLoop in every layer. Sizes: configs/gateloop.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""Gated linear attention in every layer. Sizes: configs/gla.py:tiny, 125m, 340m, 1.3b."""
+"""Gated linear attention in every layer. Sizes: configs/gla.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

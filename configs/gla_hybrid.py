@@ -1,6 +1,6 @@
 """Two layers of gated linear attention, then one of softmax attention.
 
-Sizes: configs/gla_hybrid.py:tiny, 125m, 340m, 1.3b.
+Sizes: configs/gla_hybrid.py:tiny, 10m, 125m, 340m, 1.3b.
 """
 
 from zoo.config import Config, preset

@@ -1,4 +1,4 @@
-"""H3 in every layer. Sizes: configs/h3.py:tiny, 125m, 340m, 1.3b."""
+"""H3 in every layer. Sizes: configs/h3.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,6 +1,6 @@
 """H3 with two layers of softmax attention, the second and the one after the middle (arXiv:2212.14052; tiny has one).
 
-Sizes: configs/h3_hybrid.py:tiny, 125m, 340m, 1.3b.
+Sizes: configs/h3_hybrid.py:tiny, 10m, 125m, 340m, 1.3b.
 """
 
 from zoo.config import Config, preset

@@ -1,4 +1,4 @@
-"""HGRN2 in every layer. Sizes: configs/hgrn2.py:tiny, 125m, 340m, 1.3b."""
+"""HGRN2 in every layer. Sizes: configs/hgrn2.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""Lightning attention in every layer. Sizes: configs/lightning.py:tiny, 125m, 340m, 1.3b."""
+"""Lightning attention in every layer. Sizes: configs/lightning.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""Linear attention in every layer. Sizes: configs/linear_attention.py:tiny, 125m, 340m, 1.3b."""
+"""Linear attention in every layer. Sizes: configs/linear_attention.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

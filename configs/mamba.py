@@ -1,6 +1,6 @@
 """Mamba in every layer, each with an MLP (the paper's own stack is `--config.model.mlp=none` at twice the depth).
 
-Sizes: configs/mamba.py:tiny, 125m, 340m, 1.3b.
+Sizes: configs/mamba.py:tiny, 10m, 125m, 340m, 1.3b.
 """
 
 from zoo.config import Config, preset

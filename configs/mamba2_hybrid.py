@@ -1,6 +1,6 @@
 """Mamba-2, a little attention without positions, and MLPs as layers of their own (arXiv:2406.07887).
 
-Of 56 layers 24 are mamba2, 4 attention, 28 mlp: configs/mamba2_hybrid.py:8b. Sizes tiny, 125m, 340m, 1.3b keep
+Of 56 layers 24 are mamba2, 4 attention, 28 mlp: configs/mamba2_hybrid.py:8b. Sizes tiny, 10m, 125m, 340m, 1.3b keep
 the shares as nearly as their depths allow, and the parameters of the other architectures.
 """
 

@@ -1,4 +1,4 @@
-"""mLSTM in every layer. Sizes: configs/mlstm.py:tiny, 125m, 340m, 1.3b."""
+"""mLSTM in every layer. Sizes: configs/mlstm.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""Retention in every layer. Sizes: configs/retnet.py:tiny, 125m, 340m, 1.3b."""
+"""Retention in every layer. Sizes: configs/retnet.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""RWKV-6 in every layer, with its channel mixing. Sizes: configs/rwkv6.py:tiny, 125m, 340m, 1.3b."""
+"""RWKV-6 in every layer, with its channel mixing. Sizes: configs/rwkv6.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

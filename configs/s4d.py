@@ -1,4 +1,4 @@
-"""S4D in every layer. Sizes: configs/s4d.py:tiny, 125m, 340m, 1.3b."""
+"""S4D in every layer. Sizes: configs/s4d.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -1,4 +1,4 @@
-"""Softmax attention in every layer. Sizes: configs/transformer.py:tiny, 125m, 340m, 1.3b."""
+"""Softmax attention in every layer. Sizes: configs/transformer.py:tiny, 10m, 125m, 340m, 1.3b."""
 
 from zoo.config import Config, preset
 

@@ -134,6 +134,7 @@ class CheckpointConfig:
 class EvalConfig:
     every: int = setting(200, "steps between evaluations", unit="step", zero="only at the end")
     batches: int = setting(0, "of the validation split", unit="batch", zero="all of it")
+    final_batches: int = setting(0, "of the validation split, at the last step", unit="batch", zero="all of it")
     batch_size: int = setting(0, "sequences a batch", unit="sequence", zero="train.batch_size")
 
 
@@ -170,14 +171,18 @@ class Size:
     warmup_steps: int
     dtype: str
     remat: str
+    evaluate_every: int = 1000  # steps; a checkpoint too
+    evaluate_batches: int = 0  # before the last evaluation, which is of all
 
 
 # Depths divide by 3 (and from 125m on by 2 and 4), for patterns of so many layers. tiny: wide rather than deep, since
 # a CPU multiplies wide matrices at twice the rate of narrow ones; steps for two to three minutes on 2 cores, by Muon,
-# which needs about half of AdamW's. 125m to 1.3b: shapes and learning rates of GPT-3's table (Brown et al. 2020,
-# arXiv:2005.14165), a batch of half a million tokens, steps for about 20 tokens a parameter.
+# which needs about half of AdamW's. 10m: an afternoon on a laptop, one and a half times the embedded corpus.
+# 125m to 1.3b: shapes and learning rates of GPT-3's table (Brown et al. 2020, arXiv:2005.14165), a batch of half a
+# million tokens, steps for about 20 tokens a parameter.
 SIZES = {
-    "tiny": Size(3, 256, 8, 256, "muon", 1e-2, 180, 10, "float32", "none"),
+    "tiny": Size(3, 256, 8, 256, "muon", 1e-2, 180, 10, "float32", "none", 100, 32),
+    "10m": Size(6, 384, 16, 512, "muon", 5e-3, 2_000, 50, "float32", "none", 200, 16),
     "125m": Size(12, 768, 256, 2048, "adamw", 6e-4, 5_000, 500, "bfloat16", "none"),
     "340m": Size(24, 1024, 256, 2048, "adamw", 4e-4, 15_000, 1_000, "bfloat16", "minimal"),
     "1.3b": Size(24, 2048, 256, 2048, "adamw", 2e-4, 50_000, 1_000, "bfloat16", "full"),
@@ -199,11 +204,8 @@ def preset(size: str) -> Config:
     config.train.batch_size, config.train.context_length, config.train.steps = s.batch_size, s.context_length, s.steps
     config.optimizer.name, config.optimizer.learning_rate = s.optimizer, s.learning_rate
     config.optimizer.warmup_steps = s.warmup_steps
-    if size == "tiny":
-        config.checkpoint.every = config.eval.every = 100
-        config.eval.batches = 32
-    else:
-        config.checkpoint.every = config.eval.every = 1000
+    config.checkpoint.every = config.eval.every = s.evaluate_every
+    config.eval.batches = s.evaluate_batches
     return config
 
 
