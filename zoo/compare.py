@@ -166,17 +166,37 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def table(records: list[dict]) -> Table:
-    """Of runs on one text, best first."""
+# On a narrow screen.
+_FIRST_TO_GO = ("context_length", "step", "seconds", "tokens", "parameters", "state_bytes", "mixer")
+
+
+def table(records: list[dict], width: int = 160) -> Table:
+    """Of runs on one text, best first. What is the same in all stands in the title; what does not fit is left out."""
     first = records[0]
+    cells = {
+        name: ["-" if r[name] is None else one_line(form.format(r[name])) for r in records]
+        for name, form in _COLUMNS.items()
+    }
+    cells["run"] = [name + ("" if r["finished"] else " *") for name, r in zip(cells["run"], records, strict=True)]
     title = f"text {first['corpus']}; state at {first['state_context_length']:,} tokens; * not finished"
+    for name in ("context_length", "step", "tokens"):
+        if len(set(cells[name])) == 1 < len(records):
+            title += f"; {name.replace('_', ' ')} {cells.pop(name)[0]}"
+    if all(r["mixer"] == r["run"] for r in records):
+        del cells["mixer"]
+
+    def needed() -> int:
+        """Characters: of cells or the longest word of a heading, with three for a column's edges and spaces."""
+        return 1 + sum(3 + max(map(len, [*values, *name.split("_")])) for name, values in cells.items())
+
+    left_out = [name for name in _FIRST_TO_GO if name in cells and needed() > width and cells.pop(name)]
+    title += f"; in comparison.json alone: {', '.join(left_out)}" if left_out else ""
     shown = Table(title=Text(title), title_justify="left")  # Text: brackets in it are no markup
-    for name in _COLUMNS:
-        shown.add_column(name.replace("_", " "), justify="left" if name in ("run", "mixer") else "right")
+    for name in cells:
+        shown.add_column(name.replace("_", "\n"), justify="left" if name in ("run", "mixer") else "right", no_wrap=True)
     loss = "eval_bits_per_byte"
-    for r in sorted(records, key=lambda r: (r[loss] is None, r[loss])):
-        cells = ["-" if r[name] is None else one_line(form.format(r[name])) for name, form in _COLUMNS.items()]
-        shown.add_row(*map(Text, [cells[0] + ("" if r["finished"] else " *"), *cells[1:]]))
+    for i in sorted(range(len(records)), key=lambda i: (records[i][loss] is None, records[i][loss])):
+        shown.add_row(*(Text(values[i]) for values in cells.values()))
     return shown
 
 
@@ -215,7 +235,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         console = Console(width=None if sys.stdout.isatty() else 160)
         records = [record(run, context_length) for run in runs]
         for text in texts:
-            console.print(table([r for r in records if r["corpus"] == text]))
+            console.print(table([r for r in records if r["corpus"] == text], console.width))
         folder = pathlib.Path(arguments.output)
         written = [folder / "comparison.json"]
         try:

@@ -5,10 +5,12 @@ import os
 import re
 
 import pytest
+from rich.console import Console
 
 from zoo import compare
 from zoo.config import preset, to_json
 from zoo.flops import num_parameters, state_bytes
+from zoo.mixers import MIXERS
 
 
 def write_run(path, mixer="gla", steps=40, last_step=40, corpus="aaaa", summary=True, **train):
@@ -51,6 +53,24 @@ def test_two_finished_runs(tmp_path, capsys):
     output = capsys.readouterr()
     assert output.err == ""
     assert "5.2000" in output.out and output.out.index("gla") < output.out.index("softmax")  # the best first
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_table_of_fifteen_runs_fits_the_screen(width, capsys):
+    values = {
+        "parameters": 2_437_704, "context_length": 256, "step": 180, "tokens": 368_640, "eval_loss": 1.4512,
+        "eval_bits_per_byte": 2.0936, "tokens_per_second": 3108.0, "seconds": 118.6, "state_bytes": 805_306_396,
+        "corpus": "5cb1a01ac0c72b3c", "state_context_length": 131_072, "finished": True,
+    }  # fmt: skip
+    alike = [values | {"run": family, "mixer": family, "step": None if i else 20} for i, family in enumerate(MIXERS)]
+    patterns = [r | {"run": f"runs/{r['run']}", "tokens": i, "mixer": "gla,gla,attention"} for i, r in enumerate(alike)]
+    for records in (alike, patterns):
+        Console(width=width).print(compare.table(records, width))
+        lines = capsys.readouterr().out.splitlines()
+        body = [line for line in lines if "attention" in line and "│" in line]
+        assert len(body) >= 2 and max(map(len, lines)) <= width and not any("…" in line for line in lines)
+        assert all("2.0936" in line for line in lines if "hgrn2" in line)
+        assert width < 160 or "comparison.json" not in "".join(lines)  # nothing is left out where all fits
 
 
 def test_texts_are_kept_apart(tmp_path, capsys):
