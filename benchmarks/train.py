@@ -125,6 +125,7 @@ def _row(name: str, program: _Program, timing: measure.Timing, matmul_rate: floa
     train, median = config.train, 1e-3 * timing.median_ms
     tokens = train.batch_size * train.context_length
     rate = tokens * flops.train_flops_per_token(config.model, train.context_length) / median
+    peak = flops.peak_flops(device)
     return {
         "mixer": name,
         "parameters": flops.num_parameters(config.model),
@@ -134,7 +135,7 @@ def _row(name: str, program: _Program, timing: measure.Timing, matmul_rate: floa
         "tokens_per_second": tokens / median,
         "model_gflops": rate / 1e9,
         "share_of_matmul_rate": rate / matmul_rate,
-        "mfu": None if _on_cpu(mesh) else rate / (mesh.size * flops.peak_flops(device, config.model.dtype)),
+        "mfu": peak and rate / (mesh.size * peak),
         "matmul_flops": matmul_rate,
         "compile_seconds": program.seconds,
         "step_bytes": program.bytes(),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import record
-from zoo import checkpoints, flops, plots
+from zoo import checkpoints, compile_cache, flops, plots
 from zoo.config import Config, from_json
 from zoo.mixers import MIXERS
 from zoo.mixers.gla import GATES
@@ -42,6 +42,7 @@ def config_of(family: str, size: str, steps: int) -> Config:
     config = importlib.import_module(f"configs.{name}").get_config(size)
     config.train.steps = steps
     config.eval.every = config.checkpoint.every = steps
+    config.eval.final_batches = config.eval.batches
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps)
     config.metrics.tensorboard = False
     return config
@@ -194,6 +195,7 @@ def main():
     families = args.families.split(",")
     if unknown := [family for family in families if family not in MIXERS]:
         parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(MIXERS)}")
+    compile_cache.enable()
     workdir = args.workdir / f"{args.size}_{args.steps}_steps"
     workdir.mkdir(parents=True, exist_ok=True)
     if args.ablation:

@@ -71,7 +71,7 @@ def test_a_repeated_command_reads_what_was_measured_and_measures_decoding_where_
 
 def small(family, size, steps, config_of=side_by_side.config_of):
     config = config_of(family, size, steps)
-    config.model.num_layers, config.model.d_model, config.eval.batches = 1, 32, 1
+    config.model.num_layers, config.model.d_model, config.eval.batches, config.eval.final_batches = 1, 32, 1, 1
     config.train.batch_size, config.train.context_length = 2, 16
     config.model.gla.num_heads = 2
     return config

@@ -1,9 +1,10 @@
 """What a run leaves to read: metrics.jsonl, TensorBoard events, Weights & Biases, loss.png.
 
 A training row: step, loss (nats per token, mean since the row before), learning_rate, grad_norm, parameter_norm,
-tokens (all trained on so far), tokens_per_second, mfu, seconds (of training since the run began, resumes included;
-compiling, evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte (of text; synthetic
-tasks have none), tokens, seconds.
+tokens (all trained on so far), tokens_per_second, mfu (model FLOP/s over the bf16 rate of all devices by data sheet;
+null where that is not known, as on a CPU), seconds (of training since the run began, resumes included; compiling,
+evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte (of text; synthetic tasks
+have none), eval_tokens (that it was measured on), tokens, seconds. The last one is of eval.final_batches, the others are of eval.batches.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from zoo import files
 from zoo.config import Config, MetricsConfig
 from zoo.errors import UsageError
 
-Row = dict[str, float | int]
+Row = dict[str, float | int | None]
 
 
 def check(config: MetricsConfig) -> None:
@@ -86,7 +87,7 @@ def _tensorboard(directory: pathlib.Path, step: int) -> tuple[Callable[[Row], No
 
     def write(row: Row) -> None:
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 writer.add_scalar(name, value, row["step"])
 
     return write, writer.close
@@ -105,4 +106,8 @@ def _wandb(workdir: pathlib.Path, config: Config) -> tuple[Callable[[Row], None]
         resume="allow",
         config=dataclasses.asdict(config),
     )
-    return (lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])), run.finish
+
+    def write(row: Row) -> None:
+        run.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
+
+    return write, run.finish

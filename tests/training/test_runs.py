@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def config(make_config):
-    return make_config(**{"train.steps": STEPS, "model.mixer": "mlp", "metrics.tensorboard": True})
+    return make_config(**{"train.steps": STEPS, "model.mixer": "mlp", "metrics.tensorboard": True, "eval.every": 5})
 
 
 @pytest.fixture
@@ -53,10 +53,14 @@ def test_a_run_leaves_what_is_promised(run, config, losses):
     rows = metrics.read(run)
     tokens_per_step = config.train.batch_size * config.train.context_length
     assert [row["tokens"] for row in rows if "loss" in row] == [n * tokens_per_step for n in found]
-    assert all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in rows if "loss" in row)
+    assert all(row["tokens_per_second"] > 0 and row["mfu"] is None for row in rows if "loss" in row)  # a CPU
     assert np.all(np.diff([row["seconds"] for row in rows]) >= 0)
     summary = json.loads((run / "summary.json").read_text())
-    evaluation = rows[-1]
+    *_, earlier, evaluation = (row for row in rows if "eval_loss" in row)
+    assert earlier["eval_tokens"] == 2 * tokens_per_step  # eval.batches
+    assert evaluation["eval_tokens"] == summary["eval_tokens"] == data.validation_batches(config).num_tokens
+    assert evaluation["step"] == STEPS and evaluation == rows[-1]
+    assert summary["table_bytes"] > 0.9 * STEPS * tokens_per_step and 0 < summary["table_bits_per_byte"] < 8
     assert summary["eval_bits_per_byte"] == evaluation["eval_bits_per_byte"] > 0
     assert summary["gzip_bits_per_byte"] > 0 and summary["tokens"] == STEPS * tokens_per_step
     assert any((run / "profile").rglob("*.xplane.pb"))
@@ -66,7 +70,7 @@ def test_a_run_leaves_what_is_promised(run, config, losses):
 def test_evaluation_is_the_mean_over_the_validation_tokens(run, config):
     reopened = checkpoints.load_run(run)
     nats = tokens = text_bytes = 0.0
-    for rows in data.validation_batches(reopened.config, max_batches=reopened.config.eval.batches):
+    for rows in data.validation_batches(reopened.config):
         batch = jax.tree.map(jnp.asarray, rows)
         losses = reopened.model.token_losses(
             batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]

@@ -6,15 +6,19 @@ from zoo.data.pipeline import (
     ValidationBatches,
     check,
     corpus_info,
+    table_figures,
     training_dataset,
     validation_batches,
 )
+from zoo.data.yardstick import conclusion
 
 __all__ = [
     "TrainingDataset",
     "ValidationBatches",
     "check",
+    "conclusion",
     "corpus_info",
+    "table_figures",
     "tokenizer",
     "training_dataset",
     "validation_batches",

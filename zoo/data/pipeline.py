@@ -6,8 +6,9 @@ ends of epochs. Batch `step` is computed from its number, so a run continues at 
 before, on any number of processes: process p of n takes rows p, p + n, ... of the same global batch.
 """
 
+import contextlib
 import dataclasses
-import zlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from zoo import lists
-from zoo.data import cache, corpora, packing, synthetic
+from zoo.data import cache, corpora, packing, synthetic, yardstick
 from zoo.data import tokenizer as tokenizers
 from zoo.data.streams import Stream, content_hash
 from zoo.data.tokenizer import Tokenizer
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
-_GZIP_TEXT = 64 << 20  # bytes of validation text that the yardstick is measured on
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainingDataset:
     """Batches of a run, by step."""
 
     tokens_per_epoch: int  # each is predicted once in an epoch; of a weighted mixture: all tokens of its sources
+    tokens_per_step: int
     fingerprint: str  # of text, tokenizer and mixture
     _batches: grain.MapDataset  # random access by step
     _read_threads: int
@@ -89,6 +89,7 @@ def training_dataset(config: "Config", process_index: int = 0, process_count: in
     )
     return TrainingDataset(
         tokens_per_epoch=sum(stream.num_targets for stream in streams),
+        tokens_per_step=rows * length,
         fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint, weights),
         _batches=batches,
         _read_threads=config.data.read_threads,
@@ -102,6 +103,7 @@ def _synthetic_dataset(config: "Config", task: synthetic.Task, process_index: in
 
     return TrainingDataset(
         tokens_per_epoch=config.train.steps * config.train.batch_size * config.train.context_length,
+        tokens_per_step=config.train.batch_size * config.train.context_length,
         fingerprint=content_hash(str(task), config.train.seed),
         _batches=grain.MapDataset.range(2**31 - 1).map(batch),
         _read_threads=config.data.read_threads,
@@ -115,11 +117,16 @@ class ValidationBatches:
     num_tokens: int  # to predict, in all
     text_bytes: int
     fingerprint: str  # of text and tokenizer
+    streams: list[Stream]
+    tokenizer: Tokenizer
     _packs: packing.Packs
-    _tokenizer: Tokenizer
     _context_length: int
     _batch_size: int
     _max_batches: int  # 0: all
+
+    def at_most(self, max_batches: int) -> "ValidationBatches":
+        """So many batches, spread evenly over the text; 0: all."""
+        return dataclasses.replace(self, _max_batches=max_batches)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -133,12 +140,12 @@ class ValidationBatches:
             yield self._batch(range(first, min(first + self._batch_size, len(self._packs))))
 
     def _batch(self, indices: range) -> Batch:
-        batch = packing.to_batch(self._packs.read(indices, self._batch_size), self._tokenizer.separator_id)
+        batch = packing.to_batch(self._packs.read(indices, self._batch_size), self.tokenizer.separator_id)
         batch["bytes"] = np.zeros_like(batch["weights"])
         for row, i in enumerate(indices):
             stream, start = self._packs.position(i)
             stop = min(start + self._context_length, stream.num_targets)
-            batch["bytes"][row, : stop - start] = stream.bytes_of(start + 1, stop + 1, self._tokenizer.token_bytes)
+            batch["bytes"][row, : stop - start] = stream.bytes_of(start + 1, stop + 1, self.tokenizer.token_bytes)
         return batch
 
 
@@ -171,8 +178,9 @@ def validation_batches(
         num_tokens=sum(stream.num_targets for stream in streams),
         text_bytes=sum(stream.text_bytes for stream in streams),
         fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint),
+        streams=streams,
+        tokenizer=tokenizer,
         _packs=packing.Packs(streams, length),
-        _tokenizer=tokenizer,
         _context_length=length,
         _batch_size=config.eval.batch_size or config.train.batch_size,
         _max_batches=max_batches,
@@ -182,7 +190,7 @@ def validation_batches(
 def corpus_info(config: "Config") -> dict[str, Any]:
     """What a run reads: source, fingerprint, train_tokens, validation_tokens, train_bytes, validation_bytes (those that
     tokens stand for), lost_text (the share of all bytes that the tokenizer has no tokens for), and gzip_bits_per_byte,
-    the yardstick: what gzip -9 needs for the validation text (its first 64 MiB, documents joined); None without bytes.
+    what gzip -9 needs for the validation text (its first 64 MiB, documents joined); None without bytes.
 
     Raises:
       UsageError: as `training_dataset`.
@@ -212,8 +220,30 @@ def corpus_info(config: "Config") -> dict[str, Any]:
         "train_bytes": sum(stream.text_bytes for stream in train),
         "validation_bytes": sum(stream.text_bytes for stream in validation),
         "lost_text": lost / (lost + represented),
-        "gzip_bits_per_byte": _gzip_bits_per_byte(validation, tokenizer),
+        "gzip_bits_per_byte": yardstick.gzip_bits_per_byte(validation, tokenizer),
     }
+
+
+def table_figures(dataset: TrainingDataset, validation: ValidationBatches, steps: int) -> dict[str, Any]:
+    """What a table of the tokens of a run's first `steps` needs for its validation text (`zoo.data.yardstick`).
+
+    Returns:
+      table_order, table_bits_per_byte, and table_bytes, of training text, that were counted; None for rows of a
+      synthetic task, which stand for no text.
+    """
+    if isinstance(validation, synthetic.ValidationRows):
+        return {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
+    steps = min(steps, -(-dataset.tokens_per_epoch // dataset.tokens_per_step))
+
+    def rows() -> Iterator[np.ndarray]:
+        with contextlib.closing(dataset.iterator()) as batches:
+            for batch in itertools.islice(batches, steps):
+                for tokens, targets, weights in zip(batch["tokens"], batch["targets"], batch["weights"], strict=True):
+                    last = np.count_nonzero(weights)
+                    yield np.append(tokens[:last], targets[last - 1 : last])
+
+    bits, counted = yardstick.table_bits_per_byte(rows(), validation.streams, validation.tokenizer)
+    return {"table_order": yardstick.ORDER, "table_bits_per_byte": bits, "table_bytes": counted}
 
 
 def check(config: "Config") -> None:
@@ -292,13 +322,3 @@ def _validation_streams(config: "Config", source: str | None, tokenizer: Tokeniz
 def _text_bytes(streams: Iterable[Stream]) -> tuple[int, int]:
     """Those lost, and those that tokens stand for."""
     return sum(stream.lost_bytes for stream in streams), sum(stream.text_bytes for stream in streams)
-
-
-def _gzip_bits_per_byte(streams: list[Stream], tokenizer: Tokenizer) -> float | None:
-    compressor, text_bytes, size = zlib.compressobj(level=9, wbits=31), 0, 0  # 31: gzip's header and window
-    for stream in streams:
-        for start in range(0, len(stream.tokens), 1 << 20):
-            text = tokenizer.decode_bytes(stream.tokens[start : start + (1 << 20)])[: _GZIP_TEXT - text_bytes]
-            text_bytes += len(text)
-            size += len(compressor.compress(text))
-    return 8 * (size + len(compressor.flush())) / text_bytes if text_bytes else None

@@ -171,6 +171,10 @@ class ValidationRows:
     def fingerprint(self) -> str:
         return f"{self.task}, seed {self.seed}"
 
+    def at_most(self, max_batches: int) -> "ValidationRows":
+        """So many batches; 0: all."""
+        return dataclasses.replace(self, max_batches=max_batches)
+
     def __len__(self) -> int:
         batches = -(-VALIDATION_ROWS // self.batch_size)
         return min(batches, self.max_batches) if self.max_batches else batches

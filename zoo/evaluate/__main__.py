@@ -15,7 +15,7 @@ import time
 
 from rich.console import Console
 
-from zoo import checkpoints, data, files, memory
+from zoo import checkpoints, compile_cache, data, files, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
@@ -74,6 +74,7 @@ def _with_data(config: Config, workdir: str, source: str | None, cache_dir: str)
 def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate") -> None:
     arguments = _arguments(argv, program)
     with exit_with_message():
+        compile_cache.enable()
         tasks = _tasks(arguments.tasks)
         config = checkpoints.read_config(arguments.workdir)
         config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)
@@ -88,6 +89,9 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
         request = Request(config, run.model, lengths, arguments.batches)
 
         start = time.perf_counter()
+        table = {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
+        if arguments.source is None:  # the run's own text
+            table = data.table_figures(data.training_dataset(config), data.validation_batches(config), step)
         results = {name: task.run(request) for name, task in tasks.items()}
         record = {
             "workdir": arguments.workdir,
@@ -101,7 +105,8 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
                 "validation_bytes": corpus["validation_bytes"],
                 "lost_text": corpus["lost_text"],
                 "gzip_bits_per_byte": corpus["gzip_bits_per_byte"],
-            },
+            }
+            | table,
             "batches": arguments.batches,
             "tasks": results,
             "seconds": time.perf_counter() - start,
@@ -114,6 +119,10 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             console.print(*task.tables(results[name]), sep="\n")
         console.print(printable(_about_text(corpus)))
         _write(record, tasks, output, console)
+        if "perplexity" in results:
+            measured = results["perplexity"]["by_context_length"][0]
+            figures = record["corpus"] | {"eval_tokens": measured["tokens"]}
+            console.print(*data.conclusion(measured["bits_per_byte"], figures), sep="\n")
 
 
 def _name(source: str | None, fingerprint: str) -> str:
@@ -126,8 +135,6 @@ def _name(source: str | None, fingerprint: str) -> str:
 
 def _about_text(corpus: dict) -> str:
     text = f"text: {one_line(corpus['source'])} ({corpus['fingerprint']})"
-    if corpus["gzip_bits_per_byte"] is not None:
-        text += f", gzip -9 needs {corpus['gzip_bits_per_byte']:.4f} bits per byte"
     if corpus["lost_text"]:
         text += f"; the tokenizer has no tokens for {corpus['lost_text']:.2%} of its bytes, which are not counted"
     return text

@@ -27,7 +27,7 @@ from zoo.checkpoints import Checkpointer
 from zoo.config import Config
 from zoo.errors import RunError, UsageError
 from zoo.training import workdir as workdirs
-from zoo.training.progress import ProgressLine
+from zoo.training.progress import ProgressLine, duration
 from zoo.training.schedules import shortening
 from zoo.training.signals import StopSignal
 from zoo.training.step import Programs, TrainState, build
@@ -118,7 +118,8 @@ class _Loop:
         self.writer = metrics.Writer(self.workdir, self.config, self.step)
         self.progress = ProgressLine(self.step, self.config.train.steps)
         self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length)
-        self.peak_flops = math.inf  # of all devices; measured when there are steps to hold against it
+        peak = flops.peak_flops(mesh.devices.flat[0])
+        self.peak_flops = peak and peak * mesh.size  # of all devices; None: unknown
 
     def announce(self, info: dict[str, Any]) -> None:
         device, config = self.mesh.devices.flat[0], self.config
@@ -131,8 +132,6 @@ class _Loop:
         )
         corpus = f"{info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
         corpus += f"{info['validation_tokens']:,} validation tokens"
-        if info["gzip_bits_per_byte"] is not None:
-            corpus += f", gzip -9 {info['gzip_bits_per_byte']:.3f} bits per byte"
         if info["lost_text"]:
             corpus += f"; the tokenizer has no tokens for {info['lost_text']:.2%} of the text's bytes"
         say(f"corpus      {corpus}")
@@ -151,7 +150,6 @@ class _Loop:
         if self.step >= steps:
             return
         step_fn = self._compile()
-        self.peak_flops = flops.peak_flops(self.mesh.devices.flat[0], self.config.model.dtype) * self.mesh.size
         batches = self.dataset.iterator(self.step)
         trace_from = self.step + PROFILE_SKIP
         try:
@@ -168,7 +166,8 @@ class _Loop:
                 if evaluate or save:
                     self._read_pending()
                     self._stop_clock()
-                    loss = self._evaluate() if evaluate else None
+                    # What ranks a checkpoint is measured on the same batches each time.
+                    loss = self._evaluate(self.config.eval.batches, shown=not last or self._final) if evaluate else None
                     if save:
                         self._save(loss)
                     self._start_clock()
@@ -186,16 +185,19 @@ class _Loop:
         """The checkpoint on disk, then loss.png and summary.json."""
         self.checkpointer.wait()
         last, evaluation = self._last_row("loss"), self._last_row("eval_loss")
-        if evaluation.get("step") != self.step:  # resumed at its last step, which another process had saved unevaluated
-            self._evaluate()
+        if evaluation.get("step") != self.step:
+            self._evaluate(self.config.eval.final_batches)
             evaluation = self._last_row("eval_loss")
+        table = data.table_figures(self.dataset, data.validation_batches(self.data_config), self.step)
         device = self.mesh.devices.flat[0]
         summary = {
             "step": self.step,
             "loss": last.get("loss"),
             "eval_loss": evaluation.get("eval_loss"),
             "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
+            "eval_tokens": evaluation.get("eval_tokens"),
             "gzip_bits_per_byte": info["gzip_bits_per_byte"],
+            **table,
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
             "tokens_per_second": last.get("tokens_per_second"),
@@ -209,12 +211,11 @@ class _Loop:
         }
         _write_summary(self.workdir, summary)
         self.writer.plot()
+        self.progress.say(f"finished    step {self.step} after {duration(self.seconds)} of training; {self.workdir}")
         if summary["eval_bits_per_byte"] is None:
-            result = f"validation loss {summary['eval_loss']:.4f}"
-        else:
-            result = f"validation bits per byte {summary['eval_bits_per_byte']:.4f}"
-            result += f" (gzip -9: {info['gzip_bits_per_byte']:.4f})"
-        self.progress.say(f"finished    step {self.step}, {result}, {self.seconds:.0f} s of training")
+            self.progress.say(f"            validation loss {summary['eval_loss']:.4f} nats per token")
+        for line in data.conclusion(summary["eval_bits_per_byte"], summary):
+            self.progress.say(line)
         return summary
 
     def close(self) -> None:
@@ -266,7 +267,7 @@ class _Loop:
                 "loss": math.fsum(self.losses) / len(self.losses),
                 "tokens": step * self.tokens_per_step,
                 "tokens_per_second": speed,
-                "mfu": speed * self.flops_per_token / self.peak_flops,
+                "mfu": self.peak_flops and speed * self.flops_per_token / self.peak_flops,
                 "seconds": seconds,
             }
             self.losses, self.row_seconds, self.row_step = [], seconds, step
@@ -276,23 +277,30 @@ class _Loop:
     def _last_row(self, name: str) -> metrics.Row:
         return next((row for row in reversed(metrics.read(self.workdir)) if name in row), {})
 
-    def _evaluate(self) -> float:
-        """Nats per token on the validation batches; written as a row."""
-        batches = data.validation_batches(self.data_config, max_batches=self.config.eval.batches)
+    @property
+    def _final(self) -> bool:
+        """Whether the evaluation of the last step is of the batches of all others."""
+        return self.config.eval.batches == self.config.eval.final_batches
+
+    def _evaluate(self, max_batches: int, shown: bool = True) -> float:
+        """Nats per token on so many validation batches (0: all), `shown` as a row of metrics."""
+        batches = data.validation_batches(self.data_config).at_most(max_batches)
         totals = [self.programs.evaluate(self.state.params, self.programs.put(batch)) for batch in batches]
         totals = jax.device_get(totals)
         nats, tokens, num_bytes = (math.fsum(float(t[name]) for t in totals) for name in ("nats", "tokens", "bytes"))
         row = {
             "step": self.step,
             "eval_loss": nats / max(tokens, 1.0),
+            "eval_tokens": round(tokens),
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
         }
         if num_bytes:  # a synthetic task has none
             row["eval_bits_per_byte"] = nats / math.log(2) / num_bytes
-        self.writer.write(row)
-        self.progress.row(row)
-        self.writer.plot()
+        if shown:
+            self.writer.write(row)
+            self.progress.row(row)
+            self.writer.plot()
         return row["eval_loss"]
 
     def _save(self, loss: float | None) -> None:

@@ -10,7 +10,7 @@ from zoo.terminal import printable
 
 
 class ProgressLine:
-    """Step, loss, tokens/s, MFU (model FLOP/s over what the devices could do) and time left."""
+    """Step, loss, tokens/s, time left; MFU (`zoo.metrics`) where the devices' rate is known."""
 
     def __init__(self, first_step: int, steps: int):
         self._steps = steps
@@ -18,8 +18,8 @@ class ProgressLine:
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(
-                MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
-                console=console, refresh_per_second=4,
+                MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[text]}", markup=False),
+                TimeRemainingColumn(), console=console, refresh_per_second=4,
             )  # fmt: skip
             self._live.start()
             self._task = self._live.add_task("", total=steps, completed=first_step, text="")
@@ -31,20 +31,26 @@ class ProgressLine:
     def row(self, row: Row, seconds_per_step: float = 0.0) -> None:
         """Show a row of metrics: of training, or of an evaluation."""
         if "eval_loss" in row:
-            bits = f"  bits per byte {row['eval_bits_per_byte']:.4f}" if "eval_bits_per_byte" in row else ""
-            self.say(f"step {row['step']}  validation loss {row['eval_loss']:.4f}{bits}")
+            bits = row.get("eval_bits_per_byte")
+            self.say(
+                f"step {row['step']}  validation loss {row['eval_loss']:.4f}"
+                + (f"  bits per byte {bits:.4f}" if bits is not None else "")
+                + f"  ({row['eval_tokens']:,} tokens)"
+            )
             return
-        text = f"loss {row['loss']:.4f}  {_count(row['tokens_per_second'])} tokens/s  MFU {row['mfu']:.1%}"
+        text = f"loss {row['loss']:.4f}  {_count(row['tokens_per_second'])} tokens/s"
+        if row["mfu"] is not None:
+            text += f"  MFU {row['mfu']:.1%}"
         if self._live:
             self._live.update(self._task, text=text)
         else:
             left = (self._steps - row["step"]) * seconds_per_step
-            print(f"step {row['step']}/{self._steps}  {text}  {_duration(left)} left", flush=True)
+            print(f"step {row['step']}/{self._steps}  {text}  {duration(left)} left", flush=True)
 
     def say(self, text: str) -> None:
         text = printable(text)
         if self._live:
-            self._live.console.print(text, highlight=False, markup=False)
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -60,7 +66,8 @@ def _count(x: float) -> str:
     return f"{x:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """3:05, or 1:02:03 with hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
