@@ -16,7 +16,8 @@ SEPARATOR = TOKENIZER.separator_id
 
 def stream(*documents: bytes) -> Stream:
     tokens = np.concatenate([[SEPARATOR, *document] for document in documents] + [[SEPARATOR]]).astype(np.uint16)
-    return Stream(tokens, None, None, sum(map(len, documents)), SEPARATOR, "")
+    size = sum(map(len, documents))
+    return Stream(tokens, None, None, text_bytes=size, lost_bytes=0, max_id=SEPARATOR, fingerprint="")
 
 
 def by_definition(rows, tokens, order):

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
         start = time.perf_counter()
         table = {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
         if arguments.source is None:  # the run's own text
-            table = data.table_figures(data.training_dataset(config), data.validation_batches(config), step)
+            table = data.table_figures(data.training_dataset(config), data.validation_batches(config), run.step)
         results = {name: task.run(request) for name, task in tasks.items()}
         record = {
             "workdir": arguments.workdir,
