@@ -1,8 +1,8 @@
 """Config files: those that come with the package, by name, and a user's own, by path.
 
-    gla, gla:tiny           a name without a folder and without an ending: configs/gla.py, wherever the package lies
-    my/gla.py, gla.py:340m  a Python file with get_config(size)
-    runs/gla/config.json    a run's
+gla, gla:tiny           a name without a folder and without an ending: configs/gla.py, wherever the package lies
+my/gla.py, gla.py:340m  a Python file with get_config(size)
+runs/gla/config.json    a run's
 """
 
 import copy
@@ -16,6 +16,7 @@ from types import ModuleType
 from zoo import config as zoo_config
 from zoo.config import Config
 from zoo.errors import UsageError
+from zoo.paths import expand
 
 
 def shipped() -> list[str]:
@@ -30,7 +31,7 @@ def load_config(spec: str) -> Config:
       UsageError: there is none, it has no such size, or the file fails.
     """
     path, size = re.fullmatch(r"(.*?)(?::([^:/\\]*))?", spec, re.DOTALL).groups()
-    file = pathlib.Path(path)
+    file = pathlib.Path(expand(path))
     if file.name == path and file.suffix not in (".py", ".json"):
         file = _folder() / f"{path}.py"
         if path not in shipped():
