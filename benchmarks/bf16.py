@@ -110,8 +110,7 @@ def _model(family: str, dtype: str, seed: int):
     config.mixer, config.num_layers, config.d_model, config.vocab_size, config.dtype = family, 3, 64, 256, dtype
     if family == "rwkv6":
         config.mlp = "channel_mixing"
-    with nnx.use_eager_sharding(False):
-        return nnx.split(zoo.model.LanguageModel(config, rngs=nnx.Rngs(seed)))
+    return nnx.split(zoo.model.LanguageModel(config, rngs=nnx.Rngs(seed)))
 
 
 def measure(family: str, lengths: list[int]) -> dict[str, Any]:
