@@ -65,7 +65,7 @@ def observed(rounding: bool) -> Iterator[list[tuple[str, jax.Array]]]:
     given = []
     cut = rounded if rounding else lambda x: x
     linear = sys.modules["zoo.layers.linear"]
-    project, constrain = linear._matmul, zoo.model.sharding.constrain
+    project, constrain = linear.IMPLEMENTATIONS["reference"], zoo.model.sharding.constrain
 
     def product(x, kernel, precision, out_dtype):
         y = project(cut(x), kernel, precision, out_dtype)
@@ -81,7 +81,7 @@ def observed(rounding: bool) -> Iterator[list[tuple[str, jax.Array]]]:
         return call
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(linear, "_matmul", product))
+        patches.enter_context(mock.patch.dict(linear.IMPLEMENTATIONS, dict.fromkeys(linear.IMPLEMENTATIONS, product)))
         for name in set(ops.__all__) - {"cross_entropy"}:
             patches.enter_context(mock.patch.object(ops, name, op(name, getattr(ops, name))))
         stream = lambda x, *axes: constrain(cut(x) if axes[-1] is None else x, *axes)  # noqa: E731
