@@ -29,6 +29,7 @@ from zoo.config import Config, from_json
 from zoo.mixers import MIXERS
 from zoo.mixers.gla import GATES
 from zoo.model import LanguageModel
+from zoo.paths import expand
 from zoo.settings import argument
 from zoo.training import train
 
@@ -188,7 +189,7 @@ def main():
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
     parser.add_argument("--steps", type=argument(int, unit="step"), default=60)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/zoo"))
+    parser.add_argument("--workdir", type=lambda path: pathlib.Path(expand(path)), default=pathlib.Path("runs/zoo"))
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args()

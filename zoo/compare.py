@@ -24,6 +24,7 @@ from zoo import checkpoints, files, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.flops import num_parameters, state_bytes
+from zoo.paths import expand
 from zoo.settings import argument
 from zoo.terminal import one_line
 
@@ -210,8 +211,8 @@ def _in_file_names(fingerprint: str) -> str:
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a workdir")
-    add("--output", default="comparison", help="folder for comparison.json and the plots; default: comparison")
+    add("runs", type=expand, nargs="+", metavar="RUN", help="a workdir")
+    add("--output", type=expand, default="comparison", help="folder for the JSON and the plots; default: comparison")
     add(
         "--context_length",
         type=argument(int, unit="token"),

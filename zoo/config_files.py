@@ -16,6 +16,7 @@ from types import ModuleType
 from zoo import config as zoo_config
 from zoo.config import Config
 from zoo.errors import UsageError
+from zoo.paths import expand
 
 
 def shipped() -> list[str]:
@@ -30,7 +31,7 @@ def load_config(spec: str) -> Config:
       UsageError: there is none, it has no such size, or the file fails.
     """
     path, size = re.fullmatch(r"(.*?)(?::([^:/\\]*))?", spec, re.DOTALL).groups()
-    file = pathlib.Path(path)
+    file = pathlib.Path(expand(path))
     if file.name == path and file.suffix not in (".py", ".json"):
         file = _folder() / f"{path}.py"
         if path not in shipped():

@@ -1,10 +1,12 @@
-"""The two ways a command ends badly. A message says what was wrong, what was expected and what to do."""
+"""The two ways a command ends badly, and a warning. A message says what was wrong, what was expected and what to do."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
-from zoo.terminal import printable
+from zoo.terminal import one_line, printable
 
 
 class UsageError(ValueError):
@@ -15,17 +17,34 @@ class RunError(RuntimeError):
     """The run failed: exit code 1."""
 
 
+def warn(message: str) -> None:
+    """Say what was wrong and does not stop anything."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def exit_with_message() -> Iterator[None]:
-    """Turn the two errors, and Ctrl-C, into one line on stderr and an exit code; other errors keep their traceback."""
+def exit_with_message(*, at_once: bool = False) -> Iterator[None]:
+    """Turn the two errors, and Ctrl-C, into one line on stderr and an exit code; other errors keep their traceback.
+
+    Args:
+      at_once: a run that failed ends without waiting for its threads. After a save that failed, those of Orbax wait ten
+        minutes for what never comes, and Python's shutdown waits for them.
+    """
     try:
         yield
     except UsageError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, f"error: {printable(error)}", at_once=False)
     except RunError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        sys.exit(1)
+        _exit(1, f"error: {printable(error)}", at_once)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as shells count
+        _exit(130, "\ninterrupted", at_once)  # 128 + SIGINT, as shells count
+
+
+def _exit(code: int, message: str, at_once: bool) -> NoReturn:
+    print(message, file=sys.stderr)
+    if not at_once:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

@@ -8,18 +8,32 @@ none), eval_tokens (that it was measured on), tokens, seconds. The last one is o
 eval.batches.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
+import math
 import os
 import pathlib
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from zoo import files
+from zoo import files, paths
 from zoo.config import Config, MetricsConfig
-from zoo.errors import UsageError
+from zoo.errors import UsageError, warn
 
 Row = dict[str, float | int | None]
+FLUSH_SECONDS = 30  # between writes of TensorBoard's events to the disk
+
+
+class _Other(NamedTuple):
+    """Where rows go besides metrics.jsonl."""
+
+    write: Callable[[Row], None]
+    flush: Callable[[], None]
+    close: Callable[[], None]
 
 
 def check(config: MetricsConfig) -> None:
@@ -31,75 +45,166 @@ def check(config: MetricsConfig) -> None:
 
 
 def read(workdir: str | os.PathLike) -> list[Row]:
-    """All rows of a run, in order; none if it has not begun. A last line cut off by a kill is left out."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    if not path.exists():
+    """All rows of a run, in order; none if it has not begun.
+
+    A line that is no row (damage, a power cut) is left out with a warning, a last line cut off by a kill without one.
+    """
+    return [row for _, row in _lines(pathlib.Path(workdir) / "metrics.jsonl")]
+
+
+def _lines(path: pathlib.Path) -> list[tuple[bytes, Row]]:
+    """Lines that are rows, as they stand and as what they say."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no file; expected the rows of a run")
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+    found = [(line, _row(line)) for line in lines]
+    unreadable = [str(number) for number, (_, row) in enumerate(found, 1) if row is None]
+    if unreadable:
+        shown = ", ".join(unreadable[:6]) + (", ..." if len(unreadable) > 6 else "")
+        warn(f"{path}: no row in line {shown}; left out")
+    return [(line, row) for line, row in [*found, (rest, _row(rest))] if row is not None]
+
+
+def _row(line: bytes) -> Row | None:
+    """None: it is none."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(value is None or _is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) < 1 << 63
+    return type(value) is float and math.isfinite(value)
 
 
 class Writer:
-    """Writes rows as they come, each whole on disk before the next.
+    """Writes rows as they come, each whole before the next.
 
     Rows after `step`, of a run that is resumed there, are cut away: their steps come again.
+
+    Raises:
+      WriteError: here and in every method. The rows that metrics.jsonl lacks for it are in `unwritten`.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, step: int):
         self.workdir, self._mixer = pathlib.Path(workdir), config.model.mixer
-        path = self.workdir / "metrics.jsonl"
-        kept = [row for row in read(workdir) if row["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.rename(path)
-        self._file = open(path, "a", buffering=1)  # a line at a time
-        self._others: list[tuple[Callable[[Row], None], Callable[[], None]]] = []
+        self.unwritten: list[Row] = []
+        self._path = self.workdir / "metrics.jsonl"
+        kept = b"".join(line + b"\n" for line, row in _lines(self._path) if row["step"] <= step)
+        if not self._path.exists() or self._path.read_bytes() != kept:
+            paths.replace(self._path, kept)
+        try:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise paths.WriteError(self._path, error) from error
+        self._others: list[_Other] = []
         if config.metrics.tensorboard:
             self._others.append(_tensorboard(self.workdir / "tensorboard", step))
         if config.metrics.wandb:
-            self._others.append(_wandb(self.workdir, config))
+            self._others.append(_wandb(self.workdir, config, step))
 
     def write(self, row: Row) -> None:
-        self._file.write(files.to_json(row) + "\n")
-        for write, _ in self._others:
-            write(row)
+        self.unwritten.append(row)
+        self._append((files.to_json(row) + "\n").encode())
+        self.unwritten.remove(row)
+        for other in self._others:
+            other.write(row)
+
+    def _append(self, line: bytes) -> None:
+        """All of it or nothing: a full disk takes the beginning of a line."""
+        size = os.fstat(self._file).st_size
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, size)
+            raise paths.WriteError(self._path, error) from error
+
+    def sync(self) -> None:
+        """Until all rows so far are on the disk, and outlive a power cut."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise paths.WriteError(self._path, error) from error
+        for other in self._others:
+            other.flush()
 
     def plot(self) -> None:
         """Draw loss.png from the rows so far."""
         from zoo import plots  # matplotlib, which few commands need
 
-        plots.loss(read(self.workdir), self._mixer, self.workdir / "loss.png")
+        image = io.BytesIO()
+        plots.loss(read(self.workdir), self._mixer, image)
+        paths.replace(self.workdir / "loss.png", image.getvalue())
 
     def close(self) -> None:
-        self._file.close()
-        for _, close in self._others:
-            close()
+        os.close(self._file)
+        for other in self._others:
+            other.close()
 
 
-def _tensorboard(directory: pathlib.Path, step: int) -> tuple[Callable[[Row], None], Callable[[], None]]:
-    from tensorboardX import SummaryWriter
+def _tensorboard(directory: pathlib.Path, step: int) -> _Other:
+    # Not SummaryWriter: it writes in a thread, whose errors nobody hears, and waits for that thread for ever.
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import scalar
 
-    writer = SummaryWriter(str(directory), purge_step=step + 1, flush_secs=30)
+    path, flushed = directory / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}", time.monotonic()
+
+    def record(event: Event) -> None:
+        event.wall_time = time.time()
+        try:
+            records.write(event.SerializeToString())
+        except OSError as error:
+            raise paths.WriteError(path, error) from error
+
+    def flush() -> None:
+        nonlocal flushed
+        flushed = time.monotonic()
+        try:
+            records.flush()
+        except OSError as error:
+            raise paths.WriteError(path, error) from error
 
     def write(row: Row) -> None:
         for name, value in row.items():
             if name != "step" and value is not None:
-                writer.add_scalar(name, value, row["step"])
+                record(Event(step=row["step"], summary=scalar(name, value)))
+        if time.monotonic() - flushed > FLUSH_SECONDS:
+            flush()
 
-    return write, writer.close
+    def close() -> None:
+        with contextlib.suppress(OSError):  # what a full disk does not take now, it did not take at the last save
+            records.close()
+
+    try:
+        directory.mkdir(exist_ok=True)
+        records = RecordWriter(str(path))
+    except OSError as error:
+        raise paths.WriteError(path, error) from error
+    record(Event(file_version="brain.Event:2"))
+    record(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # from here on it comes again
+    flush()
+    return _Other(write, flush, close)
 
 
-def _wandb(workdir: pathlib.Path, config: Config) -> tuple[Callable[[Row], None], Callable[[], None]]:
+def _wandb(workdir: pathlib.Path, config: Config, step: int) -> _Other:
     import wandb
 
     identifier = workdir / "wandb_id"
-    if not identifier.exists():
-        identifier.write_text(wandb.util.generate_id())
+    if step == 0 or not identifier.exists():
+        paths.replace(identifier, wandb.util.generate_id())
     run = wandb.init(
         dir=str(workdir),
         name=workdir.name,
@@ -111,4 +216,4 @@ def _wandb(workdir: pathlib.Path, config: Config) -> tuple[Callable[[Row], None]
     def write(row: Row) -> None:
         run.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
-    return write, run.finish
+    return _Other(write, lambda: None, run.finish)

@@ -2,6 +2,8 @@
 
     python train.py --config=gla:tiny --workdir=runs/gla
     python train.py --config=gla:tiny --workdir=runs/retnet --config.model.mixer=retnet
+    python train.py --config=runs/gla/config.json --workdir=runs/gla --config.optimizer.learning_rate=1e-3 \\
+        --override=optimizer.learning_rate
     python train.py --config=runs/gla/config.json --workdir=runs/more --init_from=runs/gla
     python train.py --list
     python train.py --list --config=gla:340m
@@ -16,11 +18,12 @@ import sys
 
 from absl import app, flags, logging
 
-from zoo.errors import UsageError, exit_with_message
+from zoo.errors import RunError, UsageError, exit_with_message
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "Folder of the run; a run that stands there is resumed.")
 flags.DEFINE_string("init_from", "", "Workdir of a run whose weights the new run starts from.")
+flags.DEFINE_list("override", [], "Settings that a resumed run changes, as optimizer.learning_rate,optimizer.schedule.")
 flags.DEFINE_integer("profile", 0, "Trace that many steps into WORKDIR/profile (--profile alone: 5).", lower_bound=0)
 flags.DEFINE_boolean(
     "list", False, "Show mixers, sizes, configs and settings, or what --config is and costs, and exit."
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
     from zoo.config import Config
     from zoo.training import command_line, train
 
-    with exit_with_message():
+    with exit_with_message(at_once=True):
         if FLAGS.list:
             chosen = FLAGS["config"].present or FLAGS.config != Config()
             print(command_line.config_listing(FLAGS.config, FLAGS.workdir) if chosen else command_line.listing())
@@ -62,9 +65,12 @@ def main(argv: list[str]) -> None:
         quiet_libraries()
         compile_cache.enable()
         try:
-            train(FLAGS.config, FLAGS.workdir, init_from=FLAGS.init_from, profile_steps=FLAGS.profile)
-        except KeyboardInterrupt:  # the second Ctrl-C: the first one saves and ends
-            sys.exit(130)
+            train(
+                FLAGS.config, FLAGS.workdir,
+                init_from=FLAGS.init_from, profile_steps=FLAGS.profile, override=FLAGS.override,
+            )  # fmt: skip
+        except OSError as error:
+            raise RunError(str(error)) from error
 
 
 def run(argv: list[str] | None = None) -> None:

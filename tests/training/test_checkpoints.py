@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from zoo import checkpoints
-from zoo.checkpoints import Checkpointer
+from zoo.checkpoints import Checkpointer, SaveError
 from zoo.errors import RunError, UsageError
 
 
@@ -120,11 +120,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpointer, capsys
     assert not (checkpointer.directory / "2.damaged").exists()
 
 
-def test_all_damaged_restores_to_none(checkpointer):
+def test_all_damaged_is_said_and_nothing_is_touched(checkpointer):
     save(checkpointer, 1, 2)
     for step in (1, 2):
         flip_a_byte(checkpointer.directory / str(step))
-    assert checkpointer.restore(abstract(make_state(0))) is None
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"every checkpoint is damaged: 2 \(.* differs from its digest\), 1 \("):
+            checkpointer.restore(abstract(make_state(0)))
+    assert checkpointer.steps() == [1, 2]
+    shutil.rmtree(checkpointer.directory / "1")
+    (checkpointer.directory / "2").rename(checkpointer.directory / "2.damaged")
+    with pytest.raises(UsageError, match="every checkpoint is damaged: 2.damaged"):
+        checkpointer.restore(abstract(make_state(0)))
 
 
 KILLED = """
@@ -206,6 +213,67 @@ def test_another_architecture_is_named_by_its_parameters(checkpointer):
 def test_names_are_paths():
     assert list(checkpoints.named_leaves(make_state(1).params)) == ["a.kernel", "b"]
     np.testing.assert_array_equal(checkpoints.named_leaves(make_state(1).params)["b"], [1, 1, 1])
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_state_whose_loss_is_not_finite_is_no_checkpoint(checkpointer, loss):
+    save(checkpointer, 1, losses={1: 2.0})
+    with pytest.raises(
+        SaveError, match=f"step 2 could not be written .*its evaluation loss is {loss}.*step 1 is intact"
+    ):
+        save(checkpointer, 2, losses={2: loss})
+    checkpoints.write_digest(checkpointer.directory / "1", loss)  # as older releases did
+    with pytest.raises(UsageError, match=f"every checkpoint is damaged: 1 .its evaluation loss is {loss}"):
+        checkpointer.restore(abstract(make_state(0)))
+
+
+@pytest.mark.parametrize(
+    "digest", ["[1]", '{"loss": 1.0}', '{"loss": "1", "files": {"a": "b"}}', "\x00", "[" * 100_000]
+)
+def test_a_digest_that_is_none_costs_its_checkpoint_alone(checkpointer, digest):
+    save(checkpointer, 1, 2, losses={1: 1.0, 2: 2.0})
+    (checkpointer.directory / "1" / checkpoints.DIGEST).write_text(digest)
+    save(checkpointer, 3)
+    assert checkpointer.steps() == [2, 3]  # neither among the last, nor known as the best
+    (checkpointer.directory / "3" / checkpoints.DIGEST).write_text(digest)
+    assert checkpoints.newest_meta(checkpointer.directory) == (2, {"seconds": 2 / 3})
+    assert checkpointer.restore(abstract(make_state(0))).step == 2
+
+
+def test_what_is_no_checkpoint_is_left_alone(checkpointer, capsys):
+    names = ["foo", "007", "\u00b2", "1e3", "x.damaged", "12.damaged.old"]
+    save(checkpointer, 1)
+    for name in names:
+        (checkpointer.directory / name).mkdir()
+        (checkpointer.directory / f"{name}.txt").write_text("")
+    (checkpointer.directory / "2").write_text("a file")
+    (checkpointer.directory / "13.damaged").write_text("a file")
+    (checkpointer.directory / "30").mkdir()
+    found = {path.name for path in checkpointer.directory.iterdir()}
+    assert checkpointer.restore(abstract(make_state(0))).step == 1
+    save(checkpointer, 2, 14)
+    assert "2 is no checkpoint; renamed to 2.stray" in capsys.readouterr().err
+    assert {path.name for path in checkpointer.directory.iterdir()} == (found - {"1"}) | {"2.stray", "14"}
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep_last=1)
+    save(checkpointer, 1, 2)
+    assert checkpointer.restore(abstract(make_state(0))).step == 2
+    checkpointer.close()
+
+
+def test_a_lower_keep_last_makes_room_before_the_next_save(tmp_path):
+    many = Checkpointer(tmp_path, keep_last=9, keep_best=1)
+    save(many, 1, 2, 3, 4, losses={2: 1.0, 3: 1.5})
+    many.close()
+    few = Checkpointer(tmp_path, keep_last=1, keep_best=1)
+    few.restore(abstract(make_state(0)))
+    few.prune()
+    few.close()
+    assert few.steps() == [2, 4]
 
 
 # --- A folder that others wrote ---------------------------------------------------------------------------------------

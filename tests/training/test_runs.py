@@ -1,17 +1,20 @@
 """Runs from start to end, resumed, refused and failed, in this process."""
 
 import copy
+import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import checkpoints, compare, data, metrics
+from zoo import checkpoints, compare, data, metrics, paths
 from zoo.errors import RunError, UsageError
 from zoo.training import loop, train
 from zoo.training.signals import StopSignal
@@ -180,11 +183,11 @@ def test_a_config_that_differs_is_refused_by_field(run, config):
         train(config, run)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_by_parameter(run, config, monkeypatch):
+def test_the_checkpoint_says_what_was_trained_also_without_config_json(run, config, monkeypatch):
     config.model.d_model = 32
-    (run / "config.json").unlink()
-    monkeypatch.setattr(loop._Loop, "_compile", lambda self: pytest.fail("compiled"))
-    with pytest.raises(UsageError, match=r"another architecture: embed.embedding: \[320, 16\] there, \[320, 32\]"):
+    (run / "config.json").write_bytes(b"\xff{")
+    monkeypatch.setattr(loop, "build", lambda *_: pytest.fail("built"))
+    with pytest.raises(UsageError, match="another config: model.d_model: 16 -> 32"):
         train(config, run)
 
 
@@ -234,10 +237,13 @@ def test_load_run_passes_over_damage_and_touches_nothing(run, capsys):
         checkpoints.load_run(run, step=10)
 
 
-def test_init_from_starts_anew_with_the_weights_of_another_run(run, config, tmp_path, losses):
+def test_init_from_starts_anew_with_the_weights_of_another_run(run, config, tmp_path, losses, capsys):
     new = copy.deepcopy(config)
-    new.train.seed = 3
+    new.train.seed, new.model.positions = 3, "none"
     train(new, tmp_path / "new", init_from=str(run))
+    output = capsys.readouterr()
+    assert f"init_from   {run}, step 10, validation loss {metrics.read(run)[-1]['eval_loss']:.4f}, mlp" in output.out
+    assert "which shapes do not show: model.positions: rope -> none (there -> here)" in output.err
     model = checkpoints.load_run(run).model
     batch = jax.tree.map(jnp.asarray, next(data.training_dataset(new).iterator(0)))
     nats = model.token_losses(batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"])
@@ -253,6 +259,116 @@ def test_init_from_refuses_what_does_not_fit(run, config, tmp_path):
     config.model.d_model = 32
     with pytest.raises(UsageError, match=r"--init_from=.* another architecture: embed.embedding"):
         train(config, tmp_path / "other", init_from=str(run))
+
+
+def test_a_disk_that_fills_costs_nothing_but_time(run, finished, config, tmp_path, losses, monkeypatch):
+    """The row of step 7 and those after it find no room; the checkpoint does."""
+    original = metrics.Writer._append
+
+    def append(self, line):
+        if b'"step": 7,' in line or self.unwritten[1:]:
+            raise paths.WriteError("metrics.jsonl", OSError(errno.ENOSPC, "No space left on device"))
+        original(self, line)
+
+    config.eval.every = 4
+    monkeypatch.setattr(metrics.Writer, "_append", append)
+    message = r"^metrics.jsonl cannot be written \(No space left on device\); the state of step 8 is saved. Mend that"
+    with pytest.raises(RunError, match=message):
+        train(config, tmp_path / "full")
+    assert metrics.read(tmp_path / "full")[-1]["step"] == 6
+    monkeypatch.undo()
+    train(config, tmp_path / "full")
+    assert losses(tmp_path / "full") == losses(finished)
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_saved(config, tmp_path, monkeypatch):
+    original = loop.build
+    poisoned = lambda *_: {"nats": np.float32("nan"), "tokens": np.float32(1), "bytes": np.float32(1)}  # noqa: E731
+    monkeypatch.setattr(loop, "build", lambda *args: original(*args)._replace(evaluate=poisoned))
+    with pytest.raises(
+        RunError, match="validation loss = nan at step 10; the checkpoint of step 5 is kept. Go on .*lower"
+    ):
+        train(config, tmp_path / "run")
+    assert checkpoints.complete_steps(tmp_path / "run" / "checkpoints") == [5]
+    assert not any("eval_loss" in row for row in metrics.read(tmp_path / "run"))
+
+
+def test_another_learning_rate_continues_and_is_noted(run, config, capsys):
+    before = metrics.read(run)
+    config.train.steps, config.optimizer.learning_rate, config.optimizer.schedule = 12, 1e-3, "constant"
+    with pytest.raises(UsageError, match="--override=optimizer.learning_rate,optimizer.schedule"):
+        train(config, run)
+    names = ["optimizer.learning_rate", "optimizer.schedule"]
+    train(config, run, override=names)
+    rows = metrics.read(run)
+    assert rows[: len(before)] == before
+    assert [row["learning_rate"] for row in rows[len(before) :] if "loss" in row] == [pytest.approx(1e-3)] * 2
+    (noted,) = [json.loads(line) for line in (run / "overrides.jsonl").read_text().splitlines()]
+    assert noted == {
+        "step": 10, "train.steps": [10, 12], "optimizer.learning_rate": [3e-3, 1e-3],
+        "optimizer.schedule": ["cosine", "constant"],
+    }  # fmt: skip
+    assert (
+        "changed     at step 10: train.steps: 10 -> 12; optimizer.learning_rate: 0.003 -> 0.001"
+        in capsys.readouterr().out
+    )
+    train(config, run)  # trained with it by now: nothing to name
+    assert len((run / "overrides.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_running_run_needs_its_text_no_more(finished, run, config, tmp_path, losses, monkeypatch):
+    folder, original = tmp_path / "corpus", loop._Loop.compile
+    shutil.copytree(os.path.dirname(config.data.source), folder, ignore=shutil.ignore_patterns("cache"))
+    config.data.source, config.data.cache_dir, config.eval.every = f"{folder}/*.txt", str(tmp_path / "cache"), 5
+
+    def compile(self):
+        shutil.rmtree(folder)
+        shutil.rmtree(tmp_path / "cache")
+        original(self)
+
+    monkeypatch.setattr(loop._Loop, "compile", compile)
+    assert train(config, tmp_path / "new")["step"] == STEPS
+    assert losses(tmp_path / "new") == losses(finished)
+    assert metrics.read(tmp_path / "new")[-1]["eval_loss"] == metrics.read(finished)[-1]["eval_loss"]
+
+
+def test_a_checkpoint_deleted_while_it_is_read_is_no_loss(run, monkeypatch, capsys):
+    checkpoint, original = run / "checkpoints" / "10", checkpoints.verify
+
+    def verify(path, *limit, **only):
+        if path == checkpoint:  # the run saves step 12, and deletes this one
+            checkpoint.rename(checkpoint.with_name("12"))
+        original(path, *limit, **only)
+
+    monkeypatch.setattr(checkpoints, "verify", verify)
+    assert checkpoints.load_run(run).step == 12
+    (run / "checkpoints" / "12").rename(checkpoint)
+    with pytest.raises(UsageError, match="no checkpoint of step 10; it has steps 5, 12"):
+        checkpoints.load_run(run, step=10)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_failed_does_not_wait_for_its_threads():
+    code = (
+        "import threading, time\nfrom zoo.errors import RunError, exit_with_message\n"
+        "threading.Thread(target=time.sleep, args=[60]).start()\n"
+        "with exit_with_message(at_once=True): raise RunError('no room')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
+    assert (done.returncode, done.stderr) == (1, "error: no room\n")
+
+
+def test_a_closed_terminal_asks_to_stop_unless_that_is_ignored(monkeypatch):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.name == "SIGHUP"
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.name is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_the_first_interrupt_asks_and_the_second_insists():

@@ -133,14 +133,6 @@ def test_learns_a_copy_task_and_every_parameter_gets_a_finite_gradient(case):
     assert np.mean(losses[-5:]) < (0.8 if time_invariant else 0.5) * losses[0]
 
 
-def test_bfloat16_is_close_to_float32(case, inputs):
-    parameters, call = apply(build(case))
-    _, call_bf16 = apply(build(case, jnp.bfloat16))
-    y, _ = call(parameters, inputs)
-    y_bf16, _ = call_bf16(parameters, inputs.astype(jnp.bfloat16))
-    assert error_ratio(y_bf16, y) < 2e-2
-
-
 def test_parameter_count_equals_its_formula(case):
     counted = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(build(case), nnx.Param)))
     assert counted == MIXERS[CASES[case][0]].num_parameters(config_of(case), D_MODEL)

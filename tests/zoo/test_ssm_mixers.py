@@ -111,7 +111,7 @@ def test_h3_is_its_two_recurrences_in_float64(head_dim):
 
 
 def test_the_shift_of_h3_starts_as_its_read_out_and_a_normal_skip():
-    shift = ShiftSSM(200, 16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    shift = ShiftSSM(200, 16, rngs=nnx.Rngs(0))
     taps, w = np.asarray(shift.taps()), weights(shift)
     np.testing.assert_allclose(taps, w["c"] + w["D"][:, None] * np.eye(16)[0], atol=1e-6)
     assert np.abs(w["c"]).max() <= 0.25 and 0.13 < w["c"].std() < 0.16 and 0.8 < w["D"].std() < 1.2

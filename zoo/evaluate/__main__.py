@@ -21,6 +21,7 @@ from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
 from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
+from zoo.paths import expand
 from zoo.settings import argument, nearest
 from zoo.terminal import one_line, printable
 
@@ -28,14 +29,23 @@ from zoo.terminal import one_line, printable
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--workdir", required=True, help="the run to load")
+    add("--workdir", type=expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--tasks", default="perplexity", help=f"comma-separated; known: {', '.join(TASKS)}")
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
     add("--source", help="`stdlib`, a path or a glob; default: the run's validation split")
     add("--batches", type=argument(int, at_least=0), default=0, help="at most so many, spread over the text; 0: all")
-    add("--output", help="the JSON to write; default: in WORKDIR, evaluate.json, or with --source a name of its own")
-    add("--cache_dir", default="", help="of tokenized text; default: the user's cache directory, whatever the run used")
+    add(
+        "--output",
+        type=expand,
+        help="the JSON to write; default: in WORKDIR, evaluate.json, or with --source a name of its own",
+    )
+    add(
+        "--cache_dir",
+        type=expand,
+        default="",
+        help="of tokenized text; default: the user's cache directory, whatever the run used",
+    )
     return parser.parse_args(argv)
 
 

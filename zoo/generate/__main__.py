@@ -16,6 +16,7 @@ import numpy as np
 from zoo import checkpoints, compile_cache, data
 from zoo.errors import UsageError, exit_with_message
 from zoo.generate.sampler import Generation, Sampling, check_request, generate
+from zoo.paths import expand
 from zoo.settings import argument
 from zoo.terminal import printable
 
@@ -23,10 +24,10 @@ from zoo.terminal import printable
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--workdir", required=True, help="the run to load")
+    add("--workdir", type=expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--prompt", action="append", default=[], help="may be repeated; empty: begin a document")
-    add("--prompt_file", action="append", default=[], help="its content is a prompt; may be repeated; -: stdin")
+    add("--prompt_file", type=expand, action="append", default=[], help="its content is a prompt; repeatable; -: stdin")
     add("--max_tokens", type=argument(int, unit="token"), default=200, help="tokens to write at most, a prompt")
     add("--temperature", type=argument(float, at_least=0), default=1.0, help="0: always the likeliest token")
     add("--top_k", type=argument(int, at_least=0), default=0, help="draw from the k likeliest tokens; 0: all")

@@ -7,12 +7,13 @@ from zoo.layers.dropout import dropout
 from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
-from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, rms_norm
+from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, gated, rms_norm
 from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.rotary import rotary
+from zoo.layers.rounded_once import rounded_once
 from zoo.layers.short_conv import ShortConv
 from zoo.layers.step_size import check_steps, step_size_bias
-from zoo.layers.token_shift import token_shift
+from zoo.layers.token_shift import mixture, token_shift
 
 __all__ = [
     "check_steps",
@@ -27,11 +28,14 @@ __all__ = [
     "SwiGLU",
     "dropout",
     "embedding",
+    "gated",
     "in_pieces",
     "linear",
+    "mixture",
     "parameter",
     "rms_norm",
     "rotary",
+    "rounded_once",
     "segment_numbers",
     "segment_starts",
     "soft_cap",

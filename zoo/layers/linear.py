@@ -20,6 +20,7 @@ def linear(
     bias: bool = False,
     init_scale: float = 1.0,
     decay: bool = True,
+    out_dtype: jnp.dtype | None = None,
 ) -> nnx.Linear:
     """y = x W (+ b), W [d_in, d_out] in float32, computed in `dtype`.
 
@@ -27,6 +28,8 @@ def linear(
       axes: logical names of W's dimensions (`zoo.sharding.RULES`).
       init_scale: W is drawn from a truncated normal of standard deviation init_scale / sqrt(d_in).
       decay: False keeps weight decay off W (gate parameters); biases never decay.
+      out_dtype: of y; None is `dtype`. float32 keeps the digits that a product of bfloat16 has: gates, which are
+        summed over time and exponentiated, need them.
     """
     init = jax.nn.initializers.variance_scaling(init_scale**2, "fan_in", "truncated_normal")
     return nnx.Linear(
@@ -36,37 +39,40 @@ def linear(
         dtype=dtype,
         kernel_init=with_axes(init, axes, decay=decay),
         bias_init=with_axes(jax.nn.initializers.zeros, (axes[1],), decay=False),
+        preferred_element_type=out_dtype and jnp.promote_types(dtype, out_dtype),
         dot_general=_project,
         rngs=rngs,
     )
 
 
-def _project(x, kernel, dimension_numbers, precision=None, out_sharding=None):
+def _project(x, kernel, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None):
     del dimension_numbers, out_sharding  # nnx.Linear contracts x's last axis with the kernel's first; meshes are Auto
-    return dispatch.call("linear", IMPLEMENTATIONS, None, ["transposed"], x, kernel, precision)
+    return dispatch.call("linear", IMPLEMENTATIONS, None, ["transposed"], x, kernel, precision, preferred_element_type)
 
 
-def _reference(x, kernel, precision):
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
+def _reference(x, kernel, precision, out_dtype):
+    contracted = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contracted, precision, preferred_element_type=out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, kernel, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x, kernel, precision, out_dtype):
     """x W, whose gradient of W is x^T dy.
 
     jax's own rule computes (dy^T x)^T. On a CPU that transposes dy, at the end of whatever elementwise operations
     made it and once for each projection, where the projections of a block share one transpose of x: a fifth of the
     step of `tiny`.
     """
-    return _reference(x, kernel, precision)
+    return _reference(x, kernel, precision, out_dtype)
 
 
-def _matmul_forward(x, kernel, precision):
-    return _matmul(x, kernel, precision), (x, kernel)
+def _matmul_forward(x, kernel, precision, out_dtype):
+    return _matmul(x, kernel, precision, out_dtype), (x, kernel)
 
 
-def _matmul_backward(precision, residuals, dy):
+def _matmul_backward(precision, out_dtype, residuals, dy):
     x, kernel = residuals
+    dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), precision)
     tokens = tuple(range(x.ndim - 1))
     return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), precision)

@@ -11,7 +11,8 @@ from flax import nnx
 from zoo import sharding
 from zoo.layers.linear import linear
 from zoo.layers.parameter import parameter
-from zoo.layers.token_shift import token_shift
+from zoo.layers.rounded_once import rounded_once
+from zoo.layers.token_shift import mixture, token_shift
 
 
 class SwiGLU(nnx.Module):
@@ -26,7 +27,7 @@ class SwiGLU(nnx.Module):
         self.down = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: None = None):
-        inner = jax.nn.silu(self.gate(x)) * self.up(x)
+        inner = rounded_once(lambda gate, up: jax.nn.silu(gate) * up, self.gate(x), self.up(x))
         return self.down(sharding.constrain(inner, "batch", "time", "mlp")), state
 
     def init_state(self, batch_size: int, dtype: jnp.dtype) -> None:
@@ -53,7 +54,8 @@ class GELU(nnx.Module):
         self.down = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: None = None):
-        return self.down(sharding.constrain(jax.nn.gelu(self.up(x)), "batch", "time", "mlp")), state
+        inner = rounded_once(jax.nn.gelu, self.up(x))
+        return self.down(sharding.constrain(inner, "batch", "time", "mlp")), state
 
     def init_state(self, batch_size: int, dtype: jnp.dtype) -> None:
         return None
@@ -86,11 +88,12 @@ class ChannelMixing(nnx.Module):
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: jax.Array | None = None):
         shifted, last = token_shift(x, segment_ids, state)
-        delta = shifted - x
-        key = self.key(x + delta * self.key_mix[...].astype(x.dtype))
-        inner = sharding.constrain(jnp.square(jax.nn.relu(key)), "batch", "time", "mlp")
-        receptance = self.receptance(x + delta * self.receptance_mix[...].astype(x.dtype))
-        return jax.nn.sigmoid(receptance) * self.value(inner), None if state is None else last
+        key = self.key(mixture(x, shifted, self.key_mix[...]))
+        inner = rounded_once(lambda key: jnp.square(jax.nn.relu(key)), key)
+        value = self.value(sharding.constrain(inner, "batch", "time", "mlp"))
+        receptance = self.receptance(mixture(x, shifted, self.receptance_mix[...]))
+        y = rounded_once(lambda receptance, value: jax.nn.sigmoid(receptance) * value, receptance, value)
+        return y, None if state is None else last
 
     def init_state(self, batch_size: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch_size, self.d_model), dtype)

@@ -1,11 +1,14 @@
 """Norms: root-mean-square (Zhang & Sennrich 2019, arXiv:1910.07467) and mean-and-variance a head (2016, 1607.06450)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kernels.precision import narrow
 from zoo.layers.parameter import parameter, with_axes
+from zoo.layers.rounded_once import rounded_once
 
 
 def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -15,6 +18,14 @@ def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) ->
     """
     scale_init = with_axes(jax.nn.initializers.ones, ("norm",), decay=False)
     return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_init=scale_init, rngs=rngs)
+
+
+def gated(norm: nnx.Module, o: jax.Array, gate: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """norm(o) * activation(gate), of heads o [B, T, heads, width] and a gate [B, T, heads * width], rounded once.
+
+    `norm` gives float32.
+    """
+    return rounded_once(lambda o, gate: norm(o).reshape(gate.shape) * activation(gate), o, gate)
 
 
 class HeadLayerNorm(nnx.Module):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from kernels.array_typing import Array, Float, Int
+from zoo.layers.rounded_once import rounded_once
 
 
 def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float = 10_000.0) -> Float[Array, "B T H K"]:
@@ -14,6 +15,10 @@ def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [K/2]
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency  # [B, T, 1, K/2]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    x1, x2 = x[..., :half], x[..., half:]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+
+    def turn(x):
+        x1, x2 = x[..., :half], x[..., half:]
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+    return rounded_once(turn, x)

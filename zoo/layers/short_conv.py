@@ -14,16 +14,15 @@ class ShortConv(nnx.Module):
     State: the last width - 1 inputs, [B, width - 1, channels].
     """
 
-    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.channels, self.width, self.dtype = channels, width, dtype
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        self.channels, self.width = channels, width
         bound = width**-0.5
         taps = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
         self.weight = parameter(taps, ("heads", "state"), decay=False)
         self.bias = parameter(jnp.zeros((channels,)), ("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
-        weight = self.weight[...].astype(self.dtype)
-        bias = self.bias[...].astype(self.dtype)
+        weight, bias = self.weight[...], self.bias[...]  # float32: they are few
         return ops.short_conv(x, weight, bias, activation="silu", initial_state=state, segment_ids=segment_ids)
 
     def init_state(self, batch_size: int, dtype: jnp.dtype) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kernels.array_typing import Array, Float, Int
 from kernels.segments import segment_starts
+from zoo.layers.rounded_once import rounded_once
 
 
 def token_shift(
@@ -19,3 +20,8 @@ def token_shift(
     if segment_ids is not None:
         shifted = jnp.where(segment_starts(segment_ids)[..., None], 0, shifted)
     return shifted, x[:, -1]
+
+
+def mixture(x: jax.Array, shifted: jax.Array, *mixes: jax.Array) -> jax.Array:
+    """x + (shifted - x) * (the sum of `mixes`), rounded once: near a mix of 1 the digits of x cancel."""
+    return rounded_once(lambda x, shifted, *mixes: x + (shifted - x) * sum(mixes), x, shifted, *mixes)

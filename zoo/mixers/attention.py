@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm, rotary, segment_numbers
+from zoo.layers import linear, rms_norm, rotary, rounded_once, segment_numbers
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import setting
 
@@ -62,8 +62,8 @@ class Attention(Mixer):
         self.k = linear(d, self.kv_heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, self.kv_heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
-            self.k_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+            self.q_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
+            self.k_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.qk_norm = config.qk_norm
         self.out = linear(
             self.heads * self.head_dim, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs
@@ -77,10 +77,15 @@ class Attention(Mixer):
         q = self.q(x).reshape(batch, time, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, time, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, time, self.kv_heads, self.head_dim)
+
+        def turn(x):
+            return x if self.rope_base is None else rotary(x, positions, self.rope_base)
+
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_base is not None:
-            q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+            q = rounded_once(lambda q: turn(self.q_norm(q)), q)
+            k = rounded_once(lambda k: turn(self.k_norm(k)), k)
+        else:
+            q, k = turn(q), turn(k)
         q, k, v = (checkpoint_name(a, f"attention_{name}") for a, name in ((q, "q"), (k, "k"), (v, "v")))
         if state is None:
             o = ops.attention(q, k, v, window=self.window, segment_ids=segment_ids)

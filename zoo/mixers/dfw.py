@@ -39,8 +39,9 @@ class DFW(Mixer):
         self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.key_gate = linear(d, d, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
-        self.value_gate = linear(d, d, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
+        of_gate = {"decay": False, "dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
+        self.key_gate = linear(d, d, ("embed", "heads"), **of_gate)
+        self.value_gate = linear(d, d, ("embed", "heads"), **of_gate)
         # Rows and columns of a head start with memories of 7 to 400 tokens: sigmoid(2) ... sigmoid(6).
         bias = jnp.tile(jnp.linspace(2.0, 6.0, self.width), self.heads)
         self.key_bias = parameter(bias, ("norm",), decay=False)
@@ -53,8 +54,8 @@ class DFW(Mixer):
         q = checkpoint_name(self.q(x).reshape(heads), "dfw_q")
         k = checkpoint_name(self.k(x).reshape(heads), "dfw_k")
         v = checkpoint_name(self.v(x).reshape(heads), "dfw_v")
-        key_gate = self.key_gate(x).astype(jnp.float32) + self.key_bias[...]
-        value_gate = self.value_gate(x).astype(jnp.float32) + self.value_bias[...]
+        key_gate = self.key_gate(x) + self.key_bias[...]
+        value_gate = self.value_gate(x) + self.value_bias[...]
         g = checkpoint_name(jax.nn.log_sigmoid(key_gate).reshape(heads), "dfw_key_log_decay")
         f = checkpoint_name(jax.nn.log_sigmoid(value_gate).reshape(heads), "dfw_value_log_decay")
         o, final_state = ops.fast_weights(q, k, v, g, f, initial_state=state, segment_ids=segment_ids)

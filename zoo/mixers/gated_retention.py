@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm, rotary
+from zoo.layers import gated, linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import setting
 
@@ -46,9 +46,11 @@ class GatedRetention(Mixer):
         self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.gate = linear(d, self.heads, ("embed", "gates"), decay=False, dtype=dtype, rngs=rngs)
+        self.gate = linear(
+            d, self.heads, ("embed", "gates"), decay=False, dtype=dtype, out_dtype=jnp.float32, rngs=rngs
+        )
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
@@ -58,10 +60,9 @@ class GatedRetention(Mixer):
         q = checkpoint_name(rotary(self.q(x).reshape(heads_k), positions, self.rope_base), "gated_retention_q")
         k = checkpoint_name(rotary(self.k(x).reshape(heads_k), positions, self.rope_base), "gated_retention_k")
         v = checkpoint_name(self.v(x).reshape(heads_v), "gated_retention_v")
-        log_decay = jax.nn.log_sigmoid(self.gate(x).astype(jnp.float32)) / self.temperature  # [B, T, H]
+        log_decay = jax.nn.log_sigmoid(self.gate(x)) / self.temperature  # [B, T, H]
         o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
-        o = self.norm(o).reshape(*x.shape[:2], -1)
-        y = self.out(o * jax.nn.silu(self.output_gate(x)))
+        y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else final_state
 
     def init_state(self, batch_size, max_length, dtype):

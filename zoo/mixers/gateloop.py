@@ -25,7 +25,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, parameter, rms_norm
+from zoo.layers import gated, linear, parameter, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -62,13 +62,14 @@ class GateLoop(Mixer):
         self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.magnitude = linear(d, d_k, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
+        of_gate = {"decay": False, "dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
+        self.magnitude = linear(d, d_k, ("embed", "heads"), **of_gate)
         # Keys of a head start with memories of 3 to 400 tokens: sigmoid(1) ... sigmoid(6).
         bias = jnp.tile(jnp.linspace(1.0, 6.0, self.key_width), self.heads)
         self.magnitude_bias = parameter(bias, ("norm",), decay=False)
-        self.phase = linear(d, d_k, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
+        self.phase = linear(d, d_k, ("embed", "heads"), **of_gate)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
@@ -77,9 +78,9 @@ class GateLoop(Mixer):
         q = checkpoint_name(self.q(x).reshape(heads_k), "gateloop_q")
         k = checkpoint_name(self.k(x).reshape(heads_k), "gateloop_k")
         v = checkpoint_name(self.v(x).reshape(*x.shape[:2], self.heads, self.value_width), "gateloop_v")
-        magnitude = self.magnitude(x).astype(jnp.float32) + self.magnitude_bias[...]
+        magnitude = self.magnitude(x) + self.magnitude_bias[...]
         log_decay = checkpoint_name(jax.nn.log_sigmoid(magnitude).reshape(heads_k), "gateloop_log_decay")
-        phase = checkpoint_name(self.phase(x).astype(jnp.float32).reshape(heads_k), "gateloop_phase")
+        phase = checkpoint_name(self.phase(x).reshape(heads_k), "gateloop_phase")
         # Only differences of Phi within a segment count: it may run on over the boundaries of packed documents.
         turns = cumulative_phase(phase / (2 * jnp.pi), initial["Phi"])
         angle = 2 * jnp.pi * turns
@@ -93,8 +94,7 @@ class GateLoop(Mixer):
             segment_ids=segment_ids,
             scale=self.key_width**-0.5,
         )
-        o = self.norm(o).reshape(*x.shape[:2], -1)
-        y = self.out(o * jax.nn.silu(self.output_gate(x)))
+        y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else {"R": final_r, "Phi": turns[:, -1]}
 
     def init_state(self, batch_size, max_length, dtype):

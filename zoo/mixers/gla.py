@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm
+from zoo.layers import gated, linear, rms_norm
 from zoo.mixers.base import Mixer, Sizes, check_heads
 from zoo.settings import setting
 
@@ -56,11 +56,13 @@ class GLA(Mixer):
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         if gates := _gates(config, d):
-            self.gate_down = linear(d, config.gate_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+            self.gate_down = linear(
+                d, config.gate_rank, ("embed", "rank"), decay=False, dtype=dtype, out_dtype=jnp.float32, rngs=rngs
+            )
             axes = "rank", "heads" if config.gate == "key" else "gates"
             self.gate_up = linear(config.gate_rank, gates, axes, bias=True, decay=False, dtype=jnp.float32, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
@@ -71,8 +73,7 @@ class GLA(Mixer):
         v = checkpoint_name(self.v(x).reshape(heads_v), "gla_v")
         log_decay = self._log_decay(x)
         o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
-        o = self.norm(o).reshape(*x.shape[:2], -1)
-        y = self.out(o * jax.nn.silu(self.output_gate(x)))
+        y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else final_state
 
     def _log_decay(self, x):
@@ -81,7 +82,7 @@ class GLA(Mixer):
             return None
         if self.gate == "fixed":
             return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
-        gate = jax.nn.log_sigmoid(self.gate_up(self.gate_down(x).astype(jnp.float32))) / self.temperature
+        gate = jax.nn.log_sigmoid(self.gate_up(self.gate_down(x))) / self.temperature
         shape = (self.heads, self.key_width) if self.gate == "key" else (self.heads,)
         return checkpoint_name(gate.reshape(*x.shape[:2], *shape), "gla_log_decay")
 

@@ -38,8 +38,8 @@ class ShiftSSM(nnx.Module):
     steps moves every tap. x, y: [B, T, channels]. State: the last width - 1 inputs, [B, width - 1, channels].
     """
 
-    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.channels, self.width, self.dtype = channels, width, dtype
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        self.channels, self.width = channels, width
         bound = width**-0.5
         c = jax.random.uniform(rngs.params(), (channels, width), minval=-bound, maxval=bound)
         b = jnp.zeros((channels, width)).at[:, 0].set(1.0)
@@ -48,8 +48,7 @@ class ShiftSSM(nnx.Module):
         self.D = parameter(jax.random.normal(rngs.params(), (channels,)), ("heads",), decay=False)
 
     def __call__(self, x: jax.Array, *, segment_ids=None, state=None):
-        taps = self.taps().astype(self.dtype)
-        return ops.short_conv(x, taps[:, ::-1], initial_state=state, segment_ids=segment_ids)
+        return ops.short_conv(x, self.taps()[:, ::-1], initial_state=state, segment_ids=segment_ids)
 
     def taps(self) -> jax.Array:
         """What x_{t-l} counts for in y_t, l = 0 ... width - 1; [channels, width]."""
@@ -75,7 +74,7 @@ class H3(Mixer):
         self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.shift = ShiftSSM(d, config.shift_width, dtype=dtype, rngs=rngs)
+        self.shift = ShiftSSM(d, config.shift_width, rngs=rngs)
         self.ssm = DiagonalSSM(self.heads, config, rngs=rngs)
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, parameter, rms_norm
+from zoo.layers import linear, parameter, rms_norm, rounded_once
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -39,7 +39,7 @@ class HGRN2(Mixer):
         self.heads = heads_or_default(config.num_heads, d, 128)
         self.width = d // self.heads  # K = V
         self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.forget = linear(d, d, ("embed", "heads"), decay=False, dtype=dtype, rngs=rngs)
+        self.forget = linear(d, d, ("embed", "heads"), decay=False, dtype=dtype, out_dtype=jnp.float32, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.bound = parameter(jnp.zeros((d,)), ("norm",), decay=False)  # b
         self.norm = rms_norm(d, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
@@ -53,9 +53,9 @@ class HGRN2(Mixer):
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None, depth=None):
         heads = (*x.shape[:2], self.heads, self.width)
-        q = checkpoint_name(jax.nn.silu(self.q(x)).reshape(heads), "hgrn2_q")
+        q = checkpoint_name(rounded_once(jax.nn.silu, self.q(x)).reshape(heads), "hgrn2_q")
         v = checkpoint_name(self.v(x).reshape(heads), "hgrn2_v")
-        forget = checkpoint_name(self.forget(x).astype(jnp.float32), "hgrn2_forget")
+        forget = checkpoint_name(self.forget(x), "hgrn2_forget")
         # A bound of 0 stands for 1e-30: the gate may close to nothing, and its logarithm stays finite.
         bound = jnp.clip(jax.nn.sigmoid(self.bound[...]) if depth is None else depth, 1e-30, 1.0 - 1e-6)
         log_decay = jnp.logaddexp(jnp.log(bound), jnp.log1p(-bound) + jax.nn.log_sigmoid(forget)).reshape(heads)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm
+from zoo.layers import gated, linear, rms_norm, rounded_once
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -45,7 +45,7 @@ class Lightning(Mixer):
         self.k = linear(d, width, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, width, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, width, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.norm = rms_norm(width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(width, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.out = linear(width, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     @staticmethod
@@ -54,16 +54,15 @@ class Lightning(Mixer):
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None, depth=None):
         heads = (*x.shape[:2], self.heads, self.head_dim)
-        q = checkpoint_name(jax.nn.silu(self.q(x)).reshape(heads), "lightning_q")
-        k = checkpoint_name(jax.nn.silu(self.k(x)).reshape(heads), "lightning_k")
-        v = checkpoint_name(jax.nn.silu(self.v(x)).reshape(heads), "lightning_v")
+        q = checkpoint_name(rounded_once(jax.nn.silu, self.q(x)).reshape(heads), "lightning_q")
+        k = checkpoint_name(rounded_once(jax.nn.silu, self.k(x)).reshape(heads), "lightning_k")
+        v = checkpoint_name(rounded_once(jax.nn.silu, self.v(x)).reshape(heads), "lightning_v")
         slope = 2.0 ** (-8.0 * jnp.arange(1, self.heads + 1) / self.heads)
         log_decay = -slope * ((1.0 if depth is None else depth) + 1e-5)  # [H]
         o, final_state = ops.linear_attention(
             q, k, v, log_decay, initial_state=state, segment_ids=segment_ids, scale=1.0
         )
-        o = self.norm(o.reshape(*x.shape[:2], -1))
-        y = self.out(o * jax.nn.sigmoid(self.output_gate(x)))
+        y = self.out(gated(self.norm, o.reshape(*x.shape[:2], -1), self.output_gate(x), jax.nn.sigmoid))
         return y, None if state is None else final_state
 
     def init_state(self, batch_size, max_length, dtype):

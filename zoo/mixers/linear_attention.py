@@ -12,6 +12,7 @@ State: S, float32 [batch, heads, phi(K), V], and z, float32 [batch, heads * phi(
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm
+from zoo.layers import linear, rms_norm, rounded_once
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -84,7 +85,7 @@ class LinearAttention(Mixer):
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         batch, time = x.shape[:2]
-        phi = FEATURE_MAPS[self.feature_map]
+        phi = functools.partial(rounded_once, FEATURE_MAPS[self.feature_map])
         q = phi(self.q(x).reshape(batch, time, self.heads, self.key_width))
         k = phi(self.k(x).reshape(batch, time, self.heads, self.key_width))
         v = self.v(x).reshape(batch, time, self.heads, self.value_width)

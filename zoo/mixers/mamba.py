@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import ShortConv, check_steps, linear, parameter, step_size_bias
+from zoo.layers import ShortConv, check_steps, linear, parameter, rounded_once, step_size_bias
 from zoo.mixers.base import Mixer, Sizes
 from zoo.settings import setting
 
@@ -46,7 +46,7 @@ class Mamba(Mixer):
         self.state_dim = n
         self.in_x = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.conv = ShortConv(self.channels, config.conv_width, dtype=dtype, rngs=rngs)
+        self.conv = ShortConv(self.channels, config.conv_width, rngs=rngs)
         self.select = linear(self.channels, self.rank + 2 * n, ("heads", "rank"), dtype=dtype, rngs=rngs)  # dt, B, C
         bound = self.rank**-0.5
         dt_up = jax.random.uniform(rngs.params(), (self.rank, self.channels), minval=-bound, maxval=bound)
@@ -69,7 +69,7 @@ class Mamba(Mixer):
         y, ssm_state = ops.selective_scan(
             x, dt, -jnp.exp(self.A_log[...]), B, C, self.D[...], initial_state=ssm_state, segment_ids=segment_ids
         )
-        y = self.out(y * jax.nn.silu(z))
+        y = self.out(rounded_once(lambda y, z: y * jax.nn.silu(z), y, z))
         return y, None if state is None else {"conv": conv_state, "ssm": ssm_state}
 
     def init_state(self, batch_size, max_length, dtype):

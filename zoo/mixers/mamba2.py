@@ -17,7 +17,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import GatedRMSNorm, ShortConv, check_steps, in_pieces, linear, parameter, step_size_bias
+from zoo.layers import (
+    GatedRMSNorm,
+    ShortConv,
+    check_steps,
+    in_pieces,
+    linear,
+    parameter,
+    rounded_once,
+    step_size_bias,
+)
 from zoo.mixers.base import Mixer, Sizes, check_heads
 from zoo.settings import setting
 
@@ -50,8 +59,10 @@ class Mamba2(Mixer):
         conv_channels = self.channels + 2 * self.key_width
         self.in_xBC = linear(d, conv_channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.in_dt = linear(d, self.heads, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
-        self.conv = ShortConv(conv_channels, config.conv_width, dtype=dtype, rngs=rngs)
+        self.in_dt = linear(
+            d, self.heads, ("embed", "rank"), decay=False, dtype=dtype, out_dtype=jnp.float32, rngs=rngs
+        )
+        self.conv = ShortConv(conv_channels, config.conv_width, rngs=rngs)
         vector = {"axes": ("norm",), "decay": False}
         self.dt_bias = parameter(step_size_bias(rngs.params(), (self.heads,), config.dt_min, config.dt_max), **vector)
         A = jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0)
@@ -64,7 +75,7 @@ class Mamba2(Mixer):
         conv_state, ssm_state = (None, None) if state is None else (state["conv"], state["ssm"])
         batch_time = x.shape[:2]
         z = checkpoint_name(self.in_z(x), "mamba2_z")
-        dt = jax.nn.softplus(self.in_dt(x).astype(jnp.float32) + self.dt_bias[...])
+        dt = jax.nn.softplus(self.in_dt(x) + self.dt_bias[...])
         dt = checkpoint_name(dt, "mamba2_dt")  # [B, T, H]
         xBC, conv_state = self.conv(self.in_xBC(x), segment_ids=segment_ids, state=conv_state)
         xBC = checkpoint_name(xBC, "mamba2_xBC")
@@ -84,7 +95,7 @@ class Mamba2(Mixer):
         return y, None if state is None else {"conv": conv_state, "ssm": ssm_state}
 
     def _read_out(self, o, x, z):
-        o = o + self.D[...][:, None].astype(x.dtype) * x
+        o = rounded_once(lambda o, x: o + self.D[...][:, None] * x, o, x)
         return self.out(self.norm(o.reshape(z.shape), z))
 
     def init_state(self, batch_size, max_length, dtype):

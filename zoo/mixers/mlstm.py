@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import HeadLayerNorm, linear, parameter, segment_starts, soft_cap
+from zoo.layers import HeadLayerNorm, gated, linear, parameter, segment_starts, soft_cap
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -68,7 +68,7 @@ class MLSTM(Mixer):
         self.q = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        gate = {"init_scale": 0.1, "decay": False, "dtype": dtype, "rngs": rngs}
+        gate = {"init_scale": 0.1, "decay": False, "dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
         self.input_gate = linear(d, self.heads, ("embed", "gates"), **gate)
         self.forget_gate = linear(d, self.heads, ("embed", "gates"), **gate)
         # Heads start with memories of 20 to 400 tokens, as in the paper.
@@ -76,17 +76,17 @@ class MLSTM(Mixer):
         self.input_bias = parameter(jnp.full((self.heads,), config.input_gate_bias, jnp.float32), **vector)
         self.forget_bias = parameter(jnp.linspace(3.0, 6.0, self.heads), **vector)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype)
+        self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=jnp.float32)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         batch, time = x.shape[:2]
-        initial = {"S": None, "n": None, "m": jnp.zeros((batch, self.heads))} if state is None else state
+        initial = {"S": None, "n": None, "m": jnp.zeros((batch, self.heads), jnp.float32)} if state is None else state
         q = checkpoint_name(self.q(x).reshape(batch, time, self.heads, self.key_width), "mlstm_q")
         k = checkpoint_name(self.k(x).reshape(batch, time, self.heads, self.key_width), "mlstm_k")
         v = checkpoint_name(self.v(x).reshape(batch, time, self.heads, self.value_width), "mlstm_v")
-        log_input = self._cap(self.input_gate(x).astype(jnp.float32) + self.input_bias[...])  # [B, T, H]
-        forget = self._cap(self.forget_gate(x).astype(jnp.float32) + self.forget_bias[...])
+        log_input = self._cap(self.input_gate(x) + self.input_bias[...])  # [B, T, H]
+        forget = self._cap(self.forget_gate(x) + self.forget_bias[...])
         log_forget = jax.nn.log_sigmoid(forget)
         starts = None if segment_ids is None else segment_starts(segment_ids)[..., None]
         m, before = jax.lax.stop_gradient(running_maximum(log_forget, log_input, initial["m"], starts))
@@ -100,8 +100,8 @@ class MLSTM(Mixer):
         decays = jnp.repeat(log_decay, self.key_width, axis=-1)
         n, final_n = ops.linear_scan(keys, decays, initial_state=initial["n"], segment_ids=segment_ids)
         weight = scale * jnp.einsum("bthk,bthk->bth", q.astype(jnp.float32), n.reshape(q.shape))
-        o = o.astype(jnp.float32) / (jnp.maximum(jnp.abs(weight), jnp.exp(-m)) + 1e-6)[..., None]
-        y = self.out(self.norm(o) * jax.nn.sigmoid(self.output_gate(x)))
+        divisor = (jnp.maximum(jnp.abs(weight), jnp.exp(-m)) + 1e-6)[..., None]
+        y = self.out(gated(lambda o: self.norm(o / divisor), o, self.output_gate(x), jax.nn.sigmoid))
         return y, None if state is None else {"S": final_s, "n": final_n, "m": m[:, -1]}
 
     def _cap(self, logits):

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm, rotary
+from zoo.layers import gated, linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import setting
 
@@ -46,7 +46,7 @@ class RetNet(Mixer):
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
@@ -58,8 +58,7 @@ class RetNet(Mixer):
         v = checkpoint_name(self.v(x).reshape(heads_v), "retnet_v")
         log_decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))  # [H]
         o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
-        o = self.norm(o).reshape(*x.shape[:2], -1)
-        y = self.out(o * jax.nn.silu(self.output_gate(x)))
+        y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else final_state
 
     def init_state(self, batch_size, max_length, dtype):

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import HeadLayerNorm, in_pieces, linear, parameter, token_shift
+from zoo.layers import HeadLayerNorm, gated, in_pieces, linear, mixture, parameter, token_shift
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -60,7 +60,8 @@ class RWKV6(Mixer):
         mix = jnp.stack([steep, ramp, ramp, ramp - 0.3 * place, steep])
         self.shared_mix = parameter(ramp, ("norm",), decay=False)  # mu
         self.mix = parameter(mix, ("gates", "norm"), decay=False)  # mu_z
-        self.mix_down = linear(d, MIXTURES * config.mix_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+        of_gate = {"decay": False, "dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
+        self.mix_down = linear(d, MIXTURES * config.mix_rank, ("embed", "rank"), **of_gate)
         self.mix_up = linear(
             config.mix_rank, MIXTURES * d, ("rank", "width"), init_scale=0.1, decay=False, dtype=dtype, rngs=rngs
         )
@@ -68,7 +69,7 @@ class RWKV6(Mixer):
         self.k = linear(d, d_k, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.decay_down = linear(d, config.decay_rank, ("embed", "rank"), decay=False, dtype=dtype, rngs=rngs)
+        self.decay_down = linear(d, config.decay_rank, ("embed", "rank"), **of_gate)
         self.decay_up = linear(
             config.decay_rank, d_k, ("rank", "heads"), init_scale=0.1, decay=False, dtype=jnp.float32, rngs=rngs
         )
@@ -77,7 +78,8 @@ class RWKV6(Mixer):
         bonus = place * (1.0 - key) + 0.1 * zigzag
         self.decay_bias = parameter(-6.0 + 5.0 * key ** (0.7 + 1.3 * place), ("norm",), decay=False)
         self.bonus = parameter(bonus.reshape(self.heads, -1), ("gates", "norm"), decay=False)  # u
-        self.norm = HeadLayerNorm(self.heads, self.value_width, epsilon=sizes.norm_epsilon, dtype=dtype, bias=True)
+        norm = {"epsilon": sizes.norm_epsilon, "dtype": jnp.float32, "bias": True}
+        self.norm = HeadLayerNorm(self.heads, self.value_width, **norm)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
@@ -92,18 +94,17 @@ class RWKV6(Mixer):
         o, final_s = ops.linear_attention(
             r, k, v, log_decay, bonus=self.bonus[...], initial_state=initial["S"], segment_ids=segment_ids, scale=1.0
         )
-        y = self.out(self.norm(o) * jax.nn.silu(gate))
+        y = self.out(gated(self.norm, o, gate, jax.nn.silu))
         return y, None if state is None else {"S": final_s, "last": last}
 
     def _projections(self, x, shifted):
         """r, d, k, v and the output gate, each of its own mixture of x_t and x_{t-1}."""
-        delta = shifted - x
-        inner = jnp.tanh(self.mix_down(x + delta * self.shared_mix[...].astype(x.dtype)))
-        inner = inner.reshape(*x.shape[:2], MIXTURES, self.mix_rank)
+        inner = jnp.tanh(self.mix_down(mixture(x, shifted, self.shared_mix[...])))
+        inner = inner.astype(x.dtype).reshape(*x.shape[:2], MIXTURES, self.mix_rank)
         up = self.mix_up.kernel[...].astype(x.dtype).reshape(self.mix_rank, MIXTURES, self.d_model)
-        mix = jnp.einsum("btzr,rzd->zbtd", inner, up) + self.mix[...].astype(x.dtype)[:, None, None]
-        r, w, k, v, g = x + delta * mix
-        d = self.decay_bias[...] + self.decay_up(jnp.tanh(self.decay_down(w)).astype(jnp.float32))
+        chosen = jnp.einsum("btzr,rzd->zbtd", inner, up)
+        r, w, k, v, g = mixture(x, shifted, self.mix[...][:, None, None], chosen)
+        d = self.decay_bias[...] + self.decay_up(jnp.tanh(self.decay_down(w)))
         return self.r(r), d, self.k(k), self.v(v), self.output_gate(g)
 
     def init_state(self, batch_size, max_length, dtype):

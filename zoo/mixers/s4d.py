@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear
+from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, rounded_once
 from zoo.mixers.base import Mixer, Sizes
 
 
@@ -33,7 +33,7 @@ class S4D(Mixer):
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         y, final_state = self.ssm(x, segment_ids=segment_ids, state=state)
-        y = self.out(jax.nn.gelu(checkpoint_name(y, "s4d_y")))
+        y = self.out(rounded_once(jax.nn.gelu, checkpoint_name(y, "s4d_y")))
         return y, None if state is None else final_state
 
     def init_state(self, batch_size, max_length, dtype):

@@ -5,108 +5,108 @@ never waits for a log line. Where a step is evaluated or saved, its own metrics 
 gradient or parameters are not finite is never saved. Evaluation comes before saving, for its loss ranks the checkpoint.
 
 What the next process needs to continue bit by bit is the state, the step (which fixes batch and dropout), and the
-losses since the last row; the checkpoint holds them.
+losses since the last row; the checkpoint holds them, beside the config and the fingerprints of what it was trained on.
 """
 
 import contextlib
+import json
 import math
 import os
-import pathlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from zoo import checkpoints, data, files, flops, memory, metrics, sharding
-from zoo.checkpoints import Checkpointer
+from zoo import data, files, flops, memory, metrics, paths, sharding
+from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
-from zoo.errors import RunError, UsageError
+from zoo.errors import RunError
 from zoo.training import workdir as workdirs
 from zoo.training.progress import ProgressLine, duration
 from zoo.training.schedules import shortening
 from zoo.training.signals import StopSignal
-from zoo.training.step import Programs, TrainState, build
+from zoo.training.start import first_state
+from zoo.training.step import build
 
+OVERRIDES = "overrides.jsonl"  # one line a change: {"step": 40, "optimizer.learning_rate": [0.003, 0.001]}
 PROFILE_SKIP = 2  # steps before the trace begins: the first ones warm caches up
 
 
-def train(config: Config, workdir: str | os.PathLike, *, init_from: str = "", profile_steps: int = 0) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    init_from: str = "",
+    profile_steps: int = 0,
+    override: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train until `config.train.steps`, continuing what stands in `workdir`.
 
     Args:
       init_from: workdir of a run whose weights a new run starts from; its optimizer and step are left behind.
       profile_steps: trace that many steps into WORKDIR/profile (jax.profiler); 0: none.
+      override: settings, such as optimizer.learning_rate, in which the config may differ from the one that the run in
+        `workdir` was trained with so far; noted in WORKDIR/overrides.jsonl.
 
     Returns:
-      What WORKDIR/summary.json then holds, or {"stopped_at": step} after SIGTERM or Ctrl-C.
+      What WORKDIR/summary.json then holds, or {"stopped_at": step} after SIGTERM, SIGHUP or Ctrl-C.
 
     Raises:
       UsageError: what is asked for cannot be done; nothing was compiled.
-      RunError: a loss, gradient or parameter that is not finite, or a checkpoint that could not be written.
+      RunError: a loss, gradient or parameter that is not finite, or a file of the run that could not be written. After
+        a checkpoint that could not be (SaveError), threads of Orbax keep the process for minutes: leave by `os._exit`.
     """
-    run = workdirs.prepare(config, workdir)
+    run = workdirs.prepare(config, workdir, override)
     with run.lock:
         mesh = sharding.make_mesh(run.config.mesh)
         workdirs.check_mesh(run.config, mesh)
         memory.check_training(run.config, mesh)
+        # Opened once: what happens to the text from here on means nothing to this process.
         dataset = data.training_dataset(run.data_config)
+        validation = data.validation_batches(run.data_config)
         info = data.corpus_info(run.data_config)
+        trained_on = {
+            "data": dataset.fingerprint,
+            "validation_data": validation.fingerprint,
+            "tokenizer": data.tokenizer.load(run.data_config.data.tokenizer).fingerprint,
+        }
         programs = build(run.config, mesh)
         kept = run.config.checkpoint
         with contextlib.ExitStack() as stack:
             checkpointer = Checkpointer(run.workdir / "checkpoints", keep_last=kept.keep_last, keep_best=kept.keep_best)
             stack.callback(checkpointer.close)
-            state, progress = _first_state(run, programs, checkpointer, dataset.fingerprint, init_from)
-            loop = _Loop(run, mesh, programs, checkpointer, dataset, state, progress)
+            state, progress = first_state(run, programs, checkpointer, trained_on, init_from)
+            checkpointer.prune()  # a lower keep_last makes room before the next save needs it
+            loop = _Loop(run, mesh, programs, checkpointer, dataset, validation, state, progress)
             stack.callback(loop.close)
+            loop.catch_up()
             loop.announce(info)
-            _write_summary(run.workdir, {"corpus": info})  # which runs compare, while they still train
+            loop.note({"corpus": info})  # which runs compare, while they still train
+            loop.compile()  # a signal until here ends the process at once: there is nothing to save
             with StopSignal() as stop:
                 loop.run(stop, profile_steps)
-                if stop.name:
-                    checkpointer.wait()
-                    loop.progress.say(f"{stop.name}: saved at step {loop.step}; repeat the command to continue")
-                    return {"stopped_at": loop.step}
-                return loop.finish(info, init_from)
-
-
-def _first_state(
-    run: workdirs.Run, programs: Programs, checkpointer: Checkpointer, fingerprint: str, init_from: str
-) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state, else another run's weights, else fresh ones; and what `_Loop._progress` saved."""
-    fresh = {"seconds": 0.0, "losses": [], "data": fingerprint}
-    checkpoint = checkpointer.restore(programs.abstract_state)
-    if checkpoint is not None:
-        if checkpoint.meta["data"] != fingerprint:
-            raise UsageError(
-                f"data.source: the text is not the one that {run.workdir} was trained on (fingerprint "
-                f"{fingerprint[:16]}, then {checkpoint.meta['data'][:16]}); restore it, or choose another --workdir"
-            )
-        return checkpoint.state, checkpoint.meta
-    if not init_from:
-        return programs.init(), fresh
-    other, tokenizer = checkpoints.load_run(init_from), data.tokenizer.for_run(run.workdir, run.config)
-    if other.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
-    params = nnx.state(other.model, nnx.Param)
-    wanted = programs.abstract_state.params
-    checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(params), checkpoints.shapes(wanted))
-    return programs.init_opt(jax.device_put(params, jax.tree.map(lambda x: x.sharding, wanted))), fresh
+                if not stop.name:
+                    return loop.finish(info, init_from)
+                checkpointer.wait()
+                done = f"saved at step {loop.step}" if loop.step else "stopped before the first step"
+                loop.progress.say(f"{stop.name}: {done}; repeat the command to continue")
+                return {"stopped_at": loop.step}
 
 
 class _Loop:
     """The state of a run between steps."""
 
-    def __init__(self, run, mesh, programs, checkpointer, dataset, state, progress):
-        self.config, self.workdir, self.data_config = run.config, run.workdir, run.data_config
-        self.mesh, self.programs, self.checkpointer, self.dataset = mesh, programs, checkpointer, dataset
+    def __init__(self, run, mesh, programs, checkpointer, dataset, validation, state, progress):
+        self.config, self.workdir = run.config, run.workdir
+        self.mesh, self.programs, self.checkpointer = mesh, programs, checkpointer
+        self.dataset, self.validation = dataset, validation
         self.state = state
         self.step = int(state.step)
+        self.step_fn: Any = None
         self.saved_step = self.step
         self.tracing = False
         self.tokens_per_step = self.config.train.batch_size * self.config.train.context_length
@@ -115,11 +115,24 @@ class _Loop:
         self.row_seconds, self.row_step = self.seconds, self.step  # where tokens/s is counted from
         self.clock_start: float | None = None
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.resumes_from = progress
         self.writer = metrics.Writer(self.workdir, self.config, self.step)
         self.progress = ProgressLine(self.step, self.config.train.steps)
         self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self.peak_flops = peak and peak * mesh.size  # of all devices; None: unknown
+
+    def catch_up(self) -> None:
+        """Write what the process before could not, and what was changed since it."""
+        present = metrics.read(self.workdir)
+        for row in self.resumes_from["unwritten"]:
+            if row not in present:
+                self.writer.write(row)
+        lines = [json.dumps(override) + "\n" for override in self.resumes_from["overrides"]]
+        if lines:
+            paths.replace(self.workdir / OVERRIDES, "".join(lines))
+        else:
+            (self.workdir / OVERRIDES).unlink(missing_ok=True)
 
     def announce(self, info: dict[str, Any]) -> None:
         device, config = self.mesh.devices.flat[0], self.config
@@ -143,13 +156,34 @@ class _Loop:
             say(f"warm-up     {shortened}")
         if self.step:
             say(f"resumed     at step {self.step}")
+        for override in self.resumes_from["overrides"]:
+            changed = (f"{name}: {' -> '.join(map(str, both))}" for name, both in override.items() if name != "step")
+            say(f"changed     at step {override['step']}: {'; '.join(changed)}")
+
+    def compile(self) -> None:
+        """The training step, if there is one to do."""
+        if self.step >= self.config.train.steps:
+            return
+        rows = (self.config.train.batch_size, self.config.train.context_length)
+        batch = {
+            name: jax.ShapeDtypeStruct(rows, np.float32 if name == "weights" else np.int32)
+            for name in ("tokens", "targets", "segment_ids", "weights")
+        }
+        start = time.perf_counter()
+        self.step_fn = self.programs.train.lower(self.programs.abstract_state, batch).compile()
+        self.progress.say(f"compiled    the training step in {time.perf_counter() - start:.1f} s")
 
     def run(self, stop: StopSignal, profile_steps: int) -> None:
         """Steps until the last one or until `stop`, with what is due after each; leaves the last one saved."""
-        steps = self.config.train.steps
-        if self.step >= steps:
+        if self.step >= self.config.train.steps:
             return
-        step_fn = self._compile()
+        try:
+            self._steps(stop, profile_steps)
+        except paths.WriteError as error:
+            raise self._after_failed_write(error) from error
+
+    def _steps(self, stop: StopSignal, profile_steps: int) -> None:
+        steps = self.config.train.steps
         batches = self.dataset.iterator(self.step)
         trace_from = self.step + PROFILE_SKIP
         try:
@@ -157,7 +191,7 @@ class _Loop:
             while self.step < steps and not stop.name:
                 if profile_steps and self.step == trace_from:
                     self._start_trace()
-                self._dispatch(step_fn, batches)
+                self._dispatch(batches)
                 if self.tracing and self.step == trace_from + profile_steps:
                     self._stop_trace()
                 last = self.step == steps
@@ -181,6 +215,19 @@ class _Loop:
             if self.tracing:
                 self._stop_trace()
 
+    def _after_failed_write(self, error: paths.WriteError) -> RunError:
+        """Save the state, rows that could not be written included; what to tell of it."""
+        try:
+            with contextlib.suppress(paths.WriteError):
+                self._read_pending()
+            self._stop_clock()
+            if self.step != self.saved_step:
+                self._save_state(None)
+            self.checkpointer.wait()
+        except SaveError as failed:
+            return SaveError(f"{error}; {failed}")
+        return RunError(f"{error}; the state of step {self.step} is saved. Mend that, then repeat the command")
+
     def finish(self, info: dict[str, Any], init_from: str) -> dict[str, Any]:
         """The checkpoint on disk, then loss.png and summary.json."""
         self.checkpointer.wait()
@@ -188,7 +235,7 @@ class _Loop:
         if evaluation.get("step") != self.step:
             self._evaluate(self.config.eval.final_batches)
             evaluation = self._last_row("eval_loss")
-        table = data.table_figures(self.dataset, data.validation_batches(self.data_config), self.step)
+        table = data.table_figures(self.dataset, self.validation, self.step)
         device = self.mesh.devices.flat[0]
         summary = {
             "step": self.step,
@@ -209,7 +256,7 @@ class _Loop:
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "sequence-zoo")},
         }
-        _write_summary(self.workdir, summary)
+        self.note(summary)
         self.writer.plot()
         self.progress.say(f"finished    step {self.step} after {duration(self.seconds)} of training; {self.workdir}")
         if summary["eval_bits_per_byte"] is None:
@@ -218,44 +265,39 @@ class _Loop:
             self.progress.say(line)
         return summary
 
+    def note(self, summary: dict[str, Any]) -> None:
+        """Put these into summary.json; of a resumed run, beside what stood there."""
+        path, before = self.workdir / "summary.json", {}
+        if self.step:
+            with contextlib.suppress(OSError, ValueError):
+                before = json.loads(path.read_text())
+        paths.replace(path, files.to_json((before if isinstance(before, dict) else {}) | summary, indent=2) + "\n")
+
     def close(self) -> None:
         self.progress.close()
         self.writer.close()
 
-    def _compile(self) -> Any:
-        rows = (self.config.train.batch_size, self.config.train.context_length)
-        batch = {
-            name: jax.ShapeDtypeStruct(rows, np.float32 if name == "weights" else np.int32)
-            for name in ("tokens", "targets", "segment_ids", "weights")
-        }
-        start = time.perf_counter()
-        compiled = self.programs.train.lower(self.programs.abstract_state, batch).compile()
-        self.progress.say(f"compiled    the training step in {time.perf_counter() - start:.1f} s")
-        return compiled
-
-    def _dispatch(self, step_fn: Any, batches: Iterator[data.pipeline.Batch]) -> None:
+    def _dispatch(self, batches: Iterator[data.pipeline.Batch]) -> None:
         batch = self.programs.put(next(batches))
         with jax.transfer_guard("disallow"):  # nothing goes to or from the device but the batch
-            self.state, step_metrics = step_fn(self.state, batch)
+            self.state, step_metrics = self.step_fn(self.state, batch)
         self.step += 1
-        self._read_pending()
-        self.pending = (self.step, step_metrics)
+        before, self.pending = self.pending, (self.step, step_metrics)
+        self._read(before)
 
     def _read_pending(self) -> None:
-        """Wait for the metrics in flight, stop if they are not finite, and write a row where one is due."""
-        if self.pending is None:
+        before, self.pending = self.pending, None
+        self._read(before)
+
+    def _read(self, dispatched: tuple[int, dict[str, jax.Array]] | None) -> None:
+        """Wait for the metrics of a step, stop if they are not finite, and write a row where one is due."""
+        if dispatched is None:
             return
-        (step, values), self.pending = self.pending, None
+        step, values = dispatched
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         bad = [name for name in ("loss", "grad_norm", "parameter_norm") if not math.isfinite(values[name])]
         if bad:
-            self.checkpointer.wait()
-            steps = self.checkpointer.steps()
-            kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint had been written"
-            raise RunError(
-                f"{', '.join(f'{name} = {values[name]}' for name in bad)} at step {step}; {kept}. "
-                "In a new --workdir, lower optimizer.learning_rate or optimizer.clip_norm, or lengthen the warm-up"
-            )
+            raise self._not_finite(step, ", ".join(f"{name} = {values[name]}" for name in bad))
         self.losses.append(values["loss"])
         self.progress.step(step)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
@@ -274,6 +316,16 @@ class _Loop:
             self.writer.write(row)
             self.progress.row(row, seconds_per_step=per_step)
 
+    def _not_finite(self, step: int, what: str) -> RunError:
+        self.checkpointer.wait()
+        steps = self.checkpointer.steps()
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint had been written"
+        go_on = "Go on from it with a lower optimizer.learning_rate (and --override=optimizer.learning_rate), or in"
+        return RunError(
+            f"{what} at step {step}; {kept}. {go_on if steps else 'In'} a new --workdir, lower optimizer.learning_rate "
+            "or optimizer.clip_norm, or lengthen the warm-up"
+        )
+
     def _last_row(self, name: str) -> metrics.Row:
         return next((row for row in reversed(metrics.read(self.workdir)) if name in row), {})
 
@@ -284,13 +336,16 @@ class _Loop:
 
     def _evaluate(self, max_batches: int, shown: bool = True) -> float:
         """Nats per token on so many validation batches (0: all), `shown` as a row of metrics."""
-        batches = data.validation_batches(self.data_config).at_most(max_batches)
+        batches = self.validation.at_most(max_batches)
         totals = [self.programs.evaluate(self.state.params, self.programs.put(batch)) for batch in batches]
         totals = jax.device_get(totals)
         nats, tokens, num_bytes = (math.fsum(float(t[name]) for t in totals) for name in ("nats", "tokens", "bytes"))
+        loss = nats / max(tokens, 1.0)
+        if not math.isfinite(loss):
+            raise self._not_finite(self.step, f"validation loss = {loss}")
         row = {
             "step": self.step,
-            "eval_loss": nats / max(tokens, 1.0),
+            "eval_loss": loss,
             "eval_tokens": round(tokens),
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
@@ -301,11 +356,15 @@ class _Loop:
             self.writer.write(row)
             self.progress.row(row)
             self.writer.plot()
-        return row["eval_loss"]
+        return loss
 
     def _save(self, loss: float | None) -> None:
-        progress = {"seconds": self.seconds, "losses": self.losses, "data": self.dataset.fingerprint}
-        self.checkpointer.save(self.step, self.state, loss=loss, meta=progress)
+        self.writer.sync()
+        self._save_state(loss)
+
+    def _save_state(self, loss: float | None) -> None:
+        progress = {"seconds": self.seconds, "losses": self.losses, "unwritten": self.writer.unwritten}
+        self.checkpointer.save(self.step, self.state, loss=loss, meta=self.resumes_from | progress)
         self.saved_step = self.step
 
     def _start_trace(self) -> None:
@@ -327,11 +386,6 @@ class _Loop:
 
     def _seconds(self) -> float:
         return self.seconds + (time.perf_counter() - self.clock_start if self.clock_start is not None else 0.0)
-
-
-def _write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-    with files.replacing(workdir / "summary.json") as path:
-        path.write_text(files.to_json(summary, indent=2) + "\n")
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,5 +1,6 @@
 """What a person watching sees: one live line on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 
 from rich.console import Console
@@ -45,18 +46,23 @@ class ProgressLine:
             self._live.update(self._task, text=text)
         else:
             left = (self._steps - row["step"]) * seconds_per_step
-            print(f"step {row['step']}/{self._steps}  {text}  {duration(left)} left", flush=True)
+            _print(f"step {row['step']}/{self._steps}  {text}  {duration(left)} left")
 
     def say(self, text: str) -> None:
         text = printable(text)
         if self._live:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            _print(text)
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it (a closed terminal or pipe, a full disk): no reason to stop
+        print(text, flush=True)
 
 
 def _count(x: float) -> str:

@@ -1,11 +1,14 @@
-"""SIGTERM and the first SIGINT (Ctrl-C) ask the loop to stop after the step in progress; a second SIGINT interrupts."""
+"""SIGTERM, SIGHUP (the terminal is gone) and the first SIGINT (Ctrl-C) ask the loop to stop after the step in progress;
+a second SIGINT interrupts."""
 
 import signal
 import threading
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
 
 class StopSignal:
-    """A context in which `name` becomes the signal's name once one has come."""
+    """A context in which `name` becomes the signal's name once one has come. Ignored ones (nohup) stay ignored."""
 
     def __init__(self):
         self.name: str | None = None
@@ -13,7 +16,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+            heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+            self._previous = {s: signal.signal(s, self._receive) for s in heard}
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,23 +1,43 @@
-"""Everything that is checked and settled before a run allocates or compiles anything."""
+"""Everything that is checked and settled before a run allocates or compiles anything.
 
+A workdir binds by what was trained: the config that a resumed run is held against is the one in its newest checkpoint.
+Without a checkpoint nothing was trained, and config.json and tokenizer.json of a start that failed are written anew.
+"""
+
+import contextlib
 import copy
 import fcntl
+import json
 import os
 import pathlib
-from typing import IO, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from zoo import checkpoints, data, metrics, sharding
+from zoo import checkpoints, data, metrics, paths, sharding
 from zoo import config as zoo_config
-from zoo.config import Config
-from zoo.errors import UsageError
+from zoo.config import Config, ModelConfig
+from zoo.data import synthetic
+from zoo.data.corpora import STDLIB
+from zoo.data.tokenizer import BYTES
+from zoo.errors import UsageError, warn
+from zoo.mixers import MIXERS
+from zoo.settings import nearest
 
-# What may differ when a run is resumed (a trailing dot: the whole section). A longer train.steps stretches the
-# schedule of the learning rate from the step resumed on; another mesh changes sums in their last bits.
-FREE_ON_RESUME = (
-    "train.steps", "train.log_every", "eval.", "checkpoint.", "metrics.", "mesh.", "data.cache_dir",
-    "data.max_lost_text", "data.read_threads",
+# What may differ when a run is resumed (a trailing dot: the whole section). Of the text its fingerprint counts, which
+# the checkpoint holds, not where it lies.
+FREE = (
+    "train.log_every", "eval.", "checkpoint.", "metrics.", "data.text_field", "data.cache_dir", "data.max_lost_text",
+    "data.read_threads",
+)  # fmt: skip
+# This too, but it leaves a trace: a longer train.steps stretches the schedule of the learning rate from the step
+# resumed on, another mesh changes sums in their last bits.
+NOTED = ("train.steps", "mesh.")
+# And this if --override names it: the state and the batches to come stay what they are.
+OVERRIDABLE = (
+    *(f"optimizer.{name}" for name in zoo_config.leaves(zoo_config.OptimizerConfig()) if name != "name"),
+    "train.accumulate_steps", "model.dropout", "model.remat", "model.dtype", "data.validation_source",
 )  # fmt: skip
 
 VOCAB_MULTIPLE = 64
@@ -25,38 +45,41 @@ VOCAB_MULTIPLE = 64
 
 class Run(NamedTuple):
     workdir: pathlib.Path
-    config: Config  # as asked for, with the vocabulary settled; in WORKDIR/config.json
+    config: Config  # as asked for, with the vocabulary settled and paths absolute; in WORKDIR/config.json
     data_config: Config  # the same, reading the run's own copy of the tokenizer
-    lock: IO  # closing it lets go of the workdir
+    lock: "Lock"  # closing it lets go of the workdir
+    override: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
 
 
-def prepare(config: Config, workdir: str | os.PathLike) -> Run:
+def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] = ()) -> Run:
     """Check `config` as a whole and against what stands in `workdir`, and write config.json and tokenizer.json there.
+
+    Args:
+      override: settings of `OVERRIDABLE` that may differ from those that the run was trained with so far.
 
     Raises:
       UsageError: a setting that is wrong by itself, with the others, with the data, or with the run in `workdir`.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = pathlib.Path(paths.expand(workdir)).absolute()
     zoo_config.validate(config)
     metrics.check(config.metrics)
-    data.check(config)
-    config = settle_vocabulary(config, workdir)
-    saved = workdir / "config.json"
-    if saved.exists():
-        check_resumable(checkpoints.read_config(workdir), config, workdir)
+    _check_override(override)
+    config = _with_absolute_paths(config)
+    existed = workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(workdir)
-        own_tokenizer = workdir / "tokenizer.json"
-        if config.data.tokenizer != data.tokenizer.BYTES and not own_tokenizer.exists():
-            _replace(own_tokenizer, pathlib.Path(config.data.tokenizer).expanduser().read_text())
-        _replace(saved, zoo_config.to_json(config))
+        lock = Lock(workdir)
     except OSError as error:
-        raise UsageError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another") from error
-    data_config = copy.deepcopy(config)
-    if own_tokenizer.exists():
-        data_config.data.tokenizer = str(own_tokenizer)
-    return Run(workdir, config, data_config, lock)
+        raise _unwritable(workdir, error.strerror) from error
+    try:
+        return _settle(config, workdir, lock, tuple(override))
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):  # it is not empty
+                (workdir / ".lock").unlink()
+                workdir.rmdir()
+        lock.close()
+        raise
 
 
 def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Config:
@@ -64,19 +87,149 @@ def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Conf
     config = copy.deepcopy(config)
     if config.model.vocab_size == 0:
         name = config.data.tokenizer
-        tokenizer = data.tokenizer.for_run(workdir, config) if workdir else data.tokenizer.load(name)
+        tokenizer = data.tokenizer.for_run(paths.expand(workdir), config) if workdir else data.tokenizer.load(name)
         config.model.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return config
 
 
-def check_resumable(saved: Config, config: Config, workdir: pathlib.Path) -> None:
-    """UsageError naming the settings that differ from the run's, but for those that may."""
-    differences = [d for d in zoo_config.difference(saved, config) if not d.startswith(FREE_ON_RESUME)]
-    if differences:
+def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple[str, ...]) -> Run:
+    own_tokenizer, data_config, before = workdir / "tokenizer.json", copy.deepcopy(config), None
+    if trained := checkpoints.newest_meta(workdir / "checkpoints"):
+        step, meta = trained
+        before = _with_absolute_paths(trained_config(workdir, meta))
+        if BYTES not in (config.data.tokenizer, before.data.tokenizer):
+            is_new = config.data.tokenizer != before.data.tokenizer
+            _settle_tokenizer(own_tokenizer, config.data.tokenizer, is_new, meta.get("tokenizer"))
+            data_config.data.tokenizer = str(own_tokenizer)
+    data.check(data_config)
+    data_config = settle_vocabulary(data_config, None)
+    config.model.vocab_size = data_config.model.vocab_size
+    if before is not None:
+        check_resumable(before, config, workdir, override)
+        if config.train.steps < step:
+            raise UsageError(
+                f"train.steps: {config.train.steps} is less than the {step} steps that the run in {workdir} has done; "
+                f"use at least {step}, or another --workdir"
+            )
+    try:
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+        if before is None and config.data.tokenizer == BYTES:
+            own_tokenizer.unlink(missing_ok=True)
+        elif before is None:
+            paths.replace(own_tokenizer, pathlib.Path(config.data.tokenizer).read_bytes())
+            data_config.data.tokenizer = str(own_tokenizer)
+        paths.replace(workdir / "config.json", zoo_config.to_json(config))
+    except paths.WriteError as error:
+        raise UsageError(f"--workdir: {error}; choose another") from error
+    except OSError as error:
+        raise _unwritable(error.filename or workdir, error.strerror) from error
+    return Run(workdir, config, data_config, lock, override)
+
+
+def trained_config(workdir: pathlib.Path, meta: dict[str, Any]) -> Config:
+    """The config that a checkpoint was trained with; of an older release's checkpoint, config.json."""
+    return zoo_config.from_json(json.dumps(meta["config"])) if "config" in meta else checkpoints.read_config(workdir)
+
+
+def check_resumable(trained: Config, config: Config, workdir: pathlib.Path, override: tuple[str, ...] = ()) -> None:
+    """UsageError naming the settings that differ from the run's, but for those that may, and how each could."""
+    differences = changes(trained, config)
+    shown = [
+        f"{name}: {old} -> {new}"
+        for name, (old, new) in differences.items()
+        if not name.startswith(NOTED) and name not in override
+    ]
+    if not shown:
+        return
+    named = ",".join(name for name in differences if name in OVERRIDABLE)
+    advice = f", add --override={named} to go on with the new value" if named else ""
+    raise UsageError(
+        f"--workdir={workdir} holds a run with another config: {'; '.join(shown)} (the run's -> yours). "
+        f"Repeat the run's own command to resume it{advice}, or choose another --workdir"
+    )
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each setting that differs and means something for what is trained or measured."""
+    before, after = zoo_config.leaves(old), zoo_config.leaves(new)
+    differ = [name for name in before if before[name] != after[name] and not name.startswith(FREE)]
+    return {name: (before[name], after[name]) for name in differ if not _only_moved(name, before[name], after[name])}
+
+
+def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Settings of the families in use that differ and change what the same parameters compute."""
+    unused = {name for name in MIXERS if name not in zoo_config.pattern(old) + zoo_config.pattern(new)}
+    before, after = zoo_config.leaves(old), zoo_config.leaves(new)
+    return [
+        f"model.{name}: {before[name]} -> {after[name]}"
+        for name in before
+        if before[name] != after[name] and name != "remat" and name.split(".")[0] not in unused
+    ]
+
+
+def _only_moved(name: str, old: str, new: str) -> bool:
+    """Whether two values are paths of text or of a tokenizer, whose content is compared by its fingerprint."""
+    if name == "data.tokenizer":
+        return BYTES not in (old, new)
+    if name in ("data.source", "data.validation_source"):
+        return all(spec and spec != STDLIB and spec not in synthetic.TASKS for spec in (old, new))
+    return False
+
+
+def _check_override(override: Sequence[str]) -> None:
+    for name in override:
+        if name not in OVERRIDABLE:
+            near = nearest(name, list(OVERRIDABLE))
+            raise UsageError(f"--override: a run cannot change {name!r}; what it can, nearest first: {near}")
+
+
+def _settle_tokenizer(own: pathlib.Path, asked: str, is_new: bool, wanted: str | None) -> None:
+    """WORKDIR/tokenizer.json is what the run was trained with, or becomes it again from the file that is asked for.
+
+    Args:
+      is_new: whether another file is asked for than before; it has to have the same content.
+      wanted: fingerprint of the tokenizer that the run was trained with, where the checkpoint has it.
+    """
+    found, given = _fingerprint(own), _fingerprint(asked)
+    wanted = wanted or found
+    if is_new and given != wanted:
+        raise UsageError(f"data.tokenizer: {asked!r} is not the tokenizer that the run was trained with, {str(own)!r}")
+    if found == wanted is not None:
+        return
+    if given is None or wanted not in (given, None):
         raise UsageError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(differences)} (the run's -> yours). "
-            "Repeat the run's own command to resume it, or choose another --workdir"
+            f"data.tokenizer: {str(own)!r} is damaged or gone, and {asked!r} is not what it was; put one of them back"
         )
+    warn(f"{own} is damaged or gone; written anew from {asked}")
+    try:
+        paths.replace(own, pathlib.Path(asked).read_bytes())
+    except (OSError, paths.WriteError) as error:
+        raise UsageError(f"data.tokenizer: {error}") from error
+
+
+def _fingerprint(tokenizer: str | pathlib.Path) -> str | None:
+    """None: it cannot be read."""
+    try:
+        return data.tokenizer.load(str(tokenizer)).fingerprint
+    except UsageError:
+        return None
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """A copy that means the same files from any folder."""
+    config = copy.deepcopy(config)
+    section = config.data
+    section.source = ",".join(_absolute(spec.strip()) for spec in section.source.split(","))
+    section.validation_source = _absolute(section.validation_source)
+    section.tokenizer = section.tokenizer if section.tokenizer == BYTES else _absolute(section.tokenizer)
+    section.cache_dir = _absolute(section.cache_dir)
+    return config
+
+
+def _absolute(spec: str) -> str:
+    if not spec or spec == STDLIB or spec in synthetic.TASKS or spec.startswith("hf:"):
+        return spec
+    return str(pathlib.Path(paths.expand(spec)).absolute())
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -99,17 +252,36 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         )
 
 
-def _lock(workdir: pathlib.Path) -> IO:
-    lock = open(workdir / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-    except BlockingIOError as error:
-        lock.close()
-        raise UsageError(f"--workdir={workdir}: another process trains there; choose another") from error
-    return lock
+def _unwritable(path: str | os.PathLike, reason: str) -> UsageError:
+    return UsageError(f"--workdir: {path} cannot be written ({reason}); choose another")
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+class Lock:
+    """On a workdir. The system lets go of it too, however the process ends."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._files: list[int] = []
+        try:
+            # The folder itself, for a file may be deleted; and a file, for some file systems lock no folders.
+            for path, flags in ((workdir / ".lock", os.O_WRONLY | os.O_CREAT), (workdir, os.O_RDONLY)):
+                self._files.append(os.open(path, flags))
+                try:
+                    fcntl.flock(self._files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UsageError(f"--workdir={workdir}: another process trains there; choose another") from error
+                except OSError:
+                    if path != workdir:
+                        raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -30,6 +30,7 @@ from zoo import files
 from zoo.data.tokenizer import library
 from zoo.data.tokenizer.coverage import Coverage
 from zoo.errors import UsageError
+from zoo.paths import expand
 
 BYTES = "bytes"
 LARGEST_FILE = 128 << 20  # bytes of a tokenizer.json; the largest in use have 40 MB
@@ -83,7 +84,7 @@ class FileTokenizer:
 
     def __init__(self, path: str):
         try:
-            content = files.read_bytes(os.path.expanduser(path), LARGEST_FILE)
+            content = files.read_bytes(expand(path), LARGEST_FILE)
         except OSError as error:
             raise UsageError(
                 f"data.tokenizer: {path!r} cannot be read ({error.strerror}); expected `bytes` or the path of a "

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from zoo.data import corpora
 from zoo.data.tokenizer import LARGEST_VOCABULARY, SEPARATORS, library
 from zoo.errors import UsageError, exit_with_message
+from zoo.paths import expand
 
 _SMALLEST = 257  # 256 bytes and the separator
 
@@ -68,7 +69,7 @@ def _training_text(sources: list[corpora.Source], fraction: float) -> Iterator[s
 
 
 def _save(tokenizer: tokenizers.Tokenizer, path: str) -> None:
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(expand(path))
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,62 @@
+"""The state that a run begins with: its newest checkpoint's, another run's weights, or fresh ones."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from zoo import checkpoints, data
+from zoo.checkpoints import Checkpointer
+from zoo.errors import UsageError, warn
+from zoo.training import workdir as workdirs
+from zoo.training.step import Programs, TrainState
+
+
+def first_state(
+    run: workdirs.Run, programs: Programs, checkpointer: Checkpointer, trained_on: dict[str, str], init_from: str
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint's state, else another run's weights, else fresh ones; and what was saved beside it."""
+    config = {"config": dataclasses.asdict(run.config)}
+    fresh = {"seconds": 0.0, "losses": [], "overrides": [], "unwritten": []} | trained_on | config
+    checkpoint = checkpointer.restore(programs.abstract_state)
+    if checkpoint is not None:
+        _check_data(run, checkpoint.meta, trained_on)
+        changed = workdirs.changes(workdirs.trained_config(run.workdir, checkpoint.meta), run.config)
+        overrides = list(checkpoint.meta.get("overrides", []))
+        if changed:
+            overrides.append({"step": checkpoint.step} | changed)
+        return checkpoint.state, fresh | checkpoint.meta | trained_on | config | {"overrides": overrides}
+    if not init_from:
+        return programs.init(), fresh
+    return _from_another_run(run, programs, init_from), fresh
+
+
+def _check_data(run: workdirs.Run, meta: dict[str, Any], trained_on: dict[str, str]) -> None:
+    """UsageError if the text is not what the checkpoint was trained on."""
+    for name, what in (("data", "text"), ("validation_data", "validation text")):
+        now, then = trained_on[name], meta.get(name, trained_on[name])
+        if now != then and not (name == "validation_data" and "data.validation_source" in run.override):
+            raise UsageError(
+                f"data.source: the {what} is not the one that {run.workdir} was trained with (fingerprint "
+                f"{now[:16]}, then {then[:16]}); restore it, or choose another --workdir"
+            )
+
+
+def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> TrainState:
+    other = checkpoints.load_run(init_from)
+    step, its_model = other.step, other.config.model
+    if other.tokenizer.fingerprint != data.tokenizer.load(run.data_config.data.tokenizer).fingerprint:
+        raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
+    params = nnx.state(other.model, nnx.Param)
+    wanted = programs.abstract_state.params
+    checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(params), checkpoints.shapes(wanted))
+    loss = checkpoints.evaluation_loss(init_from, step)
+    evaluated = "" if loss is None else f", validation loss {loss:.4f}"
+    print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}", flush=True)
+    if different := workdirs.model_difference(its_model, run.config.model):
+        warn(
+            f"--init_from={init_from}: its weights were trained with other settings of the model, which shapes do not "
+            f"show: {'; '.join(different)} (there -> here)"
+        )
+    return programs.init_opt(jax.device_put(params, jax.tree.map(lambda x: x.sharding, wanted)))
