@@ -33,7 +33,7 @@ demo: $(VENV)/base
 	$(RUN) -m zoo.evaluate --workdir=$(WORKDIR) --tasks=perplexity
 
 test: lint
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --durations=10
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal --durations=10
 
 # These run for longer than they compile: with LLVM's optimisations, which tests/conftest.py switches off.
 test-slow: $(VENV)/test

@@ -13,8 +13,12 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sequence-zoo-jax-cache"))
-# Compiling is what the tests wait for: less than half as long without LLVM's optimisations. Not for timings.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiling is what the tests wait for: a quarter as long without LLVM's optimisations, with XLA's older way to emit
+# fusions, and with a program in one piece. Not for timings: `make test-slow` runs what users run.
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402

@@ -33,8 +33,9 @@ from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 from kernels.short_conv.api import IMPLEMENTATIONS as SHORT_CONV
 from tests.kernels import races
 
-BATCH = 2
-TIME = 36  # tokens; no multiple of a chunk
+BATCH = 2  # sequences with segments of their own
+TIME = 36  # tokens: two chunks and a part of one
+CUT = TIME - 1  # where tests cut: one token is left, and no whole chunks before it
 CHUNK = 16
 
 
@@ -348,7 +349,13 @@ def compiled(name, implementation):
 
 
 def results(name, implementation, inputs, segment_ids=None, seed=1):
-    """Values and gradients of `implementation`, against random cotangents of the output and the final state."""
+    """Values and gradients of `implementation`, against random cotangents of the output and the final state.
+
+    Without ids all tokens are one segment, by ids that say so: the program is that of packed rows. Calls without ids
+    (`compiled`) are held to it by `test_a_long_call_and_one_token_more_are_one_call`.
+    """
+    length = inputs[CASES[name].over_time[0]].shape[1]
+    segment_ids = jnp.ones((BATCH, length), jnp.int32) if segment_ids is None else segment_ids
     return compiled(name, implementation)(inputs, segment_ids, cotangents(name, inputs, seed))
 
 

@@ -8,6 +8,7 @@ import pytest
 from tests.kernels.conformance import (
     BATCH,
     CASES,
+    CUT,
     GATED,
     PAIRS,
     STATEFUL,
@@ -31,23 +32,17 @@ def test_values_and_gradients_are_the_references(name, implementation, packed):
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, actual[1], inputs))
 
 
-@pytest.mark.parametrize("name, implementation", PAIRS)
-def test_one_token(name, implementation):
-    inputs = CASES[name].make(length=1)
-    assert_close(results(name, implementation, inputs), results(name, "reference", inputs))
-
-
 @pytest.mark.parametrize("name, implementation", STATEFUL)
-def test_two_calls_that_carry_the_state_are_one_long_call(name, implementation):
+def test_a_long_call_and_one_token_more_are_one_call(name, implementation):
+    """The state is carried. Neither call has segment ids, the call that they are held to has."""
     case, inputs, run = CASES[name], CASES[name].make(), compiled(name, implementation)
-    first, second = halves(name, inputs)
+    first, second = parts(name, inputs)
     out, dstate = cotangents(name, inputs)
-    cut = TIME // 2
 
     # The gradient of the carried state is what the second call gives back for it.
-    (_, state), _ = run(first, None, (out[:, :cut], dstate))
-    (later, final_state), from_later = run(second | {case.state: state}, None, (out[:, cut:], dstate))
-    (earlier, _), from_earlier = run(first, None, (out[:, :cut], from_later[case.state]))
+    (_, state), _ = run(first, None, (out[:, :CUT], dstate))
+    (later, final_state), from_later = run(second | {case.state: state}, None, (out[:, CUT:], dstate))
+    (earlier, _), from_earlier = run(first, None, (out[:, :CUT], from_later[case.state]))
 
     gradients = {case.state: from_earlier[case.state]}
     for key in inputs.keys() - {case.state}:
@@ -59,26 +54,27 @@ def test_two_calls_that_carry_the_state_are_one_long_call(name, implementation):
 
 @pytest.mark.parametrize("name, implementation", PAIRS)
 def test_a_packed_row_is_its_documents(name, implementation):
-    case, packed, cut = CASES[name], CASES[name].make(), TIME // 2
-    segment_ids = jnp.repeat(jnp.array([[4, 2]] * BATCH), cut, axis=1)
+    """One of many tokens and one of a single one."""
+    case, packed = CASES[name], CASES[name].make()
+    segment_ids = jnp.where(jnp.arange(TIME) < CUT, 4, 2) * jnp.ones((BATCH, 1), jnp.int32)
     (out, final_state), gradients = results(name, implementation, packed, segment_ids)
     out_cotangent, state_cotangent = cotangents(name, packed)
 
-    for alone, here in zip(halves(name, packed), (slice(None, cut), slice(cut, None)), strict=True):
-        is_last = here.stop is None
-        cotangent = (out_cotangent[:, here], state_cotangent)
-        if case.state and is_last:
-            alone[case.state] = jnp.zeros_like(alone[case.state])
-        elif case.state:  # its final state goes nowhere
-            cotangent = (out_cotangent[:, here], jnp.zeros_like(state_cotangent))
-        (out_alone, state_alone), gradients_alone = compiled(name, implementation)(alone, None, cotangent)
-        assert error_ratio(out[:, here], out_alone) < 1e-6
-        for key in case.over_time:
-            assert error_ratio(gradients[key][:, here], gradients_alone[key]) < 1e-5, key
-        if case.state and is_last:
-            assert error_ratio(final_state, state_alone) < 1e-6
-        elif case.state:
-            assert error_ratio(gradients[case.state], gradients_alone[case.state]) < 1e-5
+    first, last = parts(name, packed)
+    cotangent, last_cotangent = (out_cotangent[:, :CUT], state_cotangent), (out_cotangent[:, CUT:], state_cotangent)
+    if case.state:  # the final state of the first goes nowhere, the last starts from zero
+        cotangent = cotangent[0], jnp.zeros_like(state_cotangent)
+        last[case.state] = jnp.zeros_like(last[case.state])
+    (first_out, _), first_gradients = compiled(name, implementation)(first, None, cotangent)
+    (last_out, last_state), last_gradients = compiled(name, implementation)(last, None, last_cotangent)
+
+    assert error_ratio(out, jnp.concatenate([first_out, last_out], 1)) < 1e-6
+    for key in case.over_time:  # together: one token from a zero state has a decay without a gradient
+        alone = jnp.concatenate([first_gradients[key], last_gradients[key]], 1)
+        assert error_ratio(gradients[key], alone) < 1e-5, key
+    if case.state:
+        assert error_ratio(final_state, last_state) < 1e-6
+        assert error_ratio(gradients[case.state], first_gradients[case.state]) < 1e-5
 
 
 @pytest.mark.parametrize("name, implementation", PAIRS)
@@ -86,7 +82,8 @@ def test_no_gradient_comes_from_the_future(name, implementation):
     inputs, now = CASES[name].make(), 22
     out, state = cotangents(name, inputs)
     only_now = out.at[:, :now].set(0).at[:, now + 1 :].set(0)
-    _, gradients = compiled(name, implementation)(inputs, None, (only_now, jax.tree.map(jnp.zeros_like, state)))
+    ones = jnp.ones((BATCH, TIME), jnp.int32)
+    _, gradients = compiled(name, implementation)(inputs, ones, (only_now, jax.tree.map(jnp.zeros_like, state)))
     for key in CASES[name].over_time:
         assert not np.any(gradients[key][:, now + 1 :]), key
         assert np.any(gradients[key][:, now - 1]) or key in ("q", "C"), key  # what reads
@@ -120,9 +117,10 @@ def test_bf16_is_close_to_float32(name, implementation):
     }
     exact = {key: value if jnp.iscomplexobj(value) else value.astype(jnp.float32) for key, value in half.items()}
     cotangents_half = cotangents(name, half)
-    values, gradients = compiled(name, implementation)(half, None, cotangents_half)
+    ones = jnp.ones((BATCH, TIME), jnp.int32)
+    values, gradients = compiled(name, implementation)(half, ones, cotangents_half)
     widened = jax.tree.map(lambda x: x if jnp.iscomplexobj(x) else x.astype(jnp.float32), cotangents_half)
-    expected, expected_gradients = compiled(name, "reference")(exact, None, widened)
+    expected, expected_gradients = compiled(name, "reference")(exact, ones, widened)
     for actual, wanted in zip(jax.tree.leaves(values), jax.tree.leaves(expected), strict=True):
         assert error_ratio(actual, wanted) < 5e-3
     for key, wanted in expected_gradients.items():
@@ -152,9 +150,10 @@ def test_steps_are_the_full_form(name):
     assert error_ratio(state, expected_state) < 1e-6
 
 
-def halves(name, inputs):
-    cut, over_time = TIME // 2, CASES[name].over_time
+def parts(name, inputs):
+    """All tokens but one, and that one."""
+    over_time = CASES[name].over_time
     return [
-        {key: value[:, here] if key in over_time else value for key, value in inputs.items()}
-        for here in (slice(None, cut), slice(cut, None))
+        {key: x[:, here] if key in over_time else x for key, x in inputs.items()}
+        for here in (slice(None, CUT), slice(CUT, None))
     ]

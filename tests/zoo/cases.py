@@ -1,6 +1,7 @@
 """The mixers that the suites run over: every family of the registry, and settings that change its algorithm."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,13 @@ def apply(mixer, dtype=jnp.float32):
         return nnx.merge(graphdef, parameters)(x, segment_ids=segment_ids, positions=positions, state=state)
 
     return parameters, call
+
+
+@functools.cache
+def applied(case: str, dtype=jnp.float32):
+    """The mixer of a case, and `apply` of it: one for all tests of the case, which share what is compiled."""
+    mixer = build(case, dtype)
+    return mixer, *apply(mixer)
 
 
 def error_ratio(value, reference):

@@ -10,13 +10,18 @@ import pytest
 from flax import nnx
 
 from kernels import dispatch
-from tests.zoo.cases import CASES, D_MODEL, TIME_INVARIANT, apply, build, config_of, error_ratio
+from tests.zoo.cases import CASES, D_MODEL, TIME_INVARIANT, applied, build, config_of, error_ratio
 from tests.zoo.count_flops import dot_flops
 from zoo.config import Config, from_json, to_json
 from zoo.mixers import MIXERS
 
-pytestmark = pytest.mark.parametrize("case", CASES)
-BATCH, TIME = 2, 13
+# By case, so that its tests follow each other and share its programs.
+pytestmark = pytest.mark.parametrize("case", CASES, scope="module")
+BATCH, TIME, CUT = 2, 14, 6  # CUT: where documents, and calls that carry a state, are cut
+
+
+def positions(start, length):
+    return jnp.broadcast_to(jnp.arange(start, start + length), (BATCH, length))
 
 
 @pytest.fixture(scope="module")
@@ -26,22 +31,20 @@ def inputs():
 
 def test_output_has_the_shape_and_dtype_of_the_input_and_no_state_without_one(case, inputs):
     for dtype in (jnp.float32, jnp.bfloat16):
-        parameters, call = apply(build(case, dtype))
+        _, parameters, call = applied(case, dtype)
         y, state = jax.eval_shape(call, parameters, inputs.astype(dtype))
         assert (y.shape, y.dtype, state) == (inputs.shape, dtype, None)
 
 
 def test_state_keeps_its_structure_and_shapes(case, inputs):
-    mixer = build(case)
-    parameters, call = apply(mixer)
+    mixer, parameters, call = applied(case)
     state = mixer.init_state(BATCH, 2 * TIME, jnp.float32)
-    positions = jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME))
-    _, after = jax.eval_shape(call, parameters, inputs, None, positions, state)
+    _, after = jax.eval_shape(call, parameters, inputs, None, positions(0, TIME), state)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
 def test_is_causal(case, inputs):
-    parameters, call = apply(build(case))
+    _, parameters, call = applied(case)
     t = TIME // 2
     gradient = jax.grad(lambda x: jnp.sum(call(parameters, x)[0][:, t] ** 2))(inputs)
     influence = jnp.abs(gradient).sum((0, 2))
@@ -50,14 +53,11 @@ def test_is_causal(case, inputs):
 
 
 def test_prefill_and_decoding_equal_the_full_pass(case, inputs):
-    mixer = build(case)
-    parameters, call = apply(mixer)
+    mixer, parameters, call = applied(case)
     full, _ = call(parameters, inputs)
     state, pieces, start = mixer.init_state(BATCH, TIME, jnp.float32), [], 0
-    for length in (5, 4, 1, 1, 1, 1):  # prefill, a second chunk of it, then token by token
-        piece = slice(start, start + length)
-        positions = jnp.broadcast_to(jnp.arange(start, start + length), (BATCH, length))
-        y, state = call(parameters, inputs[:, piece], None, positions, state)
+    for length in (CUT, CUT, 1, 1):  # prefill, a second chunk of it, then token by token
+        y, state = call(parameters, inputs[:, start : start + length], None, positions(start, length), state)
         pieces.append(y)
         start += length
     assert start == TIME
@@ -65,36 +65,36 @@ def test_prefill_and_decoding_equal_the_full_pass(case, inputs):
 
 
 def test_a_packed_row_equals_its_documents_alone(case, inputs):
-    mixer = build(case)
-    parameters, call = apply(mixer)
-    cut = 6
-    segment_ids = jnp.where(jnp.arange(TIME) < cut, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
-    positions = jnp.where(jnp.arange(TIME) < cut, jnp.arange(TIME), jnp.arange(TIME) - cut) * jnp.ones((BATCH, 1), int)
-    packed, _ = call(parameters, inputs, segment_ids, positions)
-    first, _ = call(parameters, inputs[:, :cut])
-    second, _ = call(parameters, inputs[:, cut:])
-    assert error_ratio(packed, jnp.concatenate([first, second], 1)) < 2e-6
+    """Documents alone are the beginnings of rows as long as the packed one, for which one program serves."""
+    mixer, parameters, call = applied(case)
+    alone, _ = call(parameters, inputs)
+    turned = jnp.concatenate([inputs[:, CUT:], inputs[:, :CUT]], 1)  # begins with the second document
+    second, _ = call(parameters, turned)
+    segment_ids = jnp.where(jnp.arange(TIME) < CUT, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
+    at = jnp.concatenate([positions(0, CUT), positions(0, TIME - CUT)], 1)
+    packed, _ = call(parameters, inputs, segment_ids, at)
+    assert error_ratio(packed, jnp.concatenate([alone[:, :CUT], second[:, : TIME - CUT]], 1)) < 2e-6
+
     # and with a state: it continues the first segment, and what comes back is the second's
-    state = mixer.init_state(BATCH, 3 * TIME, jnp.float32)
-    _, state = call(parameters, inputs, None, jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME)), state)
-    first_positions = jnp.where(jnp.arange(TIME) < cut, TIME, 0) + positions
-    continued, state = call(parameters, inputs, segment_ids, first_positions, state)
-    long = jnp.concatenate([inputs, inputs[:, :cut]], 1)
-    assert error_ratio(continued[:, :cut], call(parameters, long)[0][:, TIME:]) < 5e-6
-    assert error_ratio(continued[:, cut:], second) < 2e-6
-    after = jnp.broadcast_to(jnp.arange(TIME - cut, TIME - cut + 2), (BATCH, 2))
-    next_two, _ = call(parameters, inputs[:, :2], None, after, state)
-    alone = call(parameters, jnp.concatenate([inputs[:, cut:], inputs[:, :2]], 1))[0]
-    assert error_ratio(next_two, alone[:, -2:]) < 2e-6
+    state = mixer.init_state(BATCH, 2 * TIME, jnp.float32)
+    _, state = call(parameters, inputs[:, :CUT], None, positions(0, CUT), state)
+    rest = TIME - CUT
+    continuing = jnp.concatenate([inputs[:, CUT:], inputs[:, : TIME - rest]], 1)  # `rest` tokens, then a document
+    segment_ids = jnp.where(jnp.arange(TIME) < rest, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
+    at = jnp.concatenate([positions(CUT, rest), positions(0, TIME - rest)], 1)
+    continued, state = call(parameters, continuing, segment_ids, at, state)
+    expected = jnp.concatenate([alone[:, CUT:], alone[:, : TIME - rest]], 1)
+    assert error_ratio(continued, expected) < 5e-6
+    one_more, _ = call(parameters, inputs[:, TIME - rest :][:, :1], None, positions(TIME - rest, 1), state)
+    assert error_ratio(one_more, alone[:, TIME - rest :][:, :1]) < 2e-6
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1)])
-def test_any_length_and_batch_give_the_same_first_outputs(case, inputs, shape):
-    parameters, call = apply(build(case))
-    batch, time = shape
-    x = jnp.broadcast_to(inputs[:1, :time], (batch, time, D_MODEL))
+def test_a_token_alone_in_any_batch_gives_the_same_output(case, inputs):
+    """Other lengths are the subject of the tests of prefill."""
+    _, parameters, call = applied(case)
     full, _ = call(parameters, inputs)
-    assert error_ratio(call(parameters, x)[0], jnp.broadcast_to(full[:1, :time], x.shape)) < 2e-6
+    y, _ = call(parameters, jnp.broadcast_to(inputs[:1, :1], (3, 1, D_MODEL)))
+    assert error_ratio(y, jnp.broadcast_to(full[:1, :1], y.shape)) < 2e-6
 
 
 def test_learns_a_copy_task_and_every_parameter_gets_a_finite_gradient(case):
