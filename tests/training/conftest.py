@@ -70,7 +70,7 @@ def start(tmp_path):
         saved = tmp_path / f"{len(processes)}.json"
         saved.write_text(zoo_config.to_json(config))
         # What the compiler does not optimise it compiles three times faster, and these models are tiny.
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # and with XLA_FLAGS of tests/conftest.py
         process = subprocess.Popen(
             [sys.executable, str(script), *map(str, before), f"--config={saved}", f"--workdir={workdir}", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,

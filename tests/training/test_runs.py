@@ -242,7 +242,8 @@ def test_init_from_starts_anew_with_the_weights_of_another_run(run, config, tmp_
     new.train.seed, new.model.positions = 3, "none"
     train(new, tmp_path / "new", init_from=str(run))
     output = capsys.readouterr()
-    assert f"init_from   {run}, step 10, validation loss {metrics.read(run)[-1]['eval_loss']:.4f}, mlp" in output.out
+    loss = checkpoints.evaluation_loss(run, 10)  # of eval.batches, as of all checkpoints
+    assert f"init_from   {run}, step 10, validation loss {loss:.4f}, mlp" in output.out
     assert "which shapes do not show: model.positions: rope -> none (there -> here)" in output.err
     model = checkpoints.load_run(run).model
     batch = jax.tree.map(jnp.asarray, next(data.training_dataset(new).iterator(0)))
@@ -282,6 +283,7 @@ def test_a_disk_that_fills_costs_nothing_but_time(run, finished, config, tmp_pat
 
 
 def test_a_validation_loss_that_is_not_finite_is_never_saved(config, tmp_path, monkeypatch):
+    config.eval.every = 10
     original = loop.build
     poisoned = lambda *_: {"nats": np.float32("nan"), "tokens": np.float32(1), "bytes": np.float32(1)}  # noqa: E731
     monkeypatch.setattr(loop, "build", lambda *args: original(*args)._replace(evaluate=poisoned))

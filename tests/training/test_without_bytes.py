@@ -3,7 +3,7 @@
 import types
 
 from zoo.config import preset
-from zoo.data import corpus_info
+from zoo.data import corpus_info, validation_batches
 from zoo.training.loop import _Loop
 from zoo.training.progress import ProgressLine
 
@@ -17,12 +17,12 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
     )
     writer = types.SimpleNamespace(write=rows.append, plot=lambda: None)
     loop = types.SimpleNamespace(
-        data_config=config, config=config, programs=programs, state=types.SimpleNamespace(params=None), step=3,
+        validation=validation_batches(config), config=config, programs=programs, state=types.SimpleNamespace(params=None), step=3,
         tokens_per_step=10, seconds=1.0, writer=writer, progress=ProgressLine(0, 5),
     )  # fmt: skip
-    assert _Loop._evaluate(loop) == 2.0
-    assert rows == [{"step": 3, "eval_loss": 2.0, "tokens": 30, "seconds": 1.0}]
-    assert capsys.readouterr().out == "step 3  validation loss 2.0000\n"
+    assert _Loop._evaluate(loop, 1) == 2.0
+    assert rows == [{"step": 3, "eval_loss": 2.0, "eval_tokens": 4, "tokens": 30, "seconds": 1.0}]
+    assert capsys.readouterr().out == "step 3  validation loss 2.0000  (4 tokens)\n"
     info = corpus_info(config)
     assert (info["validation_bytes"], info["gzip_bits_per_byte"]) == (0, None)
 
