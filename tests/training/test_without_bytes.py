@@ -17,8 +17,9 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
     )
     writer = types.SimpleNamespace(write=rows.append, plot=lambda: None)
     loop = types.SimpleNamespace(
-        validation=validation_batches(config), config=config, programs=programs, state=types.SimpleNamespace(params=None), step=3,
-        tokens_per_step=10, seconds=1.0, writer=writer, progress=ProgressLine(0, 5),
+        validation=validation_batches(config), config=config, programs=programs, step=3,
+        state=types.SimpleNamespace(params=None), tokens_per_step=10, seconds=1.0, writer=writer,
+        progress=ProgressLine(0, 5),
     )  # fmt: skip
     assert _Loop._evaluate(loop, 1) == 2.0
     assert rows == [{"step": 3, "eval_loss": 2.0, "eval_tokens": 4, "tokens": 30, "seconds": 1.0}]
