@@ -64,8 +64,8 @@ def write(model, prompts, max_tokens, *, temperature=1.0, **rest):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_text_after_2000_tokens_is_that_of_rerunning_the_sequence(mixer):
     model = build(mixer)
-    written = write(model, [prompt(2000)], 40, temperature=0)[0]
-    assert written == rerun_greedily(model, prompt(2000), 40)
+    written = write(model, [prompt(2000)], 20, temperature=0)[0]  # two calls of the program that decodes
+    assert written == rerun_greedily(model, prompt(2000), 20)
     assert len(set(written)) > 4  # a text, not one token for ever
 
 

@@ -32,6 +32,7 @@ SMALL = papers.Setup(
 )
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_and_rows_shared_out_over_devices_train_as_on_one():
     program = """
         import json
