@@ -292,6 +292,8 @@ CASES = {
 if dispatch.device().is_hopper:  # `mosaic_gpu` has these widths only, and bfloat16 only: the other tests skip it
     CASES["linear_attention-scalar-wide"] = _linear_attention("BTH", groups=1, key_dim=64, value_dim=64)
     CASES["linear_attention-vector-wide"] = _linear_attention("BTHK", key_dim=64, value_dim=128)
+# Forms that no family runs: a bonus beside a decay a head, Mamba without its skip. With the slow tests.
+RARE = {"linear_attention-scalar-bonus", "selective_scan"}
 OPTIONAL = {"jla"}  # not installed everywhere; all others are held to all of their cases
 RACES = "mosaic_tpu-races"  # the kernels for TPUs, interpreted as `races.checked` says
 
@@ -314,7 +316,7 @@ def pairs(keep=lambda case: True):
         if keep(case):
             for each in filter(functools.partial(supported, name), case.implementations):
                 interpreted = each == "mosaic_gpu" and not dispatch.device().is_hopper
-                yield pytest.param(name, each, marks=[pytest.mark.slow] * interpreted)
+                yield pytest.param(name, each, marks=[pytest.mark.slow] * (interpreted or name in RARE))
             if "mosaic_tpu" in case.implementations:
                 yield pytest.param(name, RACES, marks=pytest.mark.slow)
 

@@ -100,7 +100,7 @@ def abstract(inputs, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
 
 
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=[] if c == "v5e" else pytest.mark.slow) for c in TOPOLOGIES])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_ahead_of_time(chip, kind, dtype):

@@ -95,7 +95,13 @@ def test_heads_that_share_queries_and_keys(decay):
     assert_close(*make(decay, heads=4, groups=2, time=65))
 
 
-@pytest.mark.parametrize("decay, packed", [("fixed", True), ("scalar", False), ("vector", True)])
+NO_FAMILY = pytest.mark.slow  # a bonus beside decays of a head
+
+
+@pytest.mark.parametrize(
+    "decay, packed",
+    [pytest.param("fixed", True, marks=NO_FAMILY), pytest.param("scalar", False, marks=NO_FAMILY), ("vector", True)],
+)
 def test_a_bonus_reads_the_state_before_the_decay(decay, packed):
     arguments, cotangents = make(decay, time=70)
     arguments["bonus"] = normal(np.random.default_rng(5), 1, 64)
@@ -109,7 +115,9 @@ def test_no_races_and_no_uninitialised_memory(decay):
         assert_close(*make(decay, time=300))
 
 
-@pytest.mark.parametrize("decay, bonus", [("scalar", True), ("vector", False), ("vector", True)])
+@pytest.mark.parametrize(
+    "decay, bonus", [pytest.param("scalar", True, marks=NO_FAMILY), ("vector", False), ("vector", True)]
+)
 def test_extreme_decays_in_packed_rows(decay, bonus):
     arguments, cotangents = make(decay, batch=2, time=100)
     if bonus:
