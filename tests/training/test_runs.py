@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import checkpoints, compare, data, metrics, paths
+from zoo import checkpoints, compare, data, files, metrics
 from zoo.checkpoints import digest
 from zoo.errors import RunError, UsageError
 from zoo.training import loop, train
@@ -269,7 +269,7 @@ def test_a_disk_that_fills_costs_nothing_but_time(run, finished, config, tmp_pat
 
     def append(self, line):
         if b'"step": 7,' in line or self.unwritten[1:]:
-            raise paths.WriteError("metrics.jsonl", OSError(errno.ENOSPC, "No space left on device"))
+            raise files.WriteError("metrics.jsonl", OSError(errno.ENOSPC, "No space left on device"))
         original(self, line)
 
     config.eval.every = 4

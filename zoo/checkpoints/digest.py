@@ -8,7 +8,7 @@ import pathlib
 import stat
 from typing import NamedTuple
 
-from zoo import files, paths
+from zoo import files
 
 DIGEST = "DIGEST.json"
 LARGEST = 64 << 20  # bytes of a DIGEST.json
@@ -24,7 +24,7 @@ class Digest(NamedTuple):
 def write_digest(path: pathlib.Path, loss: float | None) -> None:
     """Declare the checkpoint at `path` complete: sha256 of every file, and its evaluation loss."""
     digest = Digest(loss, {name: _sha256(path / name) for name in sorted(_sizes(path)) if name != DIGEST})
-    paths.replace(path / DIGEST, json.dumps(digest._asdict(), indent=1))
+    files.write(path / DIGEST, json.dumps(digest._asdict(), indent=1))
 
 
 def read_digest(path: pathlib.Path) -> Digest:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from zoo import config as zoo_config
-from zoo import memory, paths
+from zoo import files, memory
 from zoo.checkpoints import digest
 from zoo.checkpoints.digest import DIGEST
 from zoo.checkpoints.folder import complete_steps, listed, refuse_if_damaged
@@ -40,7 +40,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     Raises:
       UsageError: no run in `workdir`, no (undamaged) checkpoint of that step, or no tokenizer.
     """
-    workdir = pathlib.Path(paths.expand(workdir)).absolute()
+    workdir = pathlib.Path(files.expand(workdir)).absolute()
     config = read_config(workdir)
     tokenizer = for_run(workdir, config)
     memory.check_parameters(config.model, str(workdir))
@@ -93,7 +93,7 @@ def _check_is_there(directory: pathlib.Path, step: int) -> None:
 
 def evaluation_loss(workdir: str | os.PathLike, step: int) -> float | None:
     """Of a checkpoint, nats per token; None: it was not evaluated."""
-    return digest.recorded_loss(pathlib.Path(paths.expand(workdir)) / "checkpoints" / str(step))
+    return digest.recorded_loss(pathlib.Path(files.expand(workdir)) / "checkpoints" / str(step))
 
 
 def newest_meta(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
@@ -119,7 +119,7 @@ def newest_meta(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
 
 def read_config(workdir: str | os.PathLike) -> zoo_config.Config:
     """The config that the run in `workdir` was started with, checked. UsageError if there is no run."""
-    path = pathlib.Path(paths.expand(workdir)) / "config.json"
+    path = pathlib.Path(files.expand(workdir)) / "config.json"
     try:
         config = zoo_config.read_json(path)
     except OSError as error:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo import data, files, flops, memory, metrics, paths, sharding
+from zoo import data, files, flops, memory, metrics, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
 from zoo.errors import RunError
@@ -130,7 +130,7 @@ class _Loop:
                 self.writer.write(row)
         lines = [json.dumps(override) + "\n" for override in self.resumes_from["overrides"]]
         if lines:
-            paths.replace(self.workdir / OVERRIDES, "".join(lines))
+            files.write(self.workdir / OVERRIDES, "".join(lines))
         else:
             (self.workdir / OVERRIDES).unlink(missing_ok=True)
 
@@ -179,7 +179,7 @@ class _Loop:
             return
         try:
             self._steps(stop, profile_steps)
-        except paths.WriteError as error:
+        except files.WriteError as error:
             raise self._after_failed_write(error) from error
 
     def _steps(self, stop: StopSignal, profile_steps: int) -> None:
@@ -215,10 +215,10 @@ class _Loop:
             if self.tracing:
                 self._stop_trace()
 
-    def _after_failed_write(self, error: paths.WriteError) -> RunError:
+    def _after_failed_write(self, error: files.WriteError) -> RunError:
         """Save the state, rows that could not be written included; what to tell of it."""
         try:
-            with contextlib.suppress(paths.WriteError):
+            with contextlib.suppress(files.WriteError):
                 self._read_pending()
             self._stop_clock()
             if self.step != self.saved_step:
@@ -270,8 +270,8 @@ class _Loop:
         path, before = self.workdir / "summary.json", {}
         if self.step:
             with contextlib.suppress(OSError, ValueError):
-                before = json.loads(path.read_text())
-        paths.replace(path, files.to_json((before if isinstance(before, dict) else {}) | summary, indent=2) + "\n")
+                before = files.read_json(path, metrics.LARGEST_SUMMARY)
+        files.write(path, files.to_json((before if isinstance(before, dict) else {}) | summary, indent=2) + "\n")
 
     def close(self) -> None:
         self.progress.close()
