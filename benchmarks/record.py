@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from zoo import files
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -31,10 +33,9 @@ def path(name: str) -> pathlib.Path:
 
 def write(name: str, values: dict[str, Any]) -> pathlib.Path:
     """Keep `values` as the latest results of `name` on this platform; returns the file."""
-    file, new = path(name), path(f"{name}.new")
+    file = path(name)
     RESULTS.mkdir(exist_ok=True)
-    new.write_text(json.dumps(environment() | values, indent=1) + "\n")
-    new.replace(file)  # an interrupted write loses nothing
+    files.write(file, json.dumps(environment() | values, indent=1) + "\n")
     print(f"written to {file.relative_to(RESULTS.parent.parent)}")
     return file
 

@@ -26,10 +26,10 @@ from flax import nnx
 from benchmarks import record
 from zoo import checkpoints, compile_cache, flops, plots
 from zoo.config import Config, from_json
+from zoo.files import expand
 from zoo.mixers import MIXERS
 from zoo.mixers.gla import GATES
 from zoo.model import LanguageModel
-from zoo.paths import expand
 from zoo.settings import argument
 from zoo.training import train
 

@@ -10,8 +10,6 @@ time. Runs on different texts are kept apart: their losses do not compare.
 import argparse
 import dataclasses
 import hashlib
-import math
-import os
 import pathlib
 import re
 import sys
@@ -24,11 +22,10 @@ from zoo import checkpoints, files, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message
 from zoo.flops import num_parameters, state_bytes
-from zoo.paths import expand
 from zoo.settings import argument
 from zoo.terminal import one_line
 
-_LARGEST_SUMMARY, _LARGEST_METRICS = 1 << 20, 1 << 30  # bytes
+_LARGEST_METRICS = 1 << 30  # bytes
 
 
 @dataclasses.dataclass
@@ -54,7 +51,7 @@ def read_runs(workdirs: list[str]) -> list[Run]:
     """The runs in `workdirs`, named by their folders, or by their paths where folders have the same name.
 
     Raises:
-      UsageError: a folder that is no run.
+      UsageError: a folder that is no run, or a file in it that training did not write.
     """
     paths = [pathlib.Path(workdir) for workdir in workdirs]
     short = [path.resolve().name for path in paths]
@@ -67,15 +64,17 @@ def _read_run(path: pathlib.Path, name: str) -> Run:
     summary = _summary(path / "summary.json")
     corpus = summary.get("corpus", {}).get("fingerprint", "unknown")
     finished = summary.get("step") == config.train.steps
-    return Run(one_line(name), config, _rows(path), one_line(corpus), finished)
+    rows = metrics.read(path, _LARGEST_METRICS)
+    known = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    return Run(one_line(name), config, known, one_line(corpus), finished)
 
 
 def _summary(path: pathlib.Path) -> dict:
     """What a run's summary.json holds; empty where there is none yet. UsageError for one that no training wrote."""
-    if not os.path.lexists(path):
-        return {}
     try:
-        summary = files.read_json(path, _LARGEST_SUMMARY)
+        summary = files.read_json(path, metrics.LARGEST_SUMMARY)
+    except FileNotFoundError:
+        return {}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -86,35 +85,6 @@ def _summary(path: pathlib.Path) -> dict:
             f'{path}: expected an object with {{"corpus": {{"fingerprint": text}}}}, as training writes it'
         )
     return summary
-
-
-def _rows(workdir: pathlib.Path) -> list[metrics.Row]:
-    path = workdir / "metrics.jsonl"
-    try:
-        if os.path.lexists(path):
-            status = os.stat(path)
-            files.check_regular(status)
-            if status.st_size > _LARGEST_METRICS:
-                raise UsageError(f"{path}: larger than {_LARGEST_METRICS >> 30} GiB; it is no run's")
-        rows = metrics.read(workdir)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not the lines of JSON that training writes") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name, 0), int | float | None) for name in _NUMBERS):
-            raise UsageError(f"{path}: row {number} is not what training writes, an object of numbers")
-    return [{name: value for name, value in row.items() if _is_finite(value)} for row in rows]
-
-
-_NUMBERS = ("step", "tokens", "seconds", "loss", "eval_loss", "eval_bits_per_byte")
-
-
-def _is_finite(value: object) -> bool:
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
 
 
 def warnings(runs: list[Run]) -> list[str]:
@@ -211,8 +181,9 @@ def _in_file_names(fingerprint: str) -> str:
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("runs", type=expand, nargs="+", metavar="RUN", help="a workdir")
-    add("--output", type=expand, default="comparison", help="folder for the JSON and the plots; default: comparison")
+    add("runs", type=files.expand, nargs="+", metavar="RUN", help="a workdir")
+    output_help = "folder for the JSON and the plots; default: comparison"
+    add("--output", type=files.expand, default="comparison", help=output_help)
     add(
         "--context_length",
         type=argument(int, unit="token"),

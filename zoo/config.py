@@ -10,7 +10,7 @@ import json
 import pathlib
 from typing import Any
 
-from zoo import lists
+from zoo import files, lists
 from zoo.errors import UsageError
 from zoo.layers import MLPS
 from zoo.mixers import MIXERS
@@ -332,15 +332,15 @@ def to_json(config: Config) -> str:
 
 
 def read_json(path: pathlib.Path) -> Config:
-    """`from_json` of a file. Raises: OSError, and UsageError that names the file."""
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no file")
-    with open(path, "rb") as file:
-        text = file.read(MAX_JSON + 1)
+    """`from_json` of a file.
+
+    Raises:
+      OSError: as `files.read_bytes`, of more than MAX_JSON bytes too.
+      UsageError: as `from_json`, naming the file.
+    """
+    content = files.read_bytes(path, MAX_JSON)
     try:
-        if len(text) > MAX_JSON:
-            raise UsageError(f"more than {MAX_JSON} bytes")
-        return from_json(text.decode())
+        return from_json(content.decode())
     except (UsageError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no config of a run: {error}") from error
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from zoo import config as zoo_config
 from zoo.config import Config
 from zoo.errors import UsageError
-from zoo.paths import expand
+from zoo.files import expand
 
 
 def shipped() -> list[str]:

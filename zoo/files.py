@@ -1,6 +1,6 @@
 """Files that others wrote: only regular ones are opened, none is waited for, none is read without a bound.
 
-And files that others will read: JSON without NaN, written whole or not at all.
+And files that others will read: JSON without NaN, whole or not there.
 """
 
 import contextlib
@@ -9,15 +9,32 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
+
+from zoo.errors import RunError
 
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device", stat.S_IFLNK: "a symbolic link",
 }  # fmt: skip
+
+
+class WriteError(RunError):
+    """A file of a run could not be written: a full disk, a folder that may not be written to."""
+
+    def __init__(self, path: str | os.PathLike, error: OSError):
+        super().__init__(f"{path} cannot be written ({error.strerror or error})")
+
+
+def expand(path: str | os.PathLike) -> str:
+    """`~` is the home folder, which shells leave alone after `=`. Every flag that names a path goes through this."""
+    return os.path.expanduser(os.fspath(path))
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
 
 
 def check_regular(status: os.stat_result) -> None:
@@ -42,11 +59,11 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return file
 
 
-def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. OSError for others."""
+def read_bytes(path: str | os.PathLike, limit: int | None) -> bytes:
+    """The content of a regular file of at most `limit` bytes (None: any number). OSError for others."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        content = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
     return content
 
@@ -64,6 +81,9 @@ def read_json(path: str | os.PathLike, limit: int) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON: what is not finite becomes null, since NaN is no JSON."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
@@ -79,14 +99,33 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A new file beside `path`, which becomes `path` when all went well. A link that stood there is not followed."""
+    """A new file beside `path`, which becomes `path` when all went well: whoever reads it, also after a kill or a power
+    cut, finds the old content or the new. A link that stood there is not followed.
+
+    Raises:
+      OSError: the old content stands.
+    """
     path = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:64]}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    temporary = path.parent / f".{path.stem[:32]}.{secrets.token_hex(4)}{path.suffix}"  # plots go by the suffix
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it became `path`, or its folder is gone
+            temporary.unlink()
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """`replacing` by `content`, for a file of a run.
+
+    Raises:
+      WriteError: the old content stands.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise WriteError(path, error) from error

@@ -53,10 +53,13 @@ def num_parameters(model: ModelConfig) -> int:
             unit += MIXERS[layer].num_parameters(getattr(model, layer), model.d_model) + model.d_model  # and its norm
         if d_ff := mlp_width(model, layer):
             unit += _mlp(model).num_parameters(model.d_model, d_ff) + model.d_model
+    return unit * (model.num_layers // len(layers)) + (table_rows(model) + 1) * model.d_model
+
+
+def table_rows(model: ModelConfig) -> int:
+    """Of the tables of tokens and positions together."""
     tables = 1 if model.tie_embeddings else 2
-    learned = model.max_positions if model.positions == "learned" else 0
-    outside = (tables * model.vocab_size + learned + 1) * model.d_model
-    return unit * (model.num_layers // len(layers)) + outside
+    return tables * model.vocab_size + (model.max_positions if model.positions == "learned" else 0)
 
 
 def state_bytes(model: ModelConfig, context_length: int) -> int:

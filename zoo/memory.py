@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from zoo.config import Config, ModelConfig, pattern
 from zoo.errors import UsageError
-from zoo.flops import num_parameters
+from zoo.flops import num_parameters, table_rows
 from zoo.model import LanguageModel
 
 _BATCH_BYTES = 16  # a token: tokens, targets, segment_ids, weights
@@ -41,9 +41,7 @@ def training(config: Config) -> Training:
     """Of `config`, with its vocabulary settled."""
     model, train = config.model, config.train
     parameters = num_parameters(model)
-    tables = (1 if model.tie_embeddings else 2) * model.vocab_size
-    tables += model.max_positions if model.positions == "learned" else 0
-    of_adam = tables * model.d_model if config.optimizer.name == "muon" else parameters
+    of_adam = table_rows(model) * model.d_model if config.optimizer.name == "muon" else parameters
     tokens = train.batch_size * train.context_length
     units = model.num_layers // len(pattern(model))
     return Training(

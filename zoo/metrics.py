@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from zoo import files, paths
+from zoo import files
 from zoo.config import Config, MetricsConfig
 from zoo.errors import UsageError, warn
 
 Row = dict[str, float | int | None]
+LARGEST_SUMMARY = 1 << 20  # bytes of a summary.json
 FLUSH_SECONDS = 30  # between writes of TensorBoard's events to the disk
 
 
@@ -44,20 +45,24 @@ def check(config: MetricsConfig) -> None:
         )
 
 
-def read(workdir: str | os.PathLike) -> list[Row]:
+def read(workdir: str | os.PathLike, limit: int | None = None) -> list[Row]:
     """All rows of a run, in order; none if it has not begun.
 
     A line that is no row (damage, a power cut) is left out with a warning, a last line cut off by a kill without one.
+
+    Args:
+      limit: bytes that metrics.jsonl may have; None: any number.
+
+    Raises:
+      UsageError: metrics.jsonl cannot be read.
     """
-    return [row for _, row in _lines(pathlib.Path(workdir) / "metrics.jsonl")]
+    return [row for _, row in _lines(pathlib.Path(workdir) / "metrics.jsonl", limit)]
 
 
-def _lines(path: pathlib.Path) -> list[tuple[bytes, Row]]:
+def _lines(path: pathlib.Path, limit: int | None = None) -> list[tuple[bytes, Row]]:
     """Lines that are rows, as they stand and as what they say."""
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is no file; expected the rows of a run")
-        *lines, rest = path.read_bytes().split(b"\n")
+        *lines, rest = files.read_bytes(path, limit).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -102,11 +107,11 @@ class Writer:
         self._path = self.workdir / "metrics.jsonl"
         kept = b"".join(line + b"\n" for line, row in _lines(self._path) if row["step"] <= step)
         if not self._path.exists() or self._path.read_bytes() != kept:
-            paths.replace(self._path, kept)
+            files.write(self._path, kept)
         try:
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
-            raise paths.WriteError(self._path, error) from error
+            raise files.WriteError(self._path, error) from error
         self._others: list[_Other] = []
         if config.metrics.tensorboard:
             self._others.append(_tensorboard(self.workdir / "tensorboard", step))
@@ -129,14 +134,14 @@ class Writer:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, size)
-            raise paths.WriteError(self._path, error) from error
+            raise files.WriteError(self._path, error) from error
 
     def sync(self) -> None:
         """Until all rows so far are on the disk, and outlive a power cut."""
         try:
             os.fsync(self._file)
         except OSError as error:
-            raise paths.WriteError(self._path, error) from error
+            raise files.WriteError(self._path, error) from error
         for other in self._others:
             other.flush()
 
@@ -146,7 +151,7 @@ class Writer:
 
         image = io.BytesIO()
         plots.loss(read(self.workdir), self._mixer, image)
-        paths.replace(self.workdir / "loss.png", image.getvalue())
+        files.write(self.workdir / "loss.png", image.getvalue())
 
     def close(self) -> None:
         os.close(self._file)
@@ -167,7 +172,7 @@ def _tensorboard(directory: pathlib.Path, step: int) -> _Other:
         try:
             records.write(event.SerializeToString())
         except OSError as error:
-            raise paths.WriteError(path, error) from error
+            raise files.WriteError(path, error) from error
 
     def flush() -> None:
         nonlocal flushed
@@ -175,7 +180,7 @@ def _tensorboard(directory: pathlib.Path, step: int) -> _Other:
         try:
             records.flush()
         except OSError as error:
-            raise paths.WriteError(path, error) from error
+            raise files.WriteError(path, error) from error
 
     def write(row: Row) -> None:
         for name, value in row.items():
@@ -192,7 +197,7 @@ def _tensorboard(directory: pathlib.Path, step: int) -> _Other:
         directory.mkdir(exist_ok=True)
         records = RecordWriter(str(path))
     except OSError as error:
-        raise paths.WriteError(path, error) from error
+        raise files.WriteError(path, error) from error
     record(Event(file_version="brain.Event:2"))
     record(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # from here on it comes again
     flush()
@@ -204,7 +209,7 @@ def _wandb(workdir: pathlib.Path, config: Config, step: int) -> _Other:
 
     identifier = workdir / "wandb_id"
     if step == 0 or not identifier.exists():
-        paths.replace(identifier, wandb.util.generate_id())
+        files.write(identifier, wandb.util.generate_id())
     run = wandb.init(
         dir=str(workdir),
         name=workdir.name,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from zoo import checkpoints
-from zoo.checkpoints import Checkpointer, SaveError
+from zoo.checkpoints import Checkpointer, SaveError, digest
 from zoo.errors import RunError, UsageError
 
 
@@ -92,8 +92,8 @@ def flip_a_byte(path):
 
 
 def flip_a_byte_of_the_digest(path):
-    content = (path / checkpoints.DIGEST).read_text()
-    (path / checkpoints.DIGEST).write_text(content.replace("a", "b"))
+    content = (path / digest.DIGEST).read_text()
+    (path / digest.DIGEST).write_text(content.replace("a", "b"))
 
 
 DAMAGE = {
@@ -102,7 +102,7 @@ DAMAGE = {
     "a file missing": lambda path: arrays(path).unlink(),
     "a folder missing": lambda path: shutil.rmtree(path / "opt"),
     "digest flipped": flip_a_byte_of_the_digest,
-    "digest cut short": lambda path: os.truncate(path / checkpoints.DIGEST, 20),
+    "digest cut short": lambda path: os.truncate(path / digest.DIGEST, 20),
 }
 
 
@@ -137,13 +137,13 @@ def test_all_damaged_is_said_and_nothing_is_touched(checkpointer):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {here!r})
-from test_checkpoints import Checkpointer, checkpoints, make_state
+from test_checkpoints import Checkpointer, digest, make_state
 checkpointer = Checkpointer(sys.argv[1])
 checkpointer.save(1, make_state(1))
 checkpointer.wait()
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "digest":  # all is written, but for the digest
-    checkpoints.write_digest = die
+    digest.write_digest = die
 checkpointer.save(2, make_state(2, width=1024))
 if sys.argv[2] == "arrays":  # being written in the background
     die()
@@ -190,7 +190,7 @@ def test_a_write_that_fails_half_way_is_said_and_leaves_the_one_before(checkpoin
 
 
 def test_a_failed_save_shows_without_waiting(checkpointer, monkeypatch):
-    monkeypatch.setattr(checkpoints, "write_digest", lambda *_: 1 / 0)
+    monkeypatch.setattr(digest, "write_digest", lambda *_: 1 / 0)
     checkpointer.save(1, make_state(1))
     while not checkpointer._unfinished.done():
         pass
@@ -222,20 +222,20 @@ def test_a_state_whose_loss_is_not_finite_is_no_checkpoint(checkpointer, loss):
         SaveError, match=f"step 2 could not be written .*its evaluation loss is {loss}.*step 1 is intact"
     ):
         save(checkpointer, 2, losses={2: loss})
-    checkpoints.write_digest(checkpointer.directory / "1", loss)  # as older releases did
+    digest.write_digest(checkpointer.directory / "1", loss)  # as older releases did
     with pytest.raises(UsageError, match=f"every checkpoint is damaged: 1 .its evaluation loss is {loss}"):
         checkpointer.restore(abstract(make_state(0)))
 
 
 @pytest.mark.parametrize(
-    "digest", ["[1]", '{"loss": 1.0}', '{"loss": "1", "files": {"a": "b"}}', "\x00", "[" * 100_000]
+    "content", ["[1]", '{"loss": 1.0}', '{"loss": "1", "files": {"a": "b"}}', "\x00", "[" * 100_000]
 )
-def test_a_digest_that_is_none_costs_its_checkpoint_alone(checkpointer, digest):
+def test_a_digest_that_is_none_costs_its_checkpoint_alone(checkpointer, content):
     save(checkpointer, 1, 2, losses={1: 1.0, 2: 2.0})
-    (checkpointer.directory / "1" / checkpoints.DIGEST).write_text(digest)
+    (checkpointer.directory / "1" / digest.DIGEST).write_text(content)
     save(checkpointer, 3)
     assert checkpointer.steps() == [2, 3]  # neither among the last, nor known as the best
-    (checkpointer.directory / "3" / checkpoints.DIGEST).write_text(digest)
+    (checkpointer.directory / "3" / digest.DIGEST).write_text(content)
     assert checkpoints.newest_meta(checkpointer.directory) == (2, {"seconds": 2 / 3})
     assert checkpointer.restore(abstract(make_state(0))).step == 2
 
@@ -285,8 +285,8 @@ def digested(tmp_path):
     (tmp_path / "5" / "params").mkdir(parents=True)
     (tmp_path / "5" / "params" / "data").write_bytes(b"numbers")
     (tmp_path / "outside").write_bytes(b"numbers")
-    checkpoints.write_digest(tmp_path / "5", None)
-    checkpoints.verify(tmp_path / "5", limit=1000)
+    digest.write_digest(tmp_path / "5", None)
+    digest.verify(tmp_path / "5", limit=1000)
     return tmp_path / "5"
 
 
@@ -296,7 +296,7 @@ def test_a_digest_names_files_inside_its_folder_only(digested, name):
     record["files"][name] = record["files"]["params/data"]
     (digested / "DIGEST.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="is missing"):
-        checkpoints.verify(digested)
+        digest.verify(digested)
 
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "FIFO"])
@@ -304,11 +304,11 @@ def test_a_checkpoint_holds_nothing_to_follow_or_to_wait_for(digested, kind):
     stray = digested / "params" / "stray"
     os.mkfifo(stray) if kind == "FIFO" else stray.symlink_to("/dev/zero" if kind == "link to a file" else "/dev")
     with pytest.raises(ValueError, match="stray is no regular file"):
-        checkpoints.verify(digested)
+        digest.verify(digested)
 
 
 def test_a_checkpoint_larger_than_its_model_is_not_read(digested):
     with open(digested / "params" / "data", "wb") as file:
         file.truncate(1 << 40)  # no blocks on disk
     with pytest.raises(ValueError, match="more than a model of this size has"):
-        checkpoints.verify(digested, limit=1 << 30)
+        digest.verify(digested, limit=1 << 30)

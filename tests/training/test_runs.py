@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import checkpoints, compare, data, metrics, paths
+from zoo import checkpoints, compare, data, files, metrics
+from zoo.checkpoints import digest
 from zoo.errors import RunError, UsageError
 from zoo.training import loop, train
 from zoo.training.signals import StopSignal
@@ -268,7 +269,7 @@ def test_a_disk_that_fills_costs_nothing_but_time(run, finished, config, tmp_pat
 
     def append(self, line):
         if b'"step": 7,' in line or self.unwritten[1:]:
-            raise paths.WriteError("metrics.jsonl", OSError(errno.ENOSPC, "No space left on device"))
+            raise files.WriteError("metrics.jsonl", OSError(errno.ENOSPC, "No space left on device"))
         original(self, line)
 
     config.eval.every = 4
@@ -335,14 +336,14 @@ def test_a_running_run_needs_its_text_no_more(finished, run, config, tmp_path, l
 
 
 def test_a_checkpoint_deleted_while_it_is_read_is_no_loss(run, monkeypatch, capsys):
-    checkpoint, original = run / "checkpoints" / "10", checkpoints.verify
+    checkpoint, original = run / "checkpoints" / "10", digest.verify
 
     def verify(path, *limit, **only):
         if path == checkpoint:  # the run saves step 12, and deletes this one
             checkpoint.rename(checkpoint.with_name("12"))
         original(path, *limit, **only)
 
-    monkeypatch.setattr(checkpoints, "verify", verify)
+    monkeypatch.setattr(digest, "verify", verify)
     assert checkpoints.load_run(run).step == 12
     (run / "checkpoints" / "12").rename(checkpoint)
     with pytest.raises(UsageError, match="no checkpoint of step 10; it has steps 5, 12"):

@@ -96,6 +96,10 @@ def test_overridable_settings_exist():
     known = workdir.zoo_config.leaves(workdir.Config())
     assert set(workdir.OVERRIDABLE) <= set(known) and "optimizer.name" not in workdir.OVERRIDABLE
     assert all(any(name.startswith(free) for name in known) for free in workdir.FREE + workdir.NOTED)
+    said = (pathlib.Path(__file__).parents[2] / "docs" / "running.md").read_text()
+    named = [name for name in workdir.OVERRIDABLE if not name.startswith("optimizer.")]
+    for name in (*workdir.FREE, *workdir.NOTED, *named):
+        assert f"`{name}*`" in said or f"`{name}`" in said, f"docs/running.md does not say that {name} may change"
 
 
 def test_fewer_steps_than_are_done_are_refused(make_config, prepare):

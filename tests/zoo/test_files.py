@@ -1,5 +1,6 @@
 """What is read of files that others wrote, what is written for others, and what reaches a terminal."""
 
+import errno
 import json
 import os
 
@@ -48,6 +49,25 @@ def test_a_file_is_replaced_whole_and_a_link_is_not_followed(tmp_path):
         path.write_text(str(1 / 0))
     assert (tmp_path / "a.json").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "outside"]
+
+
+def test_a_name_may_be_as_long_as_names_are_and_modes_are_the_umask_s(tmp_path):
+    path = tmp_path / ("\u4e16" * 80 + ".json")  # 245 bytes
+    before = os.umask(0o027)
+    try:
+        files.write(path, "世界")
+    finally:
+        os.umask(before)
+    assert path.read_text(encoding="utf-8") == "世界" and path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    files.write(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(files.WriteError, match=r"summary.json cannot be written \(No space left"):
+        files.write(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["summary.json"]
 
 
 @pytest.mark.parametrize(

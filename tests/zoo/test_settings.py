@@ -274,7 +274,7 @@ def test_a_reopened_config_with_a_section_replaced_is_refused(reopen):
         ("\udcff\udcfe", "is no config of a run"),
         ("null", "expected an object"),
         ('{"train": {"steps": 1e400}}', "train.steps"),
-        ('{"x": "' + "y" * (1 << 20) + '"}', "more than"),
+        ('{"x": "' + "y" * (1 << 20) + '"}', "larger than 1,048,576 bytes"),
         ('{"' + "y" * 100_000 + '": 1}', "unknown setting"),
         ('{"model": {"num_layers": -3}}', "model.num_layers: got -3"),
         ('{"model": {"gla": {"num_heads": 7}}}', "7 heads do not divide"),

@@ -31,7 +31,6 @@ from zoo.data.corpora import STDLIB, Source
 from zoo.data.streams import ARRAYS, Stream, content_hash, dtype_of, write_split_at_tail, write_streams
 from zoo.data.tokenizer import Tokenizer
 from zoo.errors import UsageError
-from zoo.paths import expand
 from zoo.terminal import one_line
 
 _VERSION = 2
@@ -56,7 +55,7 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
       UsageError: no text, text that the tokenizer cannot take, a folder that cannot be written, or a file that is
         written to meanwhile.
     """
-    root = pathlib.Path(expand(cache_dir)) if cache_dir else default_folder()
+    root = pathlib.Path(files.expand(cache_dir)) if cache_dir else default_folder()
     stamp = source.stamp()
     folder = (
         root / content_hash(_VERSION, source.identity(), source.spec == STDLIB, tokenizer.fingerprint, fraction)[:32]

@@ -23,7 +23,6 @@ from zoo import files
 from zoo.data import readers
 from zoo.data.readers import Document
 from zoo.errors import UsageError
-from zoo.paths import expand
 
 STDLIB = "stdlib"
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -118,7 +117,7 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
             f"{setting}: {spec!r}: streaming from the Hugging Face hub is not built yet; download the data set as "
             f"jsonl or parquet files and give their path, such as {setting}='data/*.parquet'"
         )
-    path = expand(spec)
+    path = files.expand(spec)
     if os.path.isdir(path):
         raise UsageError(f"{setting}: {spec!r} is a directory; give a file or a glob, such as {spec.rstrip('/')}/*.txt")
     if os.path.lexists(path):

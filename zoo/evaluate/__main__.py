@@ -21,7 +21,6 @@ from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
 from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
-from zoo.paths import expand
 from zoo.settings import argument, nearest
 from zoo.terminal import one_line, printable
 
@@ -29,7 +28,7 @@ from zoo.terminal import one_line, printable
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--workdir", type=expand, required=True, help="the run to load")
+    add("--workdir", type=files.expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--tasks", default="perplexity", help=f"comma-separated; known: {', '.join(TASKS)}")
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
@@ -37,12 +36,12 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     add("--batches", type=argument(int, at_least=0), default=0, help="at most so many, spread over the text; 0: all")
     add(
         "--output",
-        type=expand,
+        type=files.expand,
         help="the JSON to write; default: in WORKDIR, evaluate.json, or with --source a name of its own",
     )
     add(
         "--cache_dir",
-        type=expand,
+        type=files.expand,
         default="",
         help="of tokenized text; default: the user's cache directory, whatever the run used",
     )
@@ -73,9 +72,7 @@ def _with_data(config: Config, workdir: str, source: str | None, cache_dir: str)
     and text that its tokenizer does not know is measured all the same: the share is printed."""
     config = copy.deepcopy(config)
     config.data.cache_dir, config.data.max_lost_text = cache_dir, 1.0
-    kept = pathlib.Path(workdir, "tokenizer.json")
-    if kept.exists():
-        config.data.tokenizer = str(kept)
+    config.data.tokenizer = data.tokenizer.spec_for_run(workdir, config)
     if source is not None:
         config.data.source, config.data.weights, config.data.validation_source = source, "", source
     return config

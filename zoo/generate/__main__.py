@@ -15,8 +15,8 @@ import numpy as np
 
 from zoo import checkpoints, compile_cache, data
 from zoo.errors import UsageError, exit_with_message
+from zoo.files import expand
 from zoo.generate.sampler import Generation, Sampling, check_request, generate
-from zoo.paths import expand
 from zoo.settings import argument
 from zoo.terminal import printable
 

@@ -21,13 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo import data, files, flops, memory, metrics, paths, sharding
+from zoo import data, files, flops, memory, metrics, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
 from zoo.errors import RunError
+from zoo.training import report
 from zoo.training import workdir as workdirs
-from zoo.training.progress import ProgressLine, duration
-from zoo.training.schedules import shortening
+from zoo.training.progress import ProgressLine
 from zoo.training.signals import StopSignal
 from zoo.training.start import first_state
 from zoo.training.step import build
@@ -130,35 +130,15 @@ class _Loop:
                 self.writer.write(row)
         lines = [json.dumps(override) + "\n" for override in self.resumes_from["overrides"]]
         if lines:
-            paths.replace(self.workdir / OVERRIDES, "".join(lines))
+            files.write(self.workdir / OVERRIDES, "".join(lines))
         else:
             (self.workdir / OVERRIDES).unlink(missing_ok=True)
 
     def announce(self, info: dict[str, Any]) -> None:
-        device, config = self.mesh.devices.flat[0], self.config
-        epochs = config.train.steps * self.tokens_per_step / self.dataset.tokens_per_epoch
-        say = self.progress.say
-        say(f"device      {self.mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}")
-        say(
-            f"model       {config.model.mixer}, {config.model.num_layers} layers of width {config.model.d_model}, "
-            f"{flops.num_parameters(config.model):,} parameters, {config.model.dtype}"
-        )
-        corpus = f"{info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
-        corpus += f"{info['validation_tokens']:,} validation tokens"
-        if info["lost_text"]:
-            corpus += f"; the tokenizer has no tokens for {info['lost_text']:.2%} of the text's bytes"
-        say(f"corpus      {corpus}")
-        say(
-            f"training    {config.train.steps:,} steps of {self.tokens_per_step:,} tokens ({epochs:.2f} epochs), "
-            f"{config.optimizer.name}"
-        )
-        if shortened := shortening(config.optimizer, config.train.steps):
-            say(f"warm-up     {shortened}")
-        if self.step:
-            say(f"resumed     at step {self.step}")
-        for override in self.resumes_from["overrides"]:
-            changed = (f"{name}: {' -> '.join(map(str, both))}" for name, both in override.items() if name != "step")
-            say(f"changed     at step {override['step']}: {'; '.join(changed)}")
+        epochs = self.config.train.steps * self.tokens_per_step / self.dataset.tokens_per_epoch
+        overrides = self.resumes_from["overrides"]
+        for line in report.beginning(self.config, self.mesh, info, epochs, self.step, overrides):
+            self.progress.say(line)
 
     def compile(self) -> None:
         """The training step, if there is one to do."""
@@ -179,7 +159,7 @@ class _Loop:
             return
         try:
             self._steps(stop, profile_steps)
-        except paths.WriteError as error:
+        except files.WriteError as error:
             raise self._after_failed_write(error) from error
 
     def _steps(self, stop: StopSignal, profile_steps: int) -> None:
@@ -215,10 +195,10 @@ class _Loop:
             if self.tracing:
                 self._stop_trace()
 
-    def _after_failed_write(self, error: paths.WriteError) -> RunError:
+    def _after_failed_write(self, error: files.WriteError) -> RunError:
         """Save the state, rows that could not be written included; what to tell of it."""
         try:
-            with contextlib.suppress(paths.WriteError):
+            with contextlib.suppress(files.WriteError):
                 self._read_pending()
             self._stop_clock()
             if self.step != self.saved_step:
@@ -236,7 +216,6 @@ class _Loop:
             self._evaluate(self.config.eval.final_batches)
             evaluation = self._last_row("eval_loss")
         table = data.table_figures(self.dataset, self.validation, self.step)
-        device = self.mesh.devices.flat[0]
         summary = {
             "step": self.step,
             "loss": last.get("loss"),
@@ -252,16 +231,13 @@ class _Loop:
             "parameters": flops.num_parameters(self.config.model),
             "corpus": info,
             "init_from": init_from,
-            "device": f"{self.mesh.size} x {device.device_kind} ({device.platform})",
+            "device": report.device(self.mesh),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "sequence-zoo")},
         }
         self.note(summary)
         self.writer.plot()
-        self.progress.say(f"finished    step {self.step} after {duration(self.seconds)} of training; {self.workdir}")
-        if summary["eval_bits_per_byte"] is None:
-            self.progress.say(f"            validation loss {summary['eval_loss']:.4f} nats per token")
-        for line in data.conclusion(summary["eval_bits_per_byte"], summary):
+        for line in report.end(summary, self.workdir):
             self.progress.say(line)
         return summary
 
@@ -270,8 +246,8 @@ class _Loop:
         path, before = self.workdir / "summary.json", {}
         if self.step:
             with contextlib.suppress(OSError, ValueError):
-                before = json.loads(path.read_text())
-        paths.replace(path, files.to_json((before if isinstance(before, dict) else {}) | summary, indent=2) + "\n")
+                before = files.read_json(path, metrics.LARGEST_SUMMARY)
+        files.write(path, files.to_json((before if isinstance(before, dict) else {}) | summary, indent=2) + "\n")
 
     def close(self) -> None:
         self.progress.close()

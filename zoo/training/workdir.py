@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from zoo import checkpoints, data, metrics, paths, sharding
+from zoo import checkpoints, data, files, metrics, sharding
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
 from zoo.data import synthetic
@@ -60,7 +60,7 @@ def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] 
     Raises:
       UsageError: a setting that is wrong by itself, with the others, with the data, or with the run in `workdir`.
     """
-    workdir = pathlib.Path(paths.expand(workdir)).absolute()
+    workdir = pathlib.Path(files.expand(workdir)).absolute()
     zoo_config.validate(config)
     metrics.check(config.metrics)
     _check_override(override)
@@ -87,7 +87,7 @@ def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Conf
     config = copy.deepcopy(config)
     if config.model.vocab_size == 0:
         name = config.data.tokenizer
-        tokenizer = data.tokenizer.for_run(paths.expand(workdir), config) if workdir else data.tokenizer.load(name)
+        tokenizer = data.tokenizer.for_run(files.expand(workdir), config) if workdir else data.tokenizer.load(name)
         config.model.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return config
 
@@ -116,10 +116,10 @@ def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple
         if before is None and config.data.tokenizer == BYTES:
             own_tokenizer.unlink(missing_ok=True)
         elif before is None:
-            paths.replace(own_tokenizer, pathlib.Path(config.data.tokenizer).read_bytes())
+            files.write(own_tokenizer, pathlib.Path(config.data.tokenizer).read_bytes())
             data_config.data.tokenizer = str(own_tokenizer)
-        paths.replace(workdir / "config.json", zoo_config.to_json(config))
-    except paths.WriteError as error:
+        files.write(workdir / "config.json", zoo_config.to_json(config))
+    except files.WriteError as error:
         raise UsageError(f"--workdir: {error}; choose another") from error
     except OSError as error:
         raise _unwritable(error.filename or workdir, error.strerror) from error
@@ -202,8 +202,8 @@ def _settle_tokenizer(own: pathlib.Path, asked: str, is_new: bool, wanted: str |
         )
     warn(f"{own} is damaged or gone; written anew from {asked}")
     try:
-        paths.replace(own, pathlib.Path(asked).read_bytes())
-    except (OSError, paths.WriteError) as error:
+        files.write(own, pathlib.Path(asked).read_bytes())
+    except (OSError, files.WriteError) as error:
         raise UsageError(f"data.tokenizer: {error}") from error
 
 
@@ -229,7 +229,7 @@ def _with_absolute_paths(config: Config) -> Config:
 def _absolute(spec: str) -> str:
     if not spec or spec == STDLIB or spec in synthetic.TASKS or spec.startswith("hf:"):
         return spec
-    return str(pathlib.Path(paths.expand(spec)).absolute())
+    return str(pathlib.Path(files.expand(spec)).absolute())
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:

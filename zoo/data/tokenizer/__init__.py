@@ -30,7 +30,6 @@ from zoo import files
 from zoo.data.tokenizer import library
 from zoo.data.tokenizer.coverage import Coverage
 from zoo.errors import UsageError
-from zoo.paths import expand
 
 BYTES = "bytes"
 LARGEST_FILE = 128 << 20  # bytes of a tokenizer.json; the largest in use have 40 MB
@@ -84,7 +83,7 @@ class FileTokenizer:
 
     def __init__(self, path: str):
         try:
-            content = files.read_bytes(expand(path), LARGEST_FILE)
+            content = files.read_bytes(files.expand(path), LARGEST_FILE)
         except OSError as error:
             raise UsageError(
                 f"data.tokenizer: {path!r} cannot be read ({error.strerror}); expected `bytes` or the path of a "
@@ -213,10 +212,15 @@ def load(spec: str) -> Tokenizer:
     return ByteTokenizer() if spec == BYTES else FileTokenizer(spec)
 
 
-def for_run(workdir: str | os.PathLike, config: Any) -> Tokenizer:
+def spec_for_run(workdir: str | os.PathLike, config: Any) -> str:
     """The tokenizer of a run: WORKDIR/tokenizer.json if the run has one, else the one that its config names."""
     kept = pathlib.Path(workdir, "tokenizer.json")
-    return load(str(kept) if kept.exists() else config.data.tokenizer)
+    return str(kept) if kept.exists() else config.data.tokenizer
+
+
+def for_run(workdir: str | os.PathLike, config: Any) -> Tokenizer:
+    """`load` of `spec_for_run`."""
+    return load(spec_for_run(workdir, config))
 
 
 def _parts(component: dict | None) -> list[dict]:

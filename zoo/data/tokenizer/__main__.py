@@ -15,10 +15,10 @@ import tokenizers
 from absl import app, flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from zoo import files
 from zoo.data import corpora
 from zoo.data.tokenizer import LARGEST_VOCABULARY, SEPARATORS, library
 from zoo.errors import UsageError, exit_with_message
-from zoo.paths import expand
 
 _SMALLEST = 257  # 256 bytes and the separator
 
@@ -69,14 +69,12 @@ def _training_text(sources: list[corpora.Source], fraction: float) -> Iterator[s
 
 
 def _save(tokenizer: tokenizers.Tokenizer, path: str) -> None:
-    path = pathlib.Path(expand(path))
-    partial = path.with_name(path.name + ".partial")
+    path = pathlib.Path(files.expand(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        partial.rename(path)
+        with files.replacing(path) as partial:
+            partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"--output: cannot write {str(path)!r}: {error.strerror}; choose another path") from error
 
 

@@ -15,7 +15,7 @@ from zoo.errors import UsageError
 
 T = TypeVar("T")
 
-_SECONDS, _SECONDS_PER_BYTE = 30.0, 30.0 / (1 << 20)  # a hundred times what ordinary text takes
+_SECONDS, _SECONDS_PER_CHARACTER = 30.0, 30.0 / (1 << 20)  # a hundred times what ordinary text takes
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def errors(what: str, quiet: bool = True) -> Iterator[None]:
 
 
 def bounded(call: Callable[[], T], size: int) -> T:
-    """`call()`, given up after a time that grows with the bytes of text it is for.
+    """`call()`, given up after a time that grows with the characters of text it is for.
 
     Raises:
       UsageError: it took longer, or the library failed.
@@ -56,7 +56,7 @@ def bounded(call: Callable[[], T], size: int) -> T:
         except BaseException as error:
             failure.append(error)
 
-    seconds = _SECONDS + size * _SECONDS_PER_BYTE
+    seconds = _SECONDS + size * _SECONDS_PER_CHARACTER
     with errors("data.tokenizer: the text cannot be tokenized"):
         thread = threading.Thread(target=work, daemon=True)  # it cannot be stopped, and shall keep no exit waiting
         thread.start()

@@ -1,0 +1,63 @@
+"""What a run says of itself: the lines that it begins and ends with."""
+
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from zoo import data, flops
+from zoo.config import Config
+from zoo.training.progress import duration
+from zoo.training.schedules import shortening
+
+
+def beginning(
+    config: Config, mesh: Mesh, info: dict[str, Any], epochs: float, step: int, overrides: list[dict[str, Any]]
+) -> list[str]:
+    """What is about to be trained, and on what.
+
+    Args:
+      info: `data.corpus_info`.
+      epochs: that all steps make.
+      step: up to which it was trained before.
+      overrides: what was changed and when, as in overrides.jsonl.
+    """
+    corpus = f"{info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
+    corpus += f"{info['validation_tokens']:,} validation tokens"
+    if info["lost_text"]:
+        corpus += f"; the tokenizer has no tokens for {info['lost_text']:.2%} of the text's bytes"
+    lines = [
+        f"device      {device(mesh)}, jax {jax.__version__}",
+        f"model       {config.model.mixer}, {config.model.num_layers} layers of width {config.model.d_model}, "
+        f"{flops.num_parameters(config.model):,} parameters, {config.model.dtype}",
+        f"corpus      {corpus}",
+        f"training    {config.train.steps:,} steps of {config.train.batch_size * config.train.context_length:,} tokens "
+        f"({epochs:.2f} epochs), {config.optimizer.name}",
+    ]
+    if shortened := shortening(config.optimizer, config.train.steps):
+        lines.append(f"warm-up     {shortened}")
+    if step:
+        lines.append(f"resumed     at step {step}")
+    for override in overrides:
+        changed = (f"{name}: {' -> '.join(map(str, both))}" for name, both in override.items() if name != "step")
+        lines.append(f"changed     at step {override['step']}: {'; '.join(changed)}")
+    return lines
+
+
+def end(summary: dict[str, Any], workdir: pathlib.Path) -> list[str]:
+    """What came of it.
+
+    Args:
+      summary: what summary.json holds.
+    """
+    lines = [f"finished    step {summary['step']} after {duration(summary['seconds'])} of training; {workdir}"]
+    if summary["eval_bits_per_byte"] is None:
+        lines.append(f"            validation loss {summary['eval_loss']:.4f} nats per token")
+    return lines + data.conclusion(summary["eval_bits_per_byte"], summary)
+
+
+def device(mesh: Mesh) -> str:
+    """ "8 x NVIDIA H100 (gpu)"."""
+    first = mesh.devices.flat[0]
+    return f"{mesh.size} x {first.device_kind} ({first.platform})"
