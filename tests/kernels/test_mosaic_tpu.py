@@ -155,7 +155,7 @@ def _chips():
                 yield pytest.param(chip, decay, dtype, marks=[] if quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("chip, decay, dtype", _chips())
+@pytest.mark.parametrize("chip, decay, dtype", list(_chips()))
 def test_compiles_ahead_of_time(chip, decay, dtype):
     """Forward and backward, with what else a call may have, at a length that is no multiple of anything."""
     device = devices(chip)[0]
