@@ -57,7 +57,7 @@ def test_accelerators_time_one_mixer_after_another_and_keep_each_size(tmp_path):
     assert "in turn: retnet matmul\n" in done.stdout and "in turn: attention matmul\n" in done.stdout
     assert "attention: the profiler saw no device" in done.stdout
     measured = json.loads((tmp_path / "benchmarks" / "results" / "train_adamw_retnet_tiny.cpu.json").read_text())
-    assert all(row["mfu"] > 0 for row in measured["rows"]) and len(measured["rows"]) == 2
+    assert [row["mfu"] for row in measured["rows"]] == [None, None]  # of a CPU no peak is known, whatever it plays
 
 
 def test_an_unknown_setting_or_a_bad_value_is_said_in_one_line(tmp_path):

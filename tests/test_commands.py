@@ -58,7 +58,13 @@ def train(workdir, text, mixer, steps):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("mixer", ["attention", "linear_attention", "retnet", "gla", "gla,gla,attention"])
+def _slow(mixer):
+    return pytest.param(mixer, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "mixer", ["gla,gla,attention", *map(_slow, ["attention", "linear_attention", "retnet", "mamba"])]
+)
 def test_any_mixer_trains_resumes_evaluates_and_generates(mixer, text, tmp_path, capsys):
     run = tmp_path / "run"
     assert [row["step"] for row in train(run, text, mixer, steps=4) if "eval_loss" in row] == [4]

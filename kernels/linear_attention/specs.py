@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct
 
 from kernels.array_typing import Array
 from kernels.dispatch import Device
@@ -10,7 +11,9 @@ from kernels.dispatch import Device
 CACHE_FLOATS = 32 * 1024  # of states that a CPU core updates token after token: they stay in its second-level cache
 
 
-def order(device: Device, q: Array, v: Array, log_decay: Array | None) -> list[str]:
+def order(
+    device: Device, q: Array | ShapeDtypeStruct, v: Array | ShapeDtypeStruct, log_decay: Array | ShapeDtypeStruct | None
+) -> list[str]:
     """Implementations by preference.
 
     On two CPU cores the chunked form takes 1.1 to 3.6 times as long forward as the recurrent one, and 0.7 to 1.7 times

@@ -82,6 +82,7 @@ def test_growth_where_it_can_be_seen(name, monkeypatch):
         refused(name, inputs | {"dt": inputs["dt"] - 100}, "dt is down to -", "expected at least 0")
     monkeypatch.undo()
     jax.eval_shape(case.run, growing)  # cannot be seen: the caller's promise
+    jax.eval_shape(lambda: case.run(inputs | {decay: inputs[decay].at[-1].set(3e-7)}))  # 0, rounded on the way
 
 
 x, ids = jnp.zeros((1, 2, 2, 3)), jnp.zeros(2, jnp.int32)

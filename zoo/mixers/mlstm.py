@@ -91,6 +91,7 @@ class MLSTM(Mixer):
         starts = None if segment_ids is None else segment_starts(segment_ids)[..., None]
         m, before = jax.lax.stop_gradient(running_maximum(log_forget, log_input, initial["m"], starts))
         log_decay = log_forget + (before - m)
+        log_decay -= jax.lax.stop_gradient(jnp.maximum(log_decay, 0))  # it is at most 0 but for rounding
         k = (jnp.exp(log_input - m)[..., None] * k).astype(x.dtype)
         scale = self.key_width**-0.5
         o, final_s = ops.linear_attention(

@@ -94,7 +94,7 @@ def decay(tile: Tile, dt: Array, A2: Array) -> Array:
     return jnp.exp2(tile.over_numbers(dt) * A2)
 
 
-def advance(tile: Tile, h: Array, decay: Array, u: Array, B: Array) -> Array:
+def advance(tile: Tile, h: Array, decay: Array | float, u: Array, B: Array) -> Array:
     """h_t = exp(dt A) h_{t-1} + u B"""
     return decay * h + tile.over_channels(B) * tile.over_numbers(u)
 
