@@ -71,12 +71,11 @@ def axis_sizes(config: MeshConfig, devices: int) -> tuple[dict[str, int], list[s
     if found := problems(config, "mesh."):
         return dict.fromkeys(MESH_AXES, 1), found
     asked = {axis: getattr(config, axis) for axis in MESH_AXES}
-    shown = ", ".join(f"{axis}={size}" for axis, size in asked.items())
     open_axes = [axis for axis, size in asked.items() if size == -1]
     sizes = {axis: 1 if size == -1 else size for axis, size in asked.items()}
     product = math.prod(sizes.values())
     if len(open_axes) > 1:
-        return sizes, [f"mesh: got {shown}; at most one may be -1 (what the others leave)"]
+        return sizes, [f"mesh: got {_named(asked)}; at most one may be -1 (what the others leave)"]
     if devices % product or not (open_axes or product == devices):
         fit = []
         for axis, size in sizes.items():
@@ -85,7 +84,7 @@ def axis_sizes(config: MeshConfig, devices: int) -> tuple[dict[str, int], list[s
                 fit += [f"mesh.{axis}={n}" for n in (divisors_near(left, size, 2) if open_axes else [left])]
         sides = ", ".join(map(str, divisors_near(devices, product, 8)))
         advice = f"use {one_of(fit)}" if fit else f"sizes that fit divide it: {sides}"
-        return sizes, [f"mesh: {shown} does not fit {devices} devices; {advice}"]
+        return sizes, [f"mesh: {_named(asked)} does not fit {devices} devices; {advice}"]
     return sizes | {axis: devices // product for axis in open_axes}, []
 
 
@@ -99,21 +98,50 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes, found = axis_sizes(config, len(devices))
     if found:
         raise UsageError("; ".join(found))
+    mesh = _lay(sizes, devices)
+    if mesh is None:
+        torus = " x ".join(str(max(axis) + 1) for axis in zip(*(device.coords for device in devices), strict=True))
+        raise UsageError(
+            f"mesh: {_named(sizes)} cannot be laid on a torus of {torus} chips; the nearest that can: "
+            f"{_named(_nearest_laid(sizes, devices))}"
+        )
+    return mesh
+
+
+def _lay(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
+    """Neighbours on an axis of the mesh are neighbours in the network; None where the network has no such shape."""
     # Auto, not jax's default Explicit: the compiler propagates shardings from the parameters and the batch.
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=np.asarray(devices))
-    except NotImplementedError:  # no axis of a torus, nor several together, has such a size: part of one does
+    except NotImplementedError:  # no side of the torus, nor several together, has such a size: a part of one may
         pass
     try:
         laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except (NotImplementedError, ValueError, AssertionError) as error:
-        torus = " x ".join(str(max(axis) + 1) for axis in zip(*(device.coords for device in devices), strict=True))
-        raise UsageError(
-            f"mesh: {', '.join(f'{axis}={size}' for axis, size in sizes.items())} cannot be laid on these "
-            f"{len(devices)} devices ({torus}); sizes that fit are products of its sides, or divisors of one"
-        ) from error
+    except (NotImplementedError, ValueError):
+        return None
     return Mesh(laid, MESH_AXES, axis_types=types)
+
+
+def _nearest_laid(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
+    """The sizes that the network can hold and that differ least, as factors; the devices along one axis always do."""
+
+    def splits(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (count,)
+            return
+        for n in divisors_near(count, count, count):
+            yield from ((n, *others) for others in splits(count // n, axes - 1))
+
+    def distance(shape: tuple[int, ...]) -> float:
+        return sum(abs(math.log(n / size)) for n, size in zip(shape, sizes.values(), strict=True))
+
+    shapes = sorted(splits(len(devices), len(sizes)), key=distance)
+    return next(found for shape in shapes if _lay(found := dict(zip(sizes, shape, strict=True)), devices))
+
+
+def _named(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -206,15 +234,15 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec("batch", "time"))
 
 
-_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_mesh: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace and run on `mesh`: `constrain` applies to it, and ops choose their implementation for its devices."""
+def use_mesh(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Trace and run on `mesh`: `constrain` applies to it, ops choose implementations for its devices, if it has any."""
     token = _mesh.set(mesh)
     try:
-        with dispatch.use_device(mesh.devices.flat[0]):
+        with contextlib.nullcontext() if isinstance(mesh, AbstractMesh) else dispatch.use_device(mesh.devices.flat[0]):
             yield
     finally:
         _mesh.reset(token)

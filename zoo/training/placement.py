@@ -4,6 +4,7 @@ All of it is shapes: no array is made, and the devices need not be there.
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,10 +30,14 @@ def check(config: Config, devices: int) -> dict[str, int]:
       UsageError: with every problem found, one a line: sizes that do not multiply to the devices; sequences, tokens,
         heads or dimensions of parameters that do not spread evenly; overrides that fit no parameter.
     """
+    return _checked(config, devices, None if devices == 1 and not config.mesh.overrides else step.abstract_model(config))
+
+
+def _checked(config: Config, devices: int, model: LanguageModel | None) -> dict[str, int]:
+    """`check`; a model is None where one device holds it as it is."""
     sizes, found = sharding.axis_sizes(config.mesh, devices)
     found += _batch_problems(config, sizes)
-    if math.prod(sizes.values()) > 1 or config.mesh.overrides:
-        model = step.abstract_model(config)
+    if model is not None:
         found += _head_problems(config, model, sizes) + _parameter_problems(config, model, sizes)
     zoo_config.refuse(found)
     return sizes
@@ -105,17 +110,20 @@ def dry_run(config: Config, devices: int = 0) -> str:
     Raises:
       UsageError: as `check`.
     """
-    sizes = check(config, devices or _devices(config))
+    abstract = step.abstract_model(config)
+    sizes = _checked(config, devices or _devices(config), abstract)
     mesh = sharding.abstract_mesh(sizes)
-    params = nnx.state(step.abstract_model(config), nnx.Param)
-    state = step.abstract_state(config, mesh, params)
+    state = step.abstract_state(config, mesh, nnx.state(abstract, nnx.Param))
     batch = step.abstract_batch(config)
     shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     model, rows = config.model, sharding.devices_of(sharding.partition_spec("batch"), sizes)[0][1]
     lines = [
         f"mesh        {shape}: {mesh.size:,} device{'s' if mesh.size > 1 else ''}",
-        f"model       {model.mixer}, {model.num_layers} layers of width {model.d_model}, vocabulary "
-        f"{model.vocab_size}, {flops.num_parameters(model):,} parameters",
+        f"model       {model.num_layers} layers of width {model.d_model}, vocabulary {model.vocab_size}, "
+        f"{flops.num_parameters(model):,} parameters",
+        *textwrap.wrap(
+            ", ".join(zoo_config.pattern(model)), 100, initial_indent="mixer       ", subsequent_indent=" " * 12
+        ),
         f"optimizer   {config.optimizer.name}; what it keeps of a parameter lies as the parameter does",
         "",
         "Of each dimension: its name, its size and, after a slash, the mesh axes that it is spread over",
@@ -173,11 +181,13 @@ def _table(head: str, arrays: Mapping[str, tuple[Any, tuple[str | None, ...]]], 
     rows = [(head, "dimensions", "dtype", "all", "a device")]
     for name, (x, axes) in arrays.items():
         everywhere, each = map(_short, _bytes([x]))
-        rows.append((name, _dimensions(x, axes, x.sharding, sizes), _dtype(x.dtype), everywhere, each))
+        rows.append((name, _dimensions(x, axes, x.sharding, sizes), x.dtype.name, everywhere, each))
+    if len(dtypes := {row[2] for row in rows[1:]}) == 1:  # said once, which leaves room
+        rows = [(name, shape, "", *of_bytes) for name, shape, _, *of_bytes in rows]
+        rows[0] = (head, f"dimensions, {dtypes.pop()}", "", *rows[0][3:])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        f"{name:{widths[0]}} {shape:{widths[1]}} {dtype:{widths[2]}} {everywhere:>{widths[3]}} {each:>{widths[4]}}"
-        for name, shape, dtype, everywhere, each in rows
+        " ".join(f"{cell:{'<<<>>'[i]}{widths[i]}}" for i, cell in enumerate(row) if widths[i]).rstrip() for row in rows
     ]
 
 
@@ -188,11 +198,6 @@ def _dimensions(x: Any, axes: tuple[str | None, ...], placed: NamedSharding, siz
         f"{axis or '-'}={size}" + (f"/{'+'.join(mesh_axes)}" if mesh_axes else "")
         for axis, size, (mesh_axes, _) in zip(axes, x.shape, spreads, strict=True)
     )
-
-
-def _dtype(dtype: Any) -> str:
-    """ "f32"; "int32" is "i32"."""
-    return f"{'b' * (dtype.name == 'bfloat16')}{dtype.kind.replace('V', 'f')}{8 * dtype.itemsize}"
 
 
 def _short(size: int) -> str:
