@@ -292,7 +292,8 @@ def _training_problems(config: Config) -> list[str]:
             )
     axes = [name for name, size in dataclasses.asdict(config.mesh).items() if size == -1]
     if len(axes) > 1:
-        found.append(f"mesh: {' and '.join(axes)} are -1; at most one axis takes what the others leave")
+        default = "; mesh.data is -1 unless it is set" if "data" in axes else ""
+        found.append(f"mesh: {' and '.join(axes)} are -1; at most one axis takes what the others leave{default}")
     return found
 
 

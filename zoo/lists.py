@@ -50,6 +50,11 @@ def mesh_overrides(text: str, axes: Sequence[str]) -> list[tuple[str, tuple[tupl
     r""" "embed\.embedding=none|data+fsdp" as (regex, the mesh axes of each dimension), of the mesh's `axes`."""
     found = []
     for regex, value, entry in rules(text):
+        if not regex:
+            raise ValueError(
+                f"got {shown(entry)}, expected regex=AXES, a mesh axis or none for each dimension, as in "
+                "embed.embedding=none|fsdp"
+            )
         names = [() if part == "none" else tuple(part.split("+")) for part in value.replace(" ", "").split("|")]
         used = [name for dimension in names for name in dimension]
         if unknown := [name for name in used if name not in axes]:
@@ -57,11 +62,6 @@ def mesh_overrides(text: str, axes: Sequence[str]) -> list[tuple[str, tuple[tupl
             raise ValueError(f"got {named} in {shown(entry)}, expected none or {', '.join(axes)} (two of them: a+b)")
         if twice := [name for name in axes if used.count(name) > 1]:
             raise ValueError(f"got {shown(entry)}, which spreads two dimensions over {twice[0]}, expected one")
-        if not regex:
-            raise ValueError(
-                f"got {shown(entry)}, expected regex=AXES, a mesh axis or none for each dimension, as in "
-                "embed.embedding=none|fsdp"
-            )
         check_repeats(regex)
         found.append((regex, tuple(names)))
     return found

@@ -30,11 +30,12 @@ def check(config: Config, devices: int) -> dict[str, int]:
       UsageError: with every problem found, one a line: sizes that do not multiply to the devices; sequences, tokens,
         heads or dimensions of parameters that do not spread evenly; overrides that fit no parameter.
     """
-    return _checked(config, devices, None if devices == 1 and not config.mesh.overrides else step.abstract_model(config))
+    as_it_is = devices == 1 and not config.mesh.overrides
+    return _checked(config, devices, None if as_it_is else step.abstract_model(config))
 
 
 def _checked(config: Config, devices: int, model: LanguageModel | None) -> dict[str, int]:
-    """`check`; a model is None where one device holds it as it is."""
+    """`check`; `model` is None where one device holds it as it is."""
     sizes, found = sharding.axis_sizes(config.mesh, devices)
     found += _batch_problems(config, sizes)
     if model is not None:
