@@ -74,7 +74,7 @@ def rules(text: str) -> Iterator[tuple[str, str, str]]:
         try:
             with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
                 re.compile(regex)
-        except (re.error, OverflowError, RecursionError):
+        except (re.error, ValueError, OverflowError, RecursionError):
             regex = ""
         yield regex, value, entry
 

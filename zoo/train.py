@@ -7,7 +7,7 @@
     python train.py --config=runs/gla/config.json --workdir=runs/more --init_from=runs/gla
     python train.py --list
     python train.py --list --config=gla:340m
-    python train.py --dry_run --config=gla:1.3b --config.mesh.fsdp=64 --config.mesh.tensor=8
+    python train.py --dry_run --config=gla:1.3b --config.mesh.fsdp=64 --config.mesh.tensor=4
 
 --config is a name of `--list` with a size, or a file: configs/gla.py:tiny, my/own.py, a run's config.json.
 --config.SECTION.FIELD=VALUE overrides any setting of the config; --list shows them. After an installation
