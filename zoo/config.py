@@ -292,7 +292,8 @@ def _training_problems(config: Config) -> list[str]:
             )
     axes = [name for name, size in dataclasses.asdict(config.mesh).items() if size == -1]
     if len(axes) > 1:
-        found.append(f"mesh: {' and '.join(axes)} are -1; at most one axis takes what the others leave")
+        default = "; mesh.data is -1 unless it is set" if "data" in axes else ""
+        found.append(f"mesh: {' and '.join(axes)} are -1; at most one axis takes what the others leave{default}")
     return found
 
 
@@ -302,15 +303,16 @@ def validate(config: Config) -> None:
     Raises:
       UsageError: with every problem found, one a line.
     """
-    _refuse(problems(config) or _model_problems(config.model) + _training_problems(config))
+    refuse(problems(config) or _model_problems(config.model) + _training_problems(config))
 
 
 def validate_model(model: ModelConfig) -> None:
     """`validate` of the model alone."""
-    _refuse(problems(model, "model.") or _model_problems(model))
+    refuse(problems(model, "model.") or _model_problems(model))
 
 
-def _refuse(found: list[str]) -> None:
+def refuse(found: list[str]) -> None:
+    """UsageError with the problems found, one a line; none is fine."""
     if found:
         raise UsageError("\n       ".join(found[:MAX_PROBLEMS]))
 

@@ -1,10 +1,11 @@
-"""Settings that are lists written as text: data.weights and optimizer.learning_rate_factors.
+"""Settings that are lists written as text: data.weights, optimizer.learning_rate_factors, mesh.overrides.
 
 A reader raises ValueError with "got ..., expected ..."; a declaration's check and the code that uses the list call it.
 """
 
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 
 from zoo.settings import shown
 
@@ -32,23 +33,60 @@ def weights(text: str) -> list[float]:
 def learning_rate_factors(text: str) -> list[tuple[str, float]]:
     """ "embed=0.1,gate=2" as (regex, factor)."""
     found = []
-    for entry in filter(None, text.split(",")):
-        regex, _, factor = entry.rpartition("=")
+    for regex, factor, entry in rules(text):
         try:
-            with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
-                re.compile(regex)
             found.append((regex, float(factor)))
-        except (re.error, ValueError, OverflowError, RecursionError):
+        except (ValueError, OverflowError):
             found.append(("", 0.0))
         if not found[-1][0] or not 0 <= found[-1][1] <= MAX_FACTOR:
             raise ValueError(
                 f"got {shown(entry)}, expected regex=factor, as in embed=0.1, with a factor from 0 to {MAX_FACTOR}"
             )
-        # Python's engine backtracks: a repeat multiplies its time by a name's length, one of a group by far more.
-        plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", regex)
-        if len(re.findall(r"[*+?{]", plain)) > MAX_REPEATS or re.search(r"\)[*+?{]", plain):
-            raise ValueError(
-                f"got {shown(regex)}, which may match for ever; expected at most {MAX_REPEATS} of * + ? {{, and none "
-                "after a group"
-            )
+        check_repeats(regex)
     return found
+
+
+def mesh_overrides(text: str, axes: Sequence[str]) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+    r""" "embed\.embedding=none|data+fsdp" as (regex, the mesh axes of each dimension), of the mesh's `axes`."""
+    found = []
+    for regex, value, entry in rules(text):
+        if not regex:
+            raise ValueError(
+                f"got {shown(entry)}, expected regex=AXES, a mesh axis or none for each dimension, as in "
+                "embed.embedding=none|fsdp"
+            )
+        names = [() if part == "none" else tuple(part.split("+")) for part in value.replace(" ", "").split("|")]
+        used = [name for dimension in names for name in dimension]
+        if unknown := [name for name in used if name not in axes]:
+            named = shown(unknown[0]) if unknown[0] else "nothing"
+            raise ValueError(f"got {named} in {shown(entry)}, expected none or {', '.join(axes)} (two of them: a+b)")
+        if twice := [name for name in axes if used.count(name) > 1]:
+            raise ValueError(f"got {shown(entry)}, which spreads two dimensions over {twice[0]}, expected one")
+        check_repeats(regex)
+        found.append((regex, tuple(names)))
+    return found
+
+
+def rules(text: str) -> Iterator[tuple[str, str, str]]:
+    """Of "regex=value,...": regex ("" for what is none), value, and the entry as it is written."""
+    for entry in filter(None, text.split(",")):
+        regex, _, value = entry.rpartition("=")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
+                re.compile(regex)
+        except (re.error, ValueError, OverflowError, RecursionError):
+            regex = ""
+        yield regex, value, entry
+
+
+def check_repeats(regex: str) -> None:
+    """ValueError for a regex that may match for ever.
+
+    Python's engine backtracks: a repeat multiplies its time by a name's length, one of a group by far more.
+    """
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", regex)
+    if len(re.findall(r"[*+?{]", plain)) > MAX_REPEATS or re.search(r"\)[*+?{]", plain):
+        raise ValueError(
+            f"got {shown(regex)}, which may match for ever; expected at most {MAX_REPEATS} of * + ? {{, and none "
+            "after a group"
+        )

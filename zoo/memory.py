@@ -65,7 +65,8 @@ def _forward_bytes(model: ModelConfig) -> int:
 def check_training(config: Config, mesh: Mesh) -> None:
     """UsageError if the run cannot fit into the memory of the mesh's devices, all together."""
     needed, sizes = training(config), dict(mesh.shape)
-    copies = mesh.size // (sizes["fsdp"] * sizes["tensor"])
+    # Overrides may spread parameters over any axis.
+    copies = 1 if config.mesh.overrides else mesh.size // (sizes["fsdp"] * sizes["tensor"])
     state = copies * (needed.parameters + needed.gradients + needed.optimizer)
     if needed.activations > state:
         advice = "lower train.batch_size or train.context_length, or raise train.accumulate_steps"

@@ -290,6 +290,19 @@ def nearest(name: str, known: Iterable[str], count: int | None = None) -> str:
     return ", ".join(sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name[:100].lower(), k).ratio())[:count])
 
 
+def divisors_near(number: int, near: int, count: int = 3) -> list[int]:
+    """The divisors of `number` that come nearest to `near`, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)})
+    return sorted(sorted(divisors, key=lambda n: abs(n - near))[:count])
+
+
+def one_of(values: Iterable[Any]) -> str:
+    """ "1, 2 or 4"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _whole(value: float) -> int:
     if not (value.is_integer() and abs(value) < 2**53):
         raise ValueError

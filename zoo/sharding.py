@@ -1,25 +1,28 @@
 """The mesh, the logical axes and the rule table: the only place that knows how arrays lie on devices.
 
 Parameters and activations name their dimensions by what they mean ("embed", "heads", "batch"); the rule table
-says which mesh axes each name is spread over. A mesh of one device is the same program with nothing to spread.
+says which mesh axes each name is spread over, unless `mesh.overrides` does for a parameter. A mesh of one device is
+the same program with nothing to spread.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from flax.core import spmd
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels import dispatch
+from zoo import lists
 from zoo.errors import UsageError
-from zoo.settings import problems, setting
+from zoo.settings import divisors_near, nearest, one_of, problems, setting
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 REST = {-1: "what the others leave"}
@@ -42,6 +45,11 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
+def parse_overrides(text: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+    """(regex, the mesh axes of each dimension) from the text of `mesh.overrides`."""
+    return lists.mesh_overrides(text, MESH_AXES)
+
+
 @dataclasses.dataclass
 class MeshConfig:
     """Devices along each mesh axis; one axis at most takes what the others leave."""
@@ -50,30 +58,95 @@ class MeshConfig:
     fsdp: int = setting(1, "like data, with the parameters spread over it", unit="device", special=REST)
     tensor: int = setting(1, "heads, MLP width and vocabulary spread over it", unit="device", special=REST)
     sequence: int = setting(1, "tokens of a sequence spread over it", unit="device", special=REST)
+    overrides: str = setting(
+        "",
+        '"regex=AXES,..." over parameter paths: the axes of each dimension, as embedding=none|data+fsdp; '
+        "--dry_run shows them",
+        parse=parse_overrides,
+    )
+
+
+def axis_sizes(config: MeshConfig, devices: int) -> tuple[dict[str, int], list[str]]:
+    """Devices along each axis, and what is wrong with them; where that is their product, an open axis (-1) has 1."""
+    if found := problems(config, "mesh."):
+        return dict.fromkeys(MESH_AXES, 1), found
+    asked = {axis: getattr(config, axis) for axis in MESH_AXES}
+    open_axes = [axis for axis, size in asked.items() if size == -1]
+    sizes = {axis: 1 if size == -1 else size for axis, size in asked.items()}
+    product = math.prod(sizes.values())
+    if len(open_axes) > 1:
+        return sizes, [f"mesh: got {_named(asked)}; at most one may be -1 (what the others leave)"]
+    if devices % product or not (open_axes or product == devices):
+        fit = []
+        for axis, size in sizes.items():
+            left, rest = divmod(devices * size, product)  # devices that the other axes leave to this one
+            if not rest and axis not in open_axes:
+                fit += [f"mesh.{axis}={n}" for n in (divisors_near(left, size, 2) if open_axes else [left])]
+        sides = ", ".join(map(str, divisors_near(devices, product, 8)))
+        advice = f"use {one_of(fit)}" if fit else f"sizes that fit divide it: {sides}"
+        return sizes, [f"mesh: {_named(asked)} does not fit {devices} devices; {advice}"]
+    return sizes | {axis: devices // product for axis in open_axes}, []
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all).
 
     Raises:
-      UsageError: sizes that are none, or that do not multiply to the number of devices.
+      UsageError: sizes that are none, that do not multiply to the number of devices, or that their network cannot hold.
     """
-    if found := problems(config, "mesh."):
-        raise UsageError("; ".join(found))
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
-        raise UsageError(f"mesh: got {asked}; at most one may be -1 (what the others leave)")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes:
-        sizes[open_axes[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise UsageError(f"mesh: {asked} does not fit {len(devices)} devices; set mesh.* so that the product is that")
+    sizes, found = axis_sizes(config, len(devices))
+    if found:
+        raise UsageError("; ".join(found))
+    mesh = _lay(sizes, devices)
+    if mesh is None:
+        torus = " x ".join(str(max(axis) + 1) for axis in zip(*(device.coords for device in devices), strict=True))
+        raise UsageError(
+            f"mesh: {_named(sizes)} cannot be laid on a torus of {torus} chips; the nearest that can: "
+            f"{_named(_nearest_laid(sizes, devices))}"
+        )
+    return mesh
+
+
+def _lay(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
+    """Neighbours on an axis of the mesh are neighbours in the network; None where the network has no such shape."""
     # Auto, not jax's default Explicit: the compiler propagates shardings from the parameters and the batch.
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=np.asarray(devices))
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=np.asarray(devices))
+    except NotImplementedError:  # no side of the torus, nor several together, has such a size: a part of one may
+        pass
+    try:
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError):
+        return None
+    return Mesh(laid, MESH_AXES, axis_types=types)
+
+
+def _nearest_laid(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
+    """The sizes that the network can hold and that differ least, as factors; the devices along one axis always do."""
+
+    def splits(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (count,)
+            return
+        for n in divisors_near(count, count, count):
+            yield from ((n, *others) for others in splits(count // n, axes - 1))
+
+    def distance(shape: tuple[int, ...]) -> float:
+        return sum(abs(math.log(n / size)) for n, size in zip(shape, sizes.values(), strict=True))
+
+    shapes = sorted(splits(len(devices), len(sizes)), key=distance)
+    return next(found for shape in shapes if _lay(found := dict(zip(sizes, shape, strict=True)), devices))
+
+
+def _named(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of devices that need not be there: shapes, shardings and bytes, but nothing runs on it."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:
@@ -82,26 +155,94 @@ def partition_spec(*logical_axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if name is None else rules[name] for name in logical_axes))
 
 
-def named_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each leaf of a state of NNX variables, by logical axes; what has none is everywhere."""
-    with spmd.logical_axis_rules(RULES):
-        return nnx.get_named_sharding(abstract_state, mesh)
+def logical_axes(parameter: nnx.Variable) -> tuple[str | None, ...]:
+    """The names of a parameter's dimensions."""
+    return parameter.get_metadata().get("out_sharding") or (None,) * parameter.ndim
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def parameters(params: nnx.State) -> dict[str, nnx.Variable]:
+    """Parameters by dotted path: "units.blocks.0.mixer.q.kernel"."""
+    return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)}
+
+
+def parameter_specs(params: nnx.State, overrides: str = "") -> dict[str, PartitionSpec]:
+    """Mesh axes by dotted path: of the first of `overrides` whose regex is found in it, else of the rule table.
+
+    Raises:
+      UsageError: an override that matches no parameter, or that has not an entry for each dimension.
+    """
+    named, rules, found = parameters(params), parse_overrides(overrides), []
+    for regex, _ in rules:
+        if not any(re.search(regex, name) for name in named):
+            near = nearest(regex, named, 4)
+            found.append(f"mesh.overrides: {regex!r} matches no parameter; nearest: {near} (--dry_run shows all)")
+    specs, wrong = {}, set()
+    for name, parameter in named.items():
+        regex, axes = next(((regex, axes) for regex, axes in rules if re.search(regex, name)), ("", None))
+        if axes is None:
+            specs[name] = partition_spec(*logical_axes(parameter))
+            continue
+        specs[name] = PartitionSpec(*(dimension or None for dimension in axes))
+        if len(axes) != parameter.ndim and regex not in wrong:
+            wrong.add(regex)
+            found.append(
+                f"mesh.overrides: {regex!r} has {len(axes)} dimension(s), and {name} has {parameter.ndim}: "
+                f"{'|'.join(map(str, logical_axes(parameter)))}; write none for one that stays whole"
+            )
+    if found:
+        raise UsageError("\n       ".join(found))
+    return specs
+
+
+def named_shardings(abstract_state: Any, mesh: Mesh | AbstractMesh, specs: Mapping[str, PartitionSpec]) -> Any:
+    """A NamedSharding for each leaf of a state of NNX variables; what is no variable is everywhere.
+
+    Args:
+      specs: of `parameter_specs`. What an optimizer keeps of a parameter, at a path that ends in the parameter's, lies
+        as the parameter does.
+    """
+
+    def place(path, leaf):
+        spec = PartitionSpec()
+        if _is_variable(leaf):
+            parts = _dotted(path).split(".")
+            spec = next(specs[name] for i in range(len(parts)) if (name := ".".join(parts[i:])) in specs)
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state, is_leaf=_is_variable)
+
+
+def devices_of(spec: PartitionSpec, sizes: Mapping[str, int]) -> list[tuple[tuple[str, ...], int]]:
+    """Of each dimension, the axes of more than one device that it is spread over, and their devices."""
+    dimensions = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    return [
+        (tuple(axis for axis in axes if sizes[axis] > 1), math.prod(sizes[axis] for axis in axes))
+        for axes in dimensions
+    ]
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of a [batch, time] array."""
     return NamedSharding(mesh, partition_spec("batch", "time"))
 
 
-_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_mesh: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace and run on `mesh`: `constrain` applies to it, and ops choose their implementation for its devices."""
+def use_mesh(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Trace and run on `mesh`: `constrain` applies to it, ops choose implementations for its devices, if it has any."""
     token = _mesh.set(mesh)
     try:
-        with dispatch.use_device(mesh.devices.flat[0]):
+        with contextlib.nullcontext() if isinstance(mesh, AbstractMesh) else dispatch.use_device(mesh.devices.flat[0]):
             yield
     finally:
         _mesh.reset(token)

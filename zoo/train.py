@@ -7,6 +7,7 @@
     python train.py --config=runs/gla/config.json --workdir=runs/more --init_from=runs/gla
     python train.py --list
     python train.py --list --config=gla:340m
+    python train.py --dry_run --config=gla:1.3b --config.mesh.fsdp=64 --config.mesh.tensor=4
 
 --config is a name of `--list` with a size, or a file: configs/gla.py:tiny, my/own.py, a run's config.json.
 --config.SECTION.FIELD=VALUE overrides any setting of the config; --list shows them. After an installation
@@ -28,6 +29,10 @@ flags.DEFINE_integer("profile", 0, "Trace that many steps into WORKDIR/profile (
 flags.DEFINE_boolean(
     "list", False, "Show mixers, sizes, configs and settings, or what --config is and costs, and exit."
 )
+flags.DEFINE_boolean(
+    "dry_run", False, "Show how parameters and batch lie on the mesh, their bytes a device, and exit; writes nothing."
+)
+flags.DEFINE_integer("devices", 0, "Of --dry_run; they need not be there. 0: what mesh.* needs.", lower_bound=0)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -60,6 +65,11 @@ def main(argv: list[str]) -> None:
             raise UsageError(f"unexpected argument {argv[1]!r}; settings are given as --config.NAME=VALUE")
         if not FLAGS["config"].present:
             raise UsageError("--config is missing; for example --config=gla:tiny (see --list)")
+        if FLAGS.devices and not FLAGS.dry_run:
+            raise UsageError("--devices is for --dry_run; a run uses all devices that it sees")
+        if FLAGS.dry_run:
+            print(command_line.dry_run(FLAGS.config, FLAGS.workdir, FLAGS.devices))
+            return
         if not FLAGS.workdir:
             raise UsageError("--workdir is missing; for example --workdir=runs/gla")
         quiet_libraries()

@@ -10,8 +10,13 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 def devices(chip: str) -> list[jax.Device]:
     """Four devices of a chip by name; skips the test where libtpu is not installed."""
+    return torus(TOPOLOGIES[chip])
+
+
+def torus(topology: str) -> list[jax.Device]:
+    """The devices of a topology by name, such as "v5p:8x8x8"; skips as `devices` does."""
     pytest.importorskip("libtpu", reason="ahead-of-time compilation for TPU needs libtpu (pip install 'jax[tpu]')")
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
 def compile_for_tpu(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -103,6 +103,12 @@ BAD = {
     "schedule": ({"optimizer.schedule": "step"}, "optimizer.schedule: got 'step'"),
     "learning rate": ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate: got nan"),
     "factors": ({"optimizer.learning_rate_factors": "embed"}, "got 'embed', expected regex=factor"),
+    "factor's regex": ({"optimizer.learning_rate_factors": "(?au)x=1"}, "got '(?au)x=1', expected regex=factor"),
+    "overrides": ({"mesh.overrides": "embed"}, "mesh.overrides: got 'embed', expected regex=AXES"),
+    "override's axis": ({"mesh.overrides": "embed=none|fspd"}, "got 'fspd' in 'embed=none|fspd', expected none or d"),
+    "override's axis twice": ({"mesh.overrides": "x=fsdp|data+fsdp"}, "spreads two dimensions over fsdp"),
+    "override's regex": ({"mesh.overrides": "(=fsdp"}, "got '(=fsdp', expected regex=AXES"),
+    "override that repeats": ({"mesh.overrides": "(a+)+b=fsdp"}, "may match for ever"),
     "validation share": ({"data.validation_fraction": 1.0}, "data.validation_fraction: got 1.0"),
     "no room for an MLP": ({"model.mixer": "retnet", "model.retnet.expand_v": 4.0}, "set model.d_ff, or model"),
 }

@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.kernels.tpu import torus
 from zoo.config import preset
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
-from zoo.sharding import MESH_AXES, RULES, MeshConfig, batch_sharding, make_mesh, named_shardings
+from zoo.sharding import (
+    MESH_AXES,
+    RULES,
+    MeshConfig,
+    axis_sizes,
+    batch_sharding,
+    make_mesh,
+    named_shardings,
+    parameter_specs,
+)
 
 
 def test_one_device_makes_a_mesh_of_ones():
@@ -26,8 +36,8 @@ def test_one_device_makes_a_mesh_of_ones():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (MeshConfig(data=2), "data=2.*does not fit 1 devices"),
-        (MeshConfig(fsdp=3), "does not fit 1 devices"),
+        (MeshConfig(data=2), "data=2.*does not fit 1 devices; use mesh.data=1"),
+        (MeshConfig(fsdp=3), "does not fit 1 devices; use mesh.fsdp=1"),
         (MeshConfig(fsdp=-1), "at most one may be -1"),
         (MeshConfig(tensor=0), "at least 1"),
     ],
@@ -35,6 +45,29 @@ def test_one_device_makes_a_mesh_of_ones():
 def test_a_mesh_that_does_not_fit_is_refused(config, message):
     with pytest.raises(UsageError, match=message):
         make_mesh(config, jax.devices()[:1])
+
+
+def test_sizes_that_would_fit_the_devices_are_named():
+    def problem(devices, **sizes):
+        return axis_sizes(MeshConfig(**sizes), devices)[1][0].partition("; ")[2]
+
+    assert problem(8, data=1, fsdp=3) == "use mesh.fsdp=8"
+    assert problem(8, data=2, fsdp=2) == "use mesh.data=4, mesh.fsdp=4, mesh.tensor=2 or mesh.sequence=2"
+    assert problem(512, fsdp=24, tensor=4) == "use mesh.fsdp=16 or mesh.fsdp=32"
+    assert problem(8, data=3, fsdp=3) == "sizes that fit divide it: 1, 2, 4, 8"
+
+
+def test_a_torus_side_is_split_where_the_mesh_needs_it():
+    """128 x 4 is no product of whole sides of 8 x 8 x 8; neighbours along `tensor` stay neighbours in the torus."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=128, tensor=4), torus("v5p:8x8x8"))
+    assert mesh.devices.shape == (1, 128, 4, 1) and len({d.id for d in mesh.devices.flat}) == 512
+    rows = np.array([[device.coords for device in row] for row in mesh.devices[0, :, :, 0]])
+    assert (np.abs(np.diff(rows, axis=1)).sum(-1) == 1).all()
+
+
+def test_a_mesh_that_no_torus_side_can_be_split_into_names_one_that_can():
+    with pytest.raises(UsageError, match="torus of 4 x 4 x 20 chips; the nearest that can: data=1, fsdp=40, tensor=8"):
+        make_mesh(MeshConfig(data=1, fsdp=32, tensor=10), torus("v5p:4x4x20"))
 
 
 @pytest.mark.parametrize("family", MIXERS)
@@ -48,7 +81,7 @@ def test_every_dimension_of_every_parameter_is_named_in_the_rule_table(family):
         axes = variable.get_metadata().get("out_sharding")
         assert axes is not None and len(axes) == len(variable.shape), f"{path} has no logical axes"
         assert set(axes) <= names, f"{path}: {axes}"
-    shardings = named_shardings(state, make_mesh(MeshConfig(), jax.devices()[:1]))
+    shardings = named_shardings(state, make_mesh(MeshConfig(), jax.devices()[:1]), parameter_specs(state))
     assert all(isinstance(leaf, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(shardings))
 
 

@@ -126,6 +126,10 @@ class Attention(Mixer):
         zero = jnp.zeros((), jnp.int32)
         return {"k": cache, "v": cache, "index": zero, "start": jnp.zeros((batch_size,), jnp.int32)}
 
+    def spread_over_tensor(self):
+        # One head of k and v is on every device.
+        return {"num_heads": self.heads} | ({"num_kv_heads": self.kv_heads} if self.kv_heads > 1 else {})
+
     @staticmethod
     def check(config, d_model):
         heads = heads_or_default(config.num_heads, d_model, 64)

@@ -1,7 +1,6 @@
 """The contract of a token mixer."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.array_typing import Array, Float, Int
+from zoo.settings import divisors_near
 
 State = Any  # a pytree of arrays
 
@@ -87,6 +87,13 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
+    def spread_over_tensor(self) -> dict[str, int]:
+        """What `mesh.tensor` has to divide beside the dimensions of parameters, by the setting that says how many.
+
+        Heads are whole on a device: of four on eight devices each device would compute all.
+        """
+        return {"num_heads": self.heads} if hasattr(self, "heads") else {}
+
     @staticmethod
     def check(config: Any, d_model: int) -> list[str]:
         """What is wrong with the settings, each as "<field>: message"; empty if nothing is."""
@@ -124,9 +131,7 @@ def check_heads(fields: dict[str, int], width_name: str, width: int) -> list[str
         if width < 1:
             problems.append(f"{name}: {width_name} is {width}; make it at least 1")
         elif width % heads:
-            small = [n for n in range(1, math.isqrt(width) + 1) if width % n == 0]
-            divisors = {*small, *(width // n for n in small)}
-            near = sorted(sorted(divisors, key=lambda n: abs(n - heads))[:3])
+            near = divisors_near(width, heads)
             problems.append(
                 f"{name}: {heads} heads do not divide {width_name} = {width}; use one of {', '.join(map(str, near))}"
             )

@@ -104,6 +104,9 @@ class H3(Mixer):
             "ssm": ssm.reshape(batch_size, entries, *ssm.shape[1:]),
         }
 
+    def spread_over_tensor(self):
+        return {}  # its heads are a dimension of parameters
+
     @staticmethod
     def check(config, d_model):
         if d_model % config.head_dim:

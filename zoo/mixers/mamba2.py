@@ -102,6 +102,10 @@ class Mamba2(Mixer):
         ssm = jnp.zeros((batch_size, self.heads, self.state_dim, self.head_dim), jnp.float32)
         return {"conv": self.conv.init_state(batch_size, dtype), "ssm": ssm}
 
+    def spread_over_tensor(self):
+        # One group's B and C are on every device.
+        return {"head_dim": self.heads} | ({"groups": self.groups} if self.groups > 1 else {})
+
     @staticmethod
     def check(config, d_model):
         problems = check_steps(config)

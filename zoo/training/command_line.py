@@ -15,6 +15,7 @@ from zoo.config import Config, pattern
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
 from zoo.settings import Setting, declarations, shown, suggestions
+from zoo.training import placement
 from zoo.training.workdir import settle_vocabulary
 
 
@@ -115,6 +116,12 @@ def config_listing(config: Config, workdir: str = "") -> str:
             if not name.startswith(tuple(other))
         ]
     )
+
+
+def dry_run(config: Config, workdir: str = "", devices: int = 0) -> str:
+    """How a run lies on its mesh: `zoo.training.placement.dry_run`. `workdir`: as in `config_listing`."""
+    zoo_config.validate(config)
+    return placement.dry_run(settle_vocabulary(config, workdir or None), devices)
 
 
 def _row(name: str, value: object, declared: Setting) -> str:

@@ -19,18 +19,17 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import numpy as np
 
 from zoo import data, files, flops, memory, metrics, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
 from zoo.errors import RunError
-from zoo.training import report
+from zoo.training import placement, report
 from zoo.training import workdir as workdirs
 from zoo.training.progress import ProgressLine
 from zoo.training.signals import StopSignal
 from zoo.training.start import first_state
-from zoo.training.step import build
+from zoo.training.step import abstract_batch, build
 
 OVERRIDES = "overrides.jsonl"  # one line a change: {"step": 40, "optimizer.learning_rate": [0.003, 0.001]}
 PROFILE_SKIP = 2  # steps before the trace begins: the first ones warm caches up
@@ -62,8 +61,8 @@ def train(
     """
     run = workdirs.prepare(config, workdir, override)
     with run.lock:
+        placement.check(run.config, jax.device_count())
         mesh = sharding.make_mesh(run.config.mesh)
-        workdirs.check_mesh(run.config, mesh)
         memory.check_training(run.config, mesh)
         # Opened once: what happens to the text from here on means nothing to this process.
         dataset = data.training_dataset(run.data_config)
@@ -144,13 +143,8 @@ class _Loop:
         """The training step, if there is one to do."""
         if self.step >= self.config.train.steps:
             return
-        rows = (self.config.train.batch_size, self.config.train.context_length)
-        batch = {
-            name: jax.ShapeDtypeStruct(rows, np.float32 if name == "weights" else np.int32)
-            for name in ("tokens", "targets", "segment_ids", "weights")
-        }
         start = time.perf_counter()
-        self.step_fn = self.programs.train.lower(self.programs.abstract_state, batch).compile()
+        self.step_fn = self.programs.train.lower(self.programs.abstract_state, abstract_batch(self.config)).compile()
         self.progress.say(f"compiled    the training step in {time.perf_counter() - start:.1f} s")
 
     def run(self, stop: StopSignal, profile_steps: int) -> None:

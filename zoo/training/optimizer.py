@@ -18,6 +18,7 @@ from zoo import lists
 from zoo.checkpoints import named_leaves
 from zoo.config import OptimizerConfig
 from zoo.errors import UsageError
+from zoo.sharding import logical_axes
 from zoo.training.schedules import schedule
 
 MUON_UPDATE_RMS = 0.2  # of AdamW's update, measured by Liu et al.
@@ -50,7 +51,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
 
 def decays(parameter: nnx.Param) -> bool:
     """Whether weight decay applies: to matrices, unless the module marked them `decay=False` (gates, norms, biases)."""
-    stacked = _axes(parameter)[:1] == ("layers",)
+    stacked = logical_axes(parameter)[:1] == ("layers",)
     return parameter.ndim - stacked >= 2 and parameter.get_metadata().get("decay", True)
 
 
@@ -59,7 +60,7 @@ def is_matrix(parameter: nnx.Param) -> bool:
 
     Both axes must be named, and a filter of [channels, taps] is a bundle of vectors, not a map between spaces.
     """
-    axes = [axis for axis in _axes(parameter) if axis != "layers"]
+    axes = [axis for axis in logical_axes(parameter) if axis != "layers"]
     return decays(parameter) and len(axes) == 2 and None not in axes and not (TABLES | VECTORS) & set(axes)
 
 
@@ -71,10 +72,6 @@ def learning_rate_factors(text: str, params: nnx.State) -> dict[str, float]:
         if not any(re.search(regex, name) for name in names):
             raise UsageError(f"optimizer.learning_rate_factors: {regex!r} matches no parameter of {', '.join(names)}")
     return {name: next((factor for regex, factor in rules if re.search(regex, name)), 1.0) for name in names}
-
-
-def _axes(parameter: nnx.Param) -> tuple[str | None, ...]:
-    return parameter.get_metadata().get("out_sharding") or (None,) * parameter.ndim
 
 
 def _map(f, params):

@@ -9,14 +9,14 @@ Shardings are explicit, of state and batch; the same programs run on any mesh.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from zoo import sharding
 from zoo.config import Config
@@ -53,7 +53,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
     """Trace nothing yet but the shapes of the state; programs compile on their first call.
 
     Raises:
-      UsageError: the optimizer's parameter groups do not fit the model.
+      UsageError: the optimizer's parameter groups, or `mesh.overrides`, do not fit the model.
     """
     init_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
 
@@ -62,8 +62,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
         with sharding.use_mesh(mesh):
             return nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(key)), nnx.Param)
 
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    graphdef, abstract_params = nnx.split(model, nnx.Param)
+    graphdef, abstract_params = nnx.split(abstract_model(config), nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
     learning_rate = schedule(config.optimizer, config.train.steps)
 
@@ -124,14 +123,14 @@ def build(config: Config, mesh: Mesh) -> Programs:
             )
             return {"nats": losses.sum(), "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
 
-    abstract = jax.eval_shape(lambda key: start(make_params(key)), init_key)
-    shardings = sharding.named_shardings(abstract, mesh)
+    abstract = abstract_state(config, mesh, abstract_params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = sharding.batch_sharding(mesh)
     jit_init = jax.jit(lambda key: start(make_params(key)), out_shardings=shardings)
     return Programs(
         graphdef=graphdef,
-        abstract_state=_with_shardings(abstract, shardings),
+        abstract_state=abstract,
         batch_sharding=rows,
         init=lambda: jit_init(init_key),
         init_opt=jax.jit(start, donate_argnums=0, in_shardings=(shardings.params,), out_shardings=shardings),
@@ -140,5 +139,26 @@ def build(config: Config, mesh: Mesh) -> Programs:
     )
 
 
-def _with_shardings(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+def abstract_model(config: Config) -> LanguageModel:
+    """The model's shapes."""
+    return nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+
+
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh, params: nnx.State) -> TrainState:
+    """Shapes and shardings of a run's state, from those of its parameters. The mesh's devices need not be there.
+
+    Raises:
+      UsageError: the optimizer's parameter groups, or `mesh.overrides`, do not fit the model.
+    """
+    specs = sharding.parameter_specs(params, config.mesh.overrides)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, params)
+    state = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+    shardings = sharding.named_shardings(state, mesh, specs)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def abstract_batch(config: Config, sequences: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch; `sequences`: default, a training step's."""
+    rows = (sequences or config.train.batch_size, config.train.context_length)
+    names = ("tokens", "targets", "segment_ids", "weights")
+    return {name: jax.ShapeDtypeStruct(rows, jnp.float32 if name == "weights" else jnp.int32) for name in names}

@@ -13,9 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
-
-from zoo import checkpoints, data, files, metrics, sharding
+from zoo import checkpoints, data, files, metrics
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
 from zoo.data import synthetic
@@ -230,26 +228,6 @@ def _absolute(spec: str) -> str:
     if not spec or spec == STDLIB or spec in synthetic.TASKS or spec.startswith("hf:"):
         return spec
     return str(pathlib.Path(files.expand(spec)).absolute())
-
-
-def check_mesh(config: Config, mesh: Mesh) -> None:
-    """UsageError if a batch does not spread over the mesh."""
-    sizes = dict(zip(sharding.MESH_AXES, mesh.devices.shape, strict=True))
-    copies = sizes["data"] * sizes["fsdp"]
-    evaluation = config.eval.batch_size or config.train.batch_size
-    for field, rows in (
-        ("train.batch_size / train.accumulate_steps", config.train.batch_size // config.train.accumulate_steps),
-        ("eval.batch_size", evaluation),
-    ):
-        if rows % copies:
-            raise UsageError(
-                f"{field}: {rows} sequences do not spread over mesh.data * mesh.fsdp = {copies}; use a multiple"
-            )
-    if config.train.context_length % sizes["sequence"]:
-        raise UsageError(
-            f"train.context_length: {config.train.context_length} tokens do not spread over mesh.sequence = "
-            f"{sizes['sequence']}; use a multiple"
-        )
 
 
 def _unwritable(path: str | os.PathLike, reason: str) -> UsageError:
