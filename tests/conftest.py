@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import zlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu compiles for TPUs that are not there, in several processes at a time.
@@ -26,6 +27,17 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["kernels"], "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="0/1", help="K/N: one of N parts of the tests; all parts together are all tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--part").split("/"))
+    is_chosen = [zlib.crc32(item.nodeid.encode()) % parts == part for item in items]
+    config.hook.pytest_deselected(items=[item for item, chosen in zip(items, is_chosen, strict=True) if not chosen])
+    items[:] = [item for item, chosen in zip(items, is_chosen, strict=True) if chosen]
 
 
 @pytest.fixture(autouse=True, scope="module")
