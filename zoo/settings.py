@@ -224,7 +224,12 @@ def declarations(config_class: type, prefix: str = "") -> Iterator[tuple[str, Se
 
 def problems(config: Any, prefix: str = "") -> list[str]:
     """What is wrong with each setting's value by itself, as "train.steps: got 0, expected at least 1 step"."""
-    found = []
+    found, fields = [], {field.name for field in dataclasses.fields(config)}
+    for name in vars(config).keys() - fields:  # of a config file that says config.optimizer.lr = 1e-3
+        known = dict(declarations(type(config), prefix))
+        near = suggestions(prefix + name, known) if known else []
+        hint = f"did you mean {' or '.join(near)}?" if near else "--list shows them all"
+        found.append(f"{prefix}{name}: unknown setting; {hint}")
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if "setting" not in field.metadata:

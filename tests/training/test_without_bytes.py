@@ -15,11 +15,11 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
     programs = types.SimpleNamespace(
         evaluate=lambda params, batch: {"nats": 8.0, "tokens": 4.0, "bytes": batch["bytes"].sum()}, put=lambda b: b
     )
-    writer = types.SimpleNamespace(write=rows.append, plot=lambda: None)
+    writer = types.SimpleNamespace(plot=lambda: None)
     loop = types.SimpleNamespace(
         validation=validation_batches(config), config=config, programs=programs, step=3,
         state=types.SimpleNamespace(params=None), tokens_per_step=10, seconds=1.0, writer=writer,
-        progress=ProgressLine(0, 5),
+        _write=rows.append, progress=ProgressLine(0, 5),
     )  # fmt: skip
     assert _Loop._evaluate(loop, 1) == 2.0
     assert rows == [{"step": 3, "eval_loss": 2.0, "eval_tokens": 4, "tokens": 30, "seconds": 1.0}]
@@ -29,5 +29,5 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
 
 
 def test_what_the_console_says_is_neither_markup_nor_obeyed(capsys):
-    ProgressLine(0, 5).say("corpus [red]\x1b[31m")
-    assert capsys.readouterr().out == "corpus [red]\\x1b[31m\n"
+    ProgressLine(0, 5).say("corpus [red]:bug:\x1b[31m")
+    assert capsys.readouterr().out == "corpus [red]:bug:\\x1b[31m\n"

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             "seconds": time.perf_counter() - start,
         } | report.provenance()
 
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
         about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
         console.print(one_line(about))
         for name, task in tasks.items():
