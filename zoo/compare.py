@@ -22,7 +22,7 @@ from zoo import checkpoints, files, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
 from zoo.flops import num_parameters, state_bytes
-from zoo.settings import argument
+from zoo.settings import Parser, argument
 from zoo.terminal import one_line
 
 _LARGEST_METRICS = 1 << 30  # bytes
@@ -189,7 +189,7 @@ def _hash(text: str) -> str:
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(program, __doc__)
     add = parser.add_argument
     add("runs", type=files.expand, nargs="+", metavar="RUN", help="a workdir")
     output_help = "folder for the JSON and the plots; default: comparison"

@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import math
 import os
 import pathlib
 import time

@@ -16,7 +16,9 @@ import difflib
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
+
+from zoo.terminal import one_line
 
 INT_MAX = 2**31 - 1  # of int32, in which devices count
 MAX_TEXT = 100_000  # characters
@@ -206,6 +208,16 @@ def argument(kind: type, **declaration: Any) -> Callable[[str], Any]:
         return value
 
     return read
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command's flags; what is wrong with them is one line, as every other error."""
+
+    def __init__(self, program: str, text: str):
+        super().__init__(program, description=text.split("\n")[0], allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message)}; see --help\n")
 
 
 def section(config_class: type) -> Any:

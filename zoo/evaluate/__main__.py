@@ -21,12 +21,12 @@ from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
 from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
-from zoo.settings import argument, nearest
+from zoo.settings import Parser, argument, nearest
 from zoo.terminal import one_line, printable
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(program, __doc__)
     add = parser.add_argument
     add("--workdir", type=files.expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
