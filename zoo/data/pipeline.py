@@ -253,12 +253,16 @@ def check(config: "Config") -> None:
     Raises:
       UsageError: the first problem found.
     """
-    if synthetic.find(config) is None:
-        sources = _settings(config)[0]
+    if task := synthetic.find(config):
+        _weights(config.data.weights, 1)
         if config.data.validation_source:
-            validation = corpora.find(config.data.validation_source, config.data.text_field, "data.validation_source")
-            if any(validation.overlaps(source) for source in sources) and validation.spec != corpora.STDLIB:
-                logging.warning("data.validation_source: training reads it too, so its loss says nothing of new text")
+            raise UsageError(f"data.validation_source: {task.name} has validation rows of its own; leave it empty")
+        return
+    sources = _settings(config)[0]
+    if config.data.validation_source:
+        validation = corpora.find(config.data.validation_source, config.data.text_field, "data.validation_source")
+        if any(validation.overlaps(source) for source in sources) and validation.spec != corpora.STDLIB:
+            logging.warning("data.validation_source: training reads it too, so its loss says nothing of new text")
 
 
 def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:
