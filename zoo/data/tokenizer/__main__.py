@@ -24,6 +24,7 @@ from zoo.terminal import one_line
 
 _SMALLEST = 257  # 256 bytes and the separator
 
+
 def train(sources: list[corpora.Source], vocab_size: int, validation_fraction: float = 0.05) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer whose separator is `<|endoftext|>`.
 
