@@ -168,6 +168,7 @@ GENERATE = {
     "no step": (["--step=3", "--prompt=x"], "no checkpoint of step 3; it has steps 7"),
     "no prompt": ([], "no prompt; give --prompt=TEXT"),
     "no such file": (["--prompt_file=nowhere.txt"], "'nowhere.txt' cannot be read"),
+    "a file without end": (["--prompt_file=/dev/zero"], "'/dev/zero' has more than 16 MiB"),
     "no tokens": (["--prompt=x", "--max_tokens=0"], "--max_tokens: got 0, expected at least 1"),
     "temperature": (["--prompt=x", "--temperature=-1"], "temperature: got -1.0"),
     "top_p": (["--prompt=x", "--top_p=0"], "top_p: got 0.0, expected more than 0 and at most 1"),

@@ -49,12 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         from zoo import train
 
         train.run([program, *(["--list"] if command == "list" else []), *arguments])
-    elif command == "tokenizer":
-        from zoo.data.tokenizer import __main__ as tokenizer
-
-        tokenizer.run([program, *arguments])
     else:
-        module = {"compare": "zoo.compare"}.get(command, f"zoo.{command}.__main__")
+        module = {"compare": "zoo.compare", "tokenizer": "zoo.data.tokenizer.__main__"}
+        module = module.get(command, f"zoo.{command}.__main__")
         importlib.import_module(module).main(arguments, program)
 
 

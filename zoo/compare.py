@@ -20,12 +20,13 @@ from rich.text import Text
 
 from zoo import checkpoints, files, metrics
 from zoo.config import Config
-from zoo.errors import UsageError, exit_with_message
+from zoo.errors import UsageError, exit_with_message, warn
 from zoo.flops import num_parameters, state_bytes
-from zoo.settings import argument
+from zoo.settings import Parser, argument
 from zoo.terminal import one_line
 
 _LARGEST_METRICS = 1 << 30  # bytes
+_LONGEST_FINGERPRINT = 64  # characters
 
 
 @dataclasses.dataclass
@@ -43,8 +44,8 @@ class Run:
     @property
     def tokens_per_second(self) -> float | None:
         """Over the whole run; compiling, evaluating and saving left out."""
-        seconds = self.last("seconds")
-        return self.last("tokens") / seconds if seconds else None
+        tokens, seconds = self.last("tokens"), self.last("seconds")
+        return tokens / seconds if tokens is not None and seconds else None
 
 
 def read_runs(workdirs: list[str]) -> list[Run]:
@@ -66,7 +67,7 @@ def _read_run(path: pathlib.Path, name: str) -> Run:
     finished = summary.get("step") == config.train.steps
     rows = metrics.read(path, _LARGEST_METRICS)
     known = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    return Run(one_line(name), config, known, one_line(corpus), finished)
+    return Run(one_line(name), config, known, _short(one_line(corpus)), finished)
 
 
 def _summary(path: pathlib.Path) -> dict:
@@ -171,15 +172,24 @@ def table(records: list[dict], width: int = 160) -> Table:
     return shown
 
 
+def _short(fingerprint: str) -> str:
+    """A fingerprint as it is; its end is a hash where a workdir says a megabyte instead."""
+    if len(fingerprint) <= _LONGEST_FINGERPRINT:
+        return fingerprint
+    return f"{fingerprint[:32]}...{_hash(fingerprint)}"
+
+
 def _in_file_names(fingerprint: str) -> str:
     """A fingerprint as it is; a hash of what a workdir says instead of one, which could be a path."""
-    if re.fullmatch("[0-9A-Za-z]{1,64}", fingerprint):
-        return fingerprint
-    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    return fingerprint if re.fullmatch("[0-9A-Za-z]+", fingerprint) else _hash(fingerprint)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(program, __doc__)
     add = parser.add_argument
     add("runs", type=files.expand, nargs="+", metavar="RUN", help="a workdir")
     output_help = "folder for the JSON and the plots; default: comparison"
@@ -202,9 +212,9 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         if context_length is None:
             context_length = max(run.config.train.context_length for run in runs)
         for warning in warnings(runs):
-            print(f"warning: {one_line(warning)}", file=sys.stderr)
+            warn(warning)
         texts = list(dict.fromkeys(run.corpus for run in runs))
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
         records = [record(run, context_length) for run in runs]
         for text in texts:
             console.print(table([r for r in records if r["corpus"] == text], console.width))

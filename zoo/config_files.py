@@ -17,6 +17,7 @@ from zoo import config as zoo_config
 from zoo.config import Config
 from zoo.errors import UsageError
 from zoo.files import expand
+from zoo.settings import problems
 
 
 def shipped() -> list[str]:
@@ -69,7 +70,11 @@ def _existing(file: pathlib.Path) -> pathlib.Path:
         file = file.expanduser()
     except RuntimeError as error:  # ~somebody
         raise UsageError(f"{error}") from error
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise UsageError(f"cannot be read ({error.strerror})") from error
+    if not found:
         is_shipped = file.stem in shipped()
         raise UsageError(f"no such file; {f'--config={file.stem} needs none' if is_shipped else _known(file.stem)}")
     return file
@@ -84,6 +89,8 @@ def _from_python(file: pathlib.Path, size: str | None) -> Config:
     config = _run(file, get_config, *([] if size is None else [size]))
     if not isinstance(config, Config):
         raise UsageError(f"its get_config returned {type(config).__name__}, expected zoo.config.Config")
+    if found := problems(config):  # before flags are put on top of it, which need its sections
+        raise UsageError("; ".join(found))
     return copy.deepcopy(config)
 
 
@@ -100,7 +107,7 @@ def _run(file: pathlib.Path, function, *arguments):
         return function(*arguments)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = "" if line is None else f"line {line}: "

@@ -11,7 +11,8 @@ from zoo.settings import shown
 
 MIN_WEIGHT = 1e-6  # of a source; its inverse is the largest
 MAX_FACTOR = 1000  # of a learning rate
-MAX_REPEATS = 4  # in a regex
+MAX_REPEATS = 4  # in a regex, and as many groups
+MAX_REGEX = 200  # characters
 
 
 def weights(text: str) -> list[float]:
@@ -71,6 +72,8 @@ def rules(text: str) -> Iterator[tuple[str, str, str]]:
     """Of "regex=value,...": regex ("" for what is none), value, and the entry as it is written."""
     for entry in filter(None, text.split(",")):
         regex, _, value = entry.rpartition("=")
+        if len(regex) > MAX_REGEX:
+            raise ValueError(f"got {shown(regex)} of {len(regex)} characters, expected a regex of at most {MAX_REGEX}")
         try:
             with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
                 re.compile(regex)
@@ -82,11 +85,13 @@ def rules(text: str) -> Iterator[tuple[str, str, str]]:
 def check_repeats(regex: str) -> None:
     """ValueError for a regex that may match for ever.
 
-    Python's engine backtracks: a repeat multiplies its time by a name's length, one of a group by far more.
+    Python's engine backtracks: a repeat multiplies its time by a name's length, a group by its alternatives, and a repeat
+    of a group by far more.
     """
     plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", regex)
-    if len(re.findall(r"[*+?{]", plain)) > MAX_REPEATS or re.search(r"\)[*+?{]", plain):
+    repeats, groups = (len(re.findall(marks, plain)) for marks in (r"(?<!\()[*+?{]", r"\("))
+    if max(repeats, groups) > MAX_REPEATS or re.search(r"\)[*+?{]", plain):
         raise ValueError(
-            f"got {shown(regex)}, which may match for ever; expected at most {MAX_REPEATS} of * + ? {{, and none "
-            "after a group"
+            f"got {shown(regex)}, which may match for ever; expected at most {MAX_REPEATS} of * + ? {{, none after "
+            f"a group, and at most {MAX_REPEATS} groups"
         )

@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import math
 import os
 import pathlib
 import time
@@ -26,6 +25,7 @@ from zoo.errors import UsageError, warn
 
 Row = dict[str, float | int | None]
 LARGEST_SUMMARY = 1 << 20  # bytes of a summary.json
+_LARGEST_NUMBER = 2.0**128  # beyond float32, in which they were computed; figures end in errors above it
 FLUSH_SECONDS = 30  # between writes of TensorBoard's events to the disk
 
 
@@ -87,9 +87,7 @@ def _row(line: bytes) -> Row | None:
 
 
 def _is_number(value: object) -> bool:
-    if type(value) is int:
-        return abs(value) < 1 << 63
-    return type(value) is float and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < (1 << 63 if type(value) is int else _LARGEST_NUMBER)
 
 
 class Writer:
@@ -108,10 +106,7 @@ class Writer:
         kept = b"".join(line + b"\n" for line, row in _lines(self._path) if row["step"] <= step)
         if not self._path.exists() or self._path.read_bytes() != kept:
             files.write(self._path, kept)
-        try:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        except OSError as error:
-            raise files.WriteError(self._path, error) from error
+        self._file = self._open()
         self._others: list[_Other] = []
         if config.metrics.tensorboard:
             self._others.append(_tensorboard(self.workdir / "tensorboard", step))
@@ -125,8 +120,18 @@ class Writer:
         for other in self._others:
             other.write(row)
 
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise files.WriteError(self._path, error) from error
+
     def _append(self, line: bytes) -> None:
         """All of it or nothing: a full disk takes the beginning of a line."""
+        if os.fstat(self._file).st_nlink == 0:
+            warn(f"{self._path} was deleted while the run trains; its rows so far are lost")
+            os.close(self._file)
+            self._file = self._open()
         size = os.fstat(self._file).st_size
         try:
             while line:

@@ -16,7 +16,9 @@ import difflib
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
+
+from zoo.terminal import one_line
 
 INT_MAX = 2**31 - 1  # of int32, in which devices count
 MAX_TEXT = 100_000  # characters
@@ -208,6 +210,16 @@ def argument(kind: type, **declaration: Any) -> Callable[[str], Any]:
     return read
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a command's flags; what is wrong with them is one line, as every other error."""
+
+    def __init__(self, program: str, text: str):
+        super().__init__(program, description=text.split("\n")[0], allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(message)}; see --help\n")
+
+
 def section(config_class: type) -> Any:
     """A dataclass field that holds a section of settings."""
     return dataclasses.field(default_factory=config_class)
@@ -224,7 +236,12 @@ def declarations(config_class: type, prefix: str = "") -> Iterator[tuple[str, Se
 
 def problems(config: Any, prefix: str = "") -> list[str]:
     """What is wrong with each setting's value by itself, as "train.steps: got 0, expected at least 1 step"."""
-    found = []
+    found, fields = [], {field.name for field in dataclasses.fields(config)}
+    for name in vars(config).keys() - fields:  # of a config file that says config.optimizer.lr = 1e-3
+        known = dict(declarations(type(config), prefix))
+        near = suggestions(prefix + name, known) if known else []
+        hint = f"did you mean {' or '.join(near)}?" if near else "--list shows them all"
+        found.append(f"{prefix}{name}: unknown setting; {hint}")
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if "setting" not in field.metadata:

@@ -163,6 +163,24 @@ def test_weights_are_shares_of_the_rows_and_small_sources_repeat(config, write_d
     assert all(0 < share.sum() < 4 for share in of_small.reshape(100, 4))  # evenly, not in runs
 
 
+@pytest.mark.parametrize("weights", ["", "3,1"])
+def test_rows_are_those_of_the_batches(config, write_documents, weights):
+    config.data.source = ",".join(write_documents(20, seed=seed, folder=f"text{seed}")[0] for seed in (0, 1))
+    config.data.weights = weights
+    dataset = training_dataset(config)
+    expected = []
+    for batch in take(dataset, 3):
+        for tokens, targets, weight in zip(batch["tokens"], batch["targets"], batch["weights"], strict=True):
+            last = np.count_nonzero(weight)
+            expected.append([*tokens[:last], targets[last - 1]])
+    assert [row.tolist() for row in dataset.rows(3)] == expected
+
+
+def test_a_batch_larger_than_the_memory_costs_its_rows_nothing(config, corpus):
+    config.train.batch_size, config.train.context_length = 2**26, 31
+    assert len(next(training_dataset(config).rows(10**9))) == 32
+
+
 def test_closing_an_iterator_ends_its_threads(config, corpus):
     config.data.read_threads = 2
     before = set(threading.enumerate())

@@ -144,6 +144,11 @@ def test_a_long_document_is_cut_before_a_line_that_does_not_start_with_white_spa
 # --- What is not read, and what is bounded ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "kind"), [(".jsonl", "jsonl"), (".txt.gz", "text"), ("a.b/.parquet", "parquet")])
+def test_a_name_may_be_an_extension_alone(name, kind):
+    assert readers.file_format(name) == kind
+
+
 @pytest.mark.parametrize("extension", [".JSONL", ".Jsonl.GZ", ".jsonl.Zst"])
 def test_capitals_in_an_extension_change_nothing(tmp_path, extension):
     compression = COMPRESSIONS[extension[6:].lower()]

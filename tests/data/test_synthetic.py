@@ -96,3 +96,11 @@ def test_what_cannot_be_is_named():
     with pytest.raises(UsageError, match="needs at least 20"):
         find(small)
     assert find(config_of("stdlib")) is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("validation_source", "other.txt"), ("weights", "1,2")])
+def test_settings_of_text_are_refused_not_passed_over(name, value):
+    config = config_of("induction_heads")
+    setattr(config.data, name, value)
+    with pytest.raises(UsageError, match=f"data.{name}: "):
+        data.check(config)

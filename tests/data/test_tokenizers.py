@@ -14,7 +14,7 @@ from zoo.config import Config
 from zoo.data import corpora
 from zoo.data import tokenizer as zoo_tokenizer
 from zoo.data.tokenizer import ByteTokenizer, FileTokenizer, library
-from zoo.data.tokenizer.__main__ import train
+from zoo.data.tokenizer.__main__ import main, train
 from zoo.errors import UsageError
 
 TEXT = st.text(max_size=60) | st.sampled_from(["<|endoftext|>", "a<|endoftext|>b", "\r\n\t 🦓", "naïve", "e\u0301"])
@@ -218,14 +218,20 @@ def test_the_command_trains_a_tokenizer(tmp_path):
     ("arguments", "message"),
     [
         (["--vocab_size=many"], "vocab_size"),
-        (["--vocab_size=300", "--output=x.json", "--source=missing.txt"], "--source: no file 'missing.txt'"),
+        (["--vocab_size=256", "--output=x.json"], "--vocab_size: got 256, expected at least 257"),
+        (["--vocab_size=1e30", "--output=x.json"], "--vocab_size: got '1e30', expected a whole number"),
+        (["--vocab_size=300", "--output=x.json", "--validation_fraction=nan"], "--validation_fraction: got nan"),
+        (["--vocab_size=300"], "--output"),
+        (["--vocab_size=300", "--output="], "--output: got '', expected the path of a file"),
+        (["--vocab_size=3e2", "--output=."], "--output: got '.', expected the path of a file"),
+        (["--vocab_size=3e2", "--output=x.json", "--source=missing.txt"], "--source: no file 'missing.txt'"),
     ],
 )
-def test_the_command_ends_with_2_on_bad_flags(arguments, message):
-    code, _, err = command(*arguments)
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
+def test_the_command_ends_with_2_on_bad_flags(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_vocabulary_too_small_for_all_bytes_is_refused():

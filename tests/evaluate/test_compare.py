@@ -176,6 +176,30 @@ def test_odd_content_is_one_line_of_error(tmp_path, capsys, file, content, messa
     assert error.count("\n") == 1 and re.search(message, error)
 
 
+@pytest.mark.parametrize("row", ['{"step": 1, "seconds": 2}', '{"step": 1, "loss": 2}', '{"step": 1, "tokens": null}'])
+def test_a_row_may_lack_any_number(tmp_path, row):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(row + "\n")
+    record = run(tmp_path, "run")["run"]
+    assert (record["step"], record["tokens"], record["tokens_per_second"]) == (1, None, None)
+
+
+def test_metrics_larger_than_a_run_leaves_are_refused(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    os.truncate(tmp_path / "run" / "metrics.jsonl", 2 << 30)  # sparse
+    with pytest.raises(SystemExit):
+        run(tmp_path, "run")
+    assert "metrics.jsonl cannot be read (it is larger than" in capsys.readouterr().err
+
+
+def test_a_fingerprint_without_end_is_cut(tmp_path, capsys):
+    for name in "ab":
+        write_run(tmp_path / name, corpus="c" * 100_000 + name)
+    records = run(tmp_path, "a", "b")
+    assert records["a"]["corpus"] != records["b"]["corpus"] and len(records["a"]["corpus"]) < 64
+    assert len(capsys.readouterr().out) < 10_000
+
+
 @pytest.mark.parametrize("file", ["summary.json", "metrics.jsonl", "config.json"])
 def test_what_would_block_or_never_end_is_refused(tmp_path, capsys, file):
     write_run(tmp_path / "run")

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -65,6 +66,31 @@ def test_broken_json_is_a_mistake_of_the_user(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UsageError, match="not valid JSON"):
         parse(f"--config={tmp_path}/config.json")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.optimizer.lr = 1e-3", "optimizer.lr: unknown setting; did you mean optimizer.learning_rate"),
+        ("config.step = 5", "step: unknown setting; did you mean train.steps"),
+        ("config.train = None", "train: got None, expected a section"),
+        ("config.model.gla = 5", "model.gla: got 5, expected a section"),
+        ("config.train.steps = 'abc'", "train.steps: got 'abc', expected a whole number"),
+        ("raise SystemExit(3)", "line 4: SystemExit: 3"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named(tmp_path, line, message):
+    file = tmp_path / "mine.py"
+    body = ["from zoo.config import preset", "def get_config():", "    config = preset('tiny')", f"    {line}"]
+    file.write_text("\n".join([*body, "    return config"]))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse(f"--config={file}", "--config.train.steps=4", "--config.model.gla.num_heads=2")
+
+
+def test_a_name_too_long_for_a_file_is_no_traceback(tmp_path):
+    for name in ("a" * 300 + ".py", "a" * 300 + "/b.json"):
+        with pytest.raises(UsageError, match="cannot be read .File name too long"):
+            parse(f"--config={tmp_path}/{name}")
 
 
 def command(*arguments):

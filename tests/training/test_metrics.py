@@ -28,6 +28,7 @@ DAMAGE = {
     "a step that is none": b'{"step": "3"}',
     "not finite": b'{"step": 3, "loss": NaN}',
     "a text": b'{"step": 3, "loss": "1"}',
+    "beyond float32": b'{"step": 3, "loss": 1e300}',
     "nested": b"[" * 100_000,
     "huge": b'{"step": 1' + b"0" * 400 + b"}",
 }
@@ -54,6 +55,17 @@ def test_rows_that_are_no_file(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UsageError, match="metrics.jsonl cannot be read .it is a directory"):
         metrics.read(tmp_path)
+
+
+def test_rows_deleted_while_a_run_trains(make_config, tmp_path, capsys):
+    writer = metrics.Writer(tmp_path, make_config(), step=0)
+    writer.write({"step": 1, "loss": 1.5})
+    (tmp_path / "metrics.jsonl").unlink()
+    for step in (2, 3):
+        writer.write({"step": step, "loss": 1.5})
+    writer.close()
+    assert [row["step"] for row in metrics.read(tmp_path)] == [2, 3]
+    assert capsys.readouterr().err.count("was deleted while the run trains") == 1
 
 
 def full_disk(monkeypatch, module, name, room=0):

@@ -197,6 +197,26 @@ def test_a_workdir_that_cannot_be_is_refused(make_config, prepare, tmp_path, obs
         prepare(make_config())
 
 
+def test_a_workdir_that_is_no_path_is_refused(make_config, prepare, tmp_path):
+    for name in ("a" * 300, "a\0b"):
+        with pytest.raises(UsageError, match="--workdir: .* cannot be written"):
+            prepare(make_config(), tmp_path / name)
+
+
+def test_a_fifo_in_place_of_the_lock_is_refused_not_waited_for(make_config, prepare, tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / ".lock")
+    with pytest.raises(UsageError, match="--workdir: .* cannot be written"):
+        prepare(make_config())
+
+
+def test_naming_what_may_change_anyway_is_no_mistake(make_config, prepare):
+    pretend_training(prepare(make_config()), 4)
+    prepare(make_config(**{"train.steps": 30, "eval.every": 3}), override=["train.steps", "eval.every"])
+    with pytest.raises(UsageError, match="cannot change 'eval.evry'"):
+        prepare(make_config(), override=["eval.evry"])
+
+
 def test_settings_that_shapes_do_not_show_are_named(make_config):
     old, new = (
         make_config(),

@@ -183,6 +183,8 @@ def test_checking_takes_no_time_whatever_is_checked(changes):
     [
         ("optimizer.learning_rate_factors", "(a+)+b=1"),
         ("optimizer.learning_rate_factors", ".*a.*b.*c.*d.*e=1"),
+        ("optimizer.learning_rate_factors", "(.|.)" * 30 + "~=1"),
+        ("optimizer.learning_rate_factors", "e" * 1000 + "=1"),
         ("optimizer.learning_rate_factors", "embed=nan"),
         ("optimizer.learning_rate_factors", "embed=inf"),
         ("optimizer.learning_rate_factors", "embed=-1"),

@@ -30,12 +30,16 @@ class Packs:
         """The packs of each stream."""
         return [range(start, stop) for start, stop in itertools.pairwise([0, *self._ends])]
 
+    def row(self, index: int) -> np.ndarray:
+        """Inputs and last target of a pack, [at most T + 1]."""
+        stream, start = self.position(index)
+        return np.asarray(stream.tokens[start : start + self._context_length + 1], np.int32)
+
     def read(self, indices: Sequence[int], num_rows: int) -> np.ndarray:
         """Rows of inputs and last target, int32 [num_rows, T + 1]; those without a pack have nothing to predict."""
         rows = np.full((num_rows, self._context_length + 1), _NOTHING, np.int32)
         for row, index in zip(rows, indices, strict=False):
-            stream, start = self.position(index)
-            tokens = stream.tokens[start : start + len(row)]
+            tokens = self.row(index)
             row[: len(tokens)] = tokens
         return rows
 

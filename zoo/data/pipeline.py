@@ -6,9 +6,7 @@ ends of epochs. Batch `step` is computed from its number, so a run continues at 
 before, on any number of processes: process p of n takes rows p, p + n, ... of the same global batch.
 """
 
-import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +36,8 @@ class TrainingDataset:
     fingerprint: str  # of text, tokenizer and mixture
     _batches: grain.MapDataset  # random access by step
     _read_threads: int
+    _rows: grain.MapDataset | None = None  # of text: the rows of the batches, one by one
+    _rows_per_step: int = 0
 
     def iterator(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end; `close()` stops the threads that read ahead.
@@ -53,6 +53,13 @@ class TrainingDataset:
             yield from batches
         finally:
             batches.close()
+
+    def rows(self, steps: int) -> Iterator[np.ndarray]:
+        """Inputs and last target [at most T + 1] of each row of the first `steps` batches of text, an epoch at most.
+        They are read one by one, for a batch may be larger than the memory."""
+        steps = min(steps, -(-self.tokens_per_epoch // self.tokens_per_step))
+        for i in range(steps * self._rows_per_step):
+            yield self._rows[i]
 
 
 def training_dataset(config: "Config", process_index: int = 0, process_count: int = 1) -> TrainingDataset:
@@ -82,9 +89,9 @@ def training_dataset(config: "Config", process_index: int = 0, process_count: in
         for part in (packs.ranges() if weights else [range(len(packs))])
     ]  # Grain orders the numbers of packs: it costs less for a number than for an array
     order = grain.MapDataset.mix(orders, weights) if weights else orders[0]
+    order = order[process_index::process_count]
     batches = (
-        order[process_index::process_count]
-        .batch(rows, drop_remainder=True)  # endless: nothing is dropped
+        order.batch(rows, drop_remainder=True)  # endless: nothing is dropped
         .map(lambda indices: packing.to_batch(packs.read(indices, rows), tokenizer.separator_id))
     )
     return TrainingDataset(
@@ -93,6 +100,8 @@ def training_dataset(config: "Config", process_index: int = 0, process_count: in
         fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint, weights),
         _batches=batches,
         _read_threads=config.data.read_threads,
+        _rows=order.map(packs.row),
+        _rows_per_step=rows,
     )
 
 
@@ -233,16 +242,8 @@ def table_figures(dataset: TrainingDataset, validation: ValidationBatches, steps
     """
     if isinstance(validation, synthetic.ValidationRows):
         return {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
-    steps = min(steps, -(-dataset.tokens_per_epoch // dataset.tokens_per_step))
-
-    def rows() -> Iterator[np.ndarray]:
-        with contextlib.closing(dataset.iterator()) as batches:
-            for batch in itertools.islice(batches, steps):
-                for tokens, targets, weights in zip(batch["tokens"], batch["targets"], batch["weights"], strict=True):
-                    last = np.count_nonzero(weights)
-                    yield np.append(tokens[:last], targets[last - 1 : last])
-
-    bits, counted = yardstick.table_bits_per_byte(rows(), validation.streams, validation.tokenizer)
+    rows = dataset.rows(steps)
+    bits, counted = yardstick.table_bits_per_byte(rows, validation.streams, validation.tokenizer)
     return {"table_order": yardstick.ORDER, "table_bits_per_byte": bits, "table_bytes": counted}
 
 
@@ -252,12 +253,16 @@ def check(config: "Config") -> None:
     Raises:
       UsageError: the first problem found.
     """
-    if synthetic.find(config) is None:
-        sources = _settings(config)[0]
+    if task := synthetic.find(config):
+        _weights(config.data.weights, 1)
         if config.data.validation_source:
-            validation = corpora.find(config.data.validation_source, config.data.text_field, "data.validation_source")
-            if any(validation.overlaps(source) for source in sources) and validation.spec != corpora.STDLIB:
-                logging.warning("data.validation_source: training reads it too, so its loss says nothing of new text")
+            raise UsageError(f"data.validation_source: {task.name} has validation rows of its own; leave it empty")
+        return
+    sources = _settings(config)[0]
+    if config.data.validation_source:
+        validation = corpora.find(config.data.validation_source, config.data.text_field, "data.validation_source")
+        if any(validation.overlaps(source) for source in sources) and validation.spec != corpora.STDLIB:
+            logging.warning("data.validation_source: training reads it too, so its loss says nothing of new text")
 
 
 def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:

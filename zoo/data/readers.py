@@ -70,7 +70,8 @@ def file_format(path: str) -> str:
 
 def _extensions(path: str) -> tuple[list[str], str]:
     """All but that of a compression, and that."""
-    extensions = [extension.lower() for extension in pathlib.PurePath(path).suffixes]
+    name = "_" + pathlib.PurePath(path).name  # of a file named .jsonl too
+    extensions = [extension.lower() for extension in pathlib.PurePath(name).suffixes]
     compression = extensions.pop() if extensions and extensions[-1] in _COMPRESSIONS else ""
     return extensions, compression
 

@@ -21,12 +21,12 @@ from zoo.errors import UsageError, exit_with_message
 from zoo.evaluate import report
 from zoo.evaluate.tasks import TASKS, Request, Task
 from zoo.flops import num_parameters
-from zoo.settings import argument, nearest
+from zoo.settings import Parser, argument, nearest
 from zoo.terminal import one_line, printable
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(program, __doc__)
     add = parser.add_argument
     add("--workdir", type=files.expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             "seconds": time.perf_counter() - start,
         } | report.provenance()
 
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
         about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
         console.print(one_line(about))
         for name, task in tasks.items():

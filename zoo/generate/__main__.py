@@ -7,8 +7,8 @@ which a terminal would obey, are shown as escapes such as \\x1b, line ends and t
 """
 
 import argparse
+import contextlib
 import os
-import pathlib
 import sys
 
 import numpy as np
@@ -17,12 +17,14 @@ from zoo import checkpoints, compile_cache, data
 from zoo.errors import UsageError, exit_with_message
 from zoo.files import expand
 from zoo.generate.sampler import Generation, Sampling, check_request, generate
-from zoo.settings import argument
+from zoo.settings import Parser, argument
 from zoo.terminal import printable
+
+_LARGEST_PROMPT = 16 << 20  # bytes
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(program, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(program, __doc__)
     add = parser.add_argument
     add("--workdir", type=expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
@@ -49,9 +51,12 @@ def _prompts(arguments: argparse.Namespace, tokenizer: data.tokenizer.Tokenizer)
     texts = [(f"--prompt={prompt}", os.fsencode(prompt)) for prompt in arguments.prompt]
     for path in arguments.prompt_file:
         try:
-            content = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+            with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+                content = file.read(_LARGEST_PROMPT + 1)  # of a pipe too: --prompt_file=<(command)
         except OSError as error:
             raise UsageError(f"--prompt_file: {path!r} cannot be read ({error.strerror})") from error
+        if len(content) > _LARGEST_PROMPT:
+            raise UsageError(f"--prompt_file: {path!r} has more than {_LARGEST_PROMPT >> 20} MiB; give a shorter one")
         texts.append((f"--prompt_file={path}", content))
     if not texts:
         raise UsageError("no prompt; give --prompt=TEXT (empty: begin a document) or --prompt_file=PATH")
@@ -109,7 +114,8 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
         allowed = np.ones(run.model.vocab_size, bool)
         allowed[tokenizer.separator_id] = arguments.stop_at_separator
         check_request(run.model, prompts, arguments.max_tokens)
-        sys.stdout.reconfigure(errors="replace")
+        with contextlib.suppress(AttributeError):  # a notebook's
+            sys.stdout.reconfigure(errors="replace")
         printer = Printer(texts, tokenizer, arguments.raw)
         result = generate(
             run.model, prompts, arguments.max_tokens, sampling,

@@ -115,6 +115,7 @@ class _Loop:
         self.clock_start: float | None = None
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.resumes_from = progress
+        self.last_rows: dict[str, metrics.Row] = {"loss": {}, "eval_loss": {}}  # of training, and of an evaluation
         self.writer = metrics.Writer(self.workdir, self.config, self.step)
         self.progress = ProgressLine(self.step, self.config.train.steps)
         self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length)
@@ -124,9 +125,11 @@ class _Loop:
     def catch_up(self) -> None:
         """Write what the process before could not, and what was changed since it."""
         present = metrics.read(self.workdir)
+        for row in present:
+            self._remember(row)
         for row in self.resumes_from["unwritten"]:
             if row not in present:
-                self.writer.write(row)
+                self._write(row)
         lines = [json.dumps(override) + "\n" for override in self.resumes_from["overrides"]]
         if lines:
             files.write(self.workdir / OVERRIDES, "".join(lines))
@@ -205,10 +208,9 @@ class _Loop:
     def finish(self, info: dict[str, Any], init_from: str) -> dict[str, Any]:
         """The checkpoint on disk, then loss.png and summary.json."""
         self.checkpointer.wait()
-        last, evaluation = self._last_row("loss"), self._last_row("eval_loss")
-        if evaluation.get("step") != self.step:
+        if self.last_rows["eval_loss"].get("step") != self.step:
             self._evaluate(self.config.eval.final_batches)
-            evaluation = self._last_row("eval_loss")
+        last, evaluation = self.last_rows["loss"], self.last_rows["eval_loss"]
         table = data.table_figures(self.dataset, self.validation, self.step)
         summary = {
             "step": self.step,
@@ -283,7 +285,7 @@ class _Loop:
                 "seconds": seconds,
             }
             self.losses, self.row_seconds, self.row_step = [], seconds, step
-            self.writer.write(row)
+            self._write(row)
             self.progress.row(row, seconds_per_step=per_step)
 
     def _not_finite(self, step: int, what: str) -> RunError:
@@ -296,8 +298,14 @@ class _Loop:
             "or optimizer.clip_norm, or lengthen the warm-up"
         )
 
-    def _last_row(self, name: str) -> metrics.Row:
-        return next((row for row in reversed(metrics.read(self.workdir)) if name in row), {})
+    def _write(self, row: metrics.Row) -> None:
+        self.writer.write(row)
+        self._remember(row)
+
+    def _remember(self, row: metrics.Row) -> None:
+        for name in self.last_rows:
+            if row.get(name) is not None:
+                self.last_rows[name] = row
 
     @property
     def _final(self) -> bool:
@@ -323,7 +331,7 @@ class _Loop:
         if num_bytes:  # a synthetic task has none
             row["eval_bits_per_byte"] = nats / math.log(2) / num_bytes
         if shown:
-            self.writer.write(row)
+            self._write(row)
             self.progress.row(row)
             self.writer.plot()
         return loss

@@ -15,7 +15,7 @@ class ProgressLine:
 
     def __init__(self, first_step: int, steps: int):
         self._steps = steps
-        console = Console(file=sys.stdout)
+        console = Console(file=sys.stdout, emoji=False)  # a path such as runs/a:bug:b stays one
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(

@@ -38,6 +38,8 @@ OVERRIDABLE = (
     "train.accumulate_steps", "model.dropout", "model.remat", "model.dtype", "data.validation_source",
 )  # fmt: skip
 
+_SETTINGS = zoo_config.leaves(Config())
+
 VOCAB_MULTIPLE = 64
 
 
@@ -63,12 +65,14 @@ def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] 
     metrics.check(config.metrics)
     _check_override(override)
     config = _with_absolute_paths(config)
-    existed = workdir.exists()
     try:
+        existed = workdir.exists()  # raises too: a name too long, a folder that may not be searched
         workdir.mkdir(parents=True, exist_ok=True)
         lock = Lock(workdir)
-    except OSError as error:
-        raise _unwritable(workdir, error.strerror) from error
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        raise _unwritable(workdir, getattr(error, "strerror", None) or str(error)) from error
     try:
         return _settle(config, workdir, lock, tuple(override))
     except BaseException:
@@ -176,7 +180,7 @@ def _only_moved(name: str, old: str, new: str) -> bool:
 
 def _check_override(override: Sequence[str]) -> None:
     for name in override:
-        if name not in OVERRIDABLE:
+        if name not in OVERRIDABLE and not (name in _SETTINGS and name.startswith((*FREE, *NOTED))):
             near = nearest(name, list(OVERRIDABLE))
             raise UsageError(f"--override: a run cannot change {name!r}; what it can, nearest first: {near}")
 
@@ -241,7 +245,8 @@ class Lock:
         self._files: list[int] = []
         try:
             # The folder itself, for a file may be deleted; and a file, for some file systems lock no folders.
-            for path, flags in ((workdir / ".lock", os.O_WRONLY | os.O_CREAT), (workdir, os.O_RDONLY)):
+            # O_NONBLOCK: a FIFO of that name is refused, not waited for.
+            for path, flags in ((workdir / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK), (workdir, os.O_RDONLY)):
                 self._files.append(os.open(path, flags))
                 try:
                     fcntl.flock(self._files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,27 +6,23 @@ Byte-level BPE as in GPT-2 (Radford et al. 2019): any text can be encoded, and c
 split by document only the training documents are read. Exit code 2 for bad flags or text.
 """
 
+import argparse
 import itertools
+import os
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import tokenizers
-from absl import app, flags
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from zoo import files
 from zoo.data import corpora
 from zoo.data.tokenizer import LARGEST_VOCABULARY, SEPARATORS, library
 from zoo.errors import UsageError, exit_with_message
+from zoo.settings import Parser, argument
+from zoo.terminal import one_line
 
 _SMALLEST = 257  # 256 bytes and the separator
-
-_SOURCE = flags.DEFINE_string("source", "stdlib", "`stdlib`, or paths and globs, comma-separated (as data.source).")
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The field of jsonl, the column of parquet.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Number of ids, the separator among them.")
-_OUTPUT = flags.DEFINE_string("output", None, "The tokenizer.json to write.")
-_VALIDATION_FRACTION = flags.DEFINE_float("validation_fraction", 0.05, "Of the documents, left out (as in data.*).")
 
 
 def train(sources: list[corpora.Source], vocab_size: int, validation_fraction: float = 0.05) -> tokenizers.Tokenizer:
@@ -68,8 +64,7 @@ def _training_text(sources: list[corpora.Source], fraction: float) -> Iterator[s
                 yield from map(bytes.decode, pieces)
 
 
-def _save(tokenizer: tokenizers.Tokenizer, path: str) -> None:
-    path = pathlib.Path(files.expand(path))
+def _save(tokenizer: tokenizers.Tokenizer, path: pathlib.Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as partial:
@@ -78,31 +73,34 @@ def _save(tokenizer: tokenizers.Tokenizer, path: str) -> None:
         raise UsageError(f"--output: cannot write {str(path)!r}: {error.strerror}; choose another path") from error
 
 
-def main(argv: list[str]) -> None:
+def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
+    parser = Parser(program, __doc__)
+    add = parser.add_argument
+    add("--source", default=corpora.STDLIB, help="`stdlib`, or paths and globs, comma-separated (as data.source)")
+    add("--text_field", default="text", help="the field of jsonl, the column of parquet")
+    add(
+        "--vocab_size", type=argument(int, at_least=_SMALLEST, at_most=LARGEST_VOCABULARY), required=True,
+        help="number of ids, the separator among them; such as 4096",
+    )  # fmt: skip
+    add("--output", type=files.expand, required=True, help="the tokenizer.json to write")
+    add(
+        "--validation_fraction", type=argument(float, at_least=0, below=1), default=0.05,
+        help="of the documents, left out (as in data.*); 0 reads all",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, program: str = "python -m zoo.data.tokenizer") -> None:
+    arguments = _arguments(argv, program)
     with exit_with_message():
-        if len(argv) > 1:
-            raise UsageError(f"unexpected argument {argv[1]!r}; flags look like --source=PATH")
-        for flag in (_VOCAB_SIZE, _OUTPUT):
-            if flag.value is None:
-                raise UsageError(f"--{flag.name} is missing; such as --vocab_size=4096 --output=tokenizer.json")
-        sources = corpora.find_all(_SOURCE.value, _TEXT_FIELD.value, "--source")
-        path, tokenizer = _OUTPUT.value, train(sources, _VOCAB_SIZE.value, _VALIDATION_FRACTION.value)
+        path = pathlib.Path(arguments.output)
+        if not path.name or os.path.isdir(path):  # before the minutes that training takes
+            raise UsageError(f"--output: got {arguments.output!r}, expected the path of a file")
+        sources = corpora.find_all(arguments.source, arguments.text_field, "--source")
+        tokenizer = train(sources, arguments.vocab_size, arguments.validation_fraction)
         _save(tokenizer, path)
-        print(f"{path}: {tokenizer.get_vocab_size()} tokens; use it with --config.data.tokenizer={path}")
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}; see --help", file=sys.stderr)
-        sys.exit(2)
-
-
-def run(argv: list[str] | None = None) -> None:
-    """The command, `argv[0]` being its name."""
-    app.run(main, argv=argv, flags_parser=_parse)
+        print(one_line(f"{path}: {tokenizer.get_vocab_size()} tokens; use it with --config.data.tokenizer={path}"))
 
 
 if __name__ == "__main__":
-    run()
+    main()
