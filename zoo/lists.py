@@ -85,8 +85,8 @@ def rules(text: str) -> Iterator[tuple[str, str, str]]:
 def check_repeats(regex: str) -> None:
     """ValueError for a regex that may match for ever.
 
-    Python's engine backtracks: a repeat multiplies its time by a name's length, a group by its alternatives, and a repeat
-    of a group by far more.
+    Python's engine backtracks: a repeat multiplies its time by a name's length, a group by its alternatives, and a
+    repeat of a group by far more.
     """
     plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", regex)
     repeats, groups = (len(re.findall(marks, plain)) for marks in (r"(?<!\()[*+?{]", r"\("))
