@@ -129,6 +129,7 @@ def test_compiles_in_a_shard_map_over_four_chips(chip):
         assert compile_for_tpu(lowered).as_text().count("tpu_custom_call") == 2
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_row():
     """Forward and backward at T 131072 allocate the outputs and little more than what is kept, h and the decays."""
     device = devices("v5e")[0]

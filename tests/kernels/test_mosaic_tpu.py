@@ -190,6 +190,7 @@ def test_compiles_in_a_shard_map_over_four_chips(chip):
     assert compiled.as_text().count("tpu_custom_call") >= 4
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_sequence():
     """Forward and backward at T 131072 hold less than six times the inputs' bytes."""
     device = devices("v5e")[0]

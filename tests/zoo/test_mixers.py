@@ -83,8 +83,8 @@ def test_a_packed_row_equals_its_documents_alone(case, inputs):
     segment_ids = jnp.where(jnp.arange(TIME) < rest, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
     at = jnp.concatenate([positions(CUT, rest), positions(0, TIME - rest)], 1)
     continued, state = call(parameters, continuing, segment_ids, at, state)
-    expected = jnp.concatenate([alone[:, CUT:], alone[:, : TIME - rest]], 1)
-    assert error_ratio(continued, expected) < 5e-6
+    assert error_ratio(continued[:, :rest], alone[:, CUT:]) < 5e-6
+    assert error_ratio(continued[:, rest:], alone[:, : TIME - rest]) < 2e-6
     one_more, _ = call(parameters, inputs[:, TIME - rest :][:, :1], None, positions(TIME - rest, 1), state)
     assert error_ratio(one_more, alone[:, TIME - rest :][:, :1]) < 2e-6
 
