@@ -36,7 +36,7 @@ test: lint
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal --durations=10
 
 # These run for longer than they compile: with LLVM's optimisations, which tests/conftest.py switches off.
-# PART=3/16: one of sixteen parts.
+# PART=3/16: one of sixteen parts, 0/16 to 15/16.
 test-slow: $(VENV)/test
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -n 2 -m slow --durations=10 --part=$(or $(PART),0/1)
 

@@ -52,11 +52,9 @@ def _command(argv: list[str], output: str) -> None:
     """train.py, in a process of its own; both streams to `output` and `output`.err."""
     for number, path in ((1, output), (2, output + ".err")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-    from absl import app
-
     from zoo import train
 
-    app.run(train.main, argv=["train.py", *argv], flags_parser=train.parse)
+    train.run(["train.py", *argv])
 
 
 class Soak:
@@ -171,7 +169,8 @@ class Soak:
             name = str(file.relative_to(workdir))
             before = contents(workdir)
             DAMAGES[kind](file, self.random)
-            damaged = {n for n in before.keys() | contents(workdir).keys() if before.get(n) != contents(workdir).get(n)}
+            now = contents(workdir)
+            damaged = {n for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
             whole, left = rows(half), rows(workdir)
             lost, changed = [row for row in whole if row not in left], [row for row in left if row not in whole]
             code, error = self.finish(workdir)

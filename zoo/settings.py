@@ -269,10 +269,12 @@ def shown(value: Any, width: int = 60) -> str:
 
 
 def number(value: float) -> str:
+    """A bound as messages write it: "2147483647", "1e-08"."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def plural(unit: str) -> str:
+    """ "steps", "batches"."""
     return unit + ("es" if unit.endswith("ch") else "s")
 
 

@@ -162,7 +162,7 @@ def logical_axes(parameter: nnx.Variable) -> tuple[str | None, ...]:
 
 def parameters(params: nnx.State) -> dict[str, nnx.Variable]:
     """Parameters by dotted path: "units.blocks.0.mixer.q.kernel"."""
-    return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)}
+    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)}
 
 
 def parameter_specs(params: nnx.State, overrides: str = "") -> dict[str, PartitionSpec]:
@@ -205,7 +205,7 @@ def named_shardings(abstract_state: Any, mesh: Mesh | AbstractMesh, specs: Mappi
     def place(path, leaf):
         spec = PartitionSpec()
         if _is_variable(leaf):
-            parts = _dotted(path).split(".")
+            parts = dotted(path).split(".")
             spec = next(specs[name] for i in range(len(parts)) if (name := ".".join(parts[i:])) in specs)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
@@ -225,7 +225,8 @@ def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
-def _dotted(path: Sequence[Any]) -> str:
+def dotted(path: Sequence[Any]) -> str:
+    """A path in a tree as settings and checkpoints write it: "units.blocks.0.mixer.q.kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 

@@ -143,6 +143,7 @@ def linear_attention_step(
 
 
 def check_operands(op: str, q: Array, k: Array, v: Array) -> None:
+    """Raise ValueError unless q, k [..., G, K] and v [..., H, V] fit, G a divisor of H."""
     check_shape(op, "q", q, (*v.shape[:-2], *q.shape[-2:]), like="v", shape=v.shape)
     check_shape(op, "k", k, q.shape, like="q", shape=q.shape)
     if q.shape[-2] == 0 or v.shape[-2] % q.shape[-2]:
@@ -152,6 +153,7 @@ def check_operands(op: str, q: Array, k: Array, v: Array) -> None:
 def check_state_arguments(
     op: str, bonus: Array | None, name: str, state: Array | None, state_shape: tuple[int, ...], v: Array
 ) -> None:
+    """Raise ValueError unless `bonus` [H, K] and the state `name` [B, H, K, V] fit, where they are given."""
     if bonus is not None:
         check_shape(op, "bonus", bonus, state_shape[1:3], like="v", shape=v.shape)
     if state is not None:
@@ -169,6 +171,7 @@ def check_values(
     state: Array | None,
     scale: float | None,
 ) -> None:
+    """Raise ValueError for dtypes, growth and a scale that no call may have; `name` is the state's."""
     check_dtype(op, jnp.floating, q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, **{name: state})
     check_not_above_zero(op, log_decay=log_decay)
     check_number(op, "scale", scale)

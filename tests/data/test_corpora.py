@@ -1,4 +1,3 @@
-import logging
 import os
 import socket
 
@@ -143,12 +142,11 @@ def test_a_file_of_two_names_is_read_once_and_in_two_sources_refused(tmp_path, m
             corpora.find_all(f"a.txt,{other}", "text")
 
 
-def test_validation_text_that_is_trained_on_is_said(config, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+def test_validation_text_that_is_trained_on_is_said(config, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     config.data.source, config.data.validation_source = f"{tmp_path}/a.txt", f"{tmp_path}/*.txt"
     check(config)
-    assert "data.validation_source: training reads it too" in caplog.text
+    assert "warning: data.validation_source: training reads it too" in capsys.readouterr().err
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(config, tmp_path, monkeypatch):

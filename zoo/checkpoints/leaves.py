@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from zoo.errors import UsageError
+from zoo.sharding import dotted
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -12,7 +13,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         # An nnx.Variable adds ".value" to the path of the array that it holds.
-        named[jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")] = leaf
+        named[dotted(path).removesuffix(".value")] = leaf
     return named
 
 

@@ -24,14 +24,12 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from absl import logging
 
 from zoo import files
 from zoo.data.corpora import STDLIB, Source
 from zoo.data.streams import ARRAYS, Stream, content_hash, dtype_of, write_split_at_tail, write_streams
 from zoo.data.tokenizer import Tokenizer
-from zoo.errors import UsageError
-from zoo.terminal import one_line
+from zoo.errors import UsageError, warn
 
 _VERSION = 2
 _LARGEST_HEADER = 1 << 16  # bytes
@@ -67,7 +65,7 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
         with _only_writer(folder):
             if (streams := _open(folder)) is None:  # nobody wrote it while this process waited
                 if folder.exists():
-                    logging.warning("the token cache %s is damaged; it is written anew", one_line(folder))
+                    warn(f"the token cache {folder} is damaged; it is written anew")
                 _write(folder, source, tokenizer, fraction, stamp)
                 streams = _open(folder)
     except OSError as error:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
-from absl import logging
 
 from zoo import lists
 from zoo.data import cache, corpora, packing, synthetic, yardstick
 from zoo.data import tokenizer as tokenizers
 from zoo.data.streams import Stream, content_hash
 from zoo.data.tokenizer import Tokenizer
-from zoo.errors import UsageError
+from zoo.errors import UsageError, warn
 
 if TYPE_CHECKING:
     from zoo.config import Config
@@ -262,7 +261,7 @@ def check(config: "Config") -> None:
     if config.data.validation_source:
         validation = corpora.find(config.data.validation_source, config.data.text_field, "data.validation_source")
         if any(validation.overlaps(source) for source in sources) and validation.spec != corpora.STDLIB:
-            logging.warning("data.validation_source: training reads it too, so its loss says nothing of new text")
+            warn("data.validation_source: training reads it too, so its loss says nothing of new text")
 
 
 def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:

@@ -16,7 +16,6 @@ from zoo.layers.step_size import check_steps, step_size_bias
 from zoo.layers.token_shift import mixture, token_shift
 
 __all__ = [
-    "check_steps",
     "GELU",
     "MLPS",
     "ChannelMixing",
@@ -26,6 +25,7 @@ __all__ = [
     "HeadLayerNorm",
     "ShortConv",
     "SwiGLU",
+    "check_steps",
     "dropout",
     "embedding",
     "gated",

@@ -20,10 +20,10 @@ def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) ->
     return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_init=scale_init, rngs=rngs)
 
 
-def gated(norm: nnx.Module, o: jax.Array, gate: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """norm(o) * activation(gate), of heads o [B, T, heads, width] and a gate [B, T, heads * width], rounded once.
+def gated(norm: Callable, o: jax.Array, gate: jax.Array, activation: Callable) -> jax.Array:
+    """norm(o) * activation(gate), rounded once, of a gate [B, T, D] and o of as many entries, in heads or not.
 
-    `norm` gives float32.
+    `norm` gives float32, [B, T, D] or in heads.
     """
     return rounded_once(lambda o, gate: norm(o).reshape(gate.shape) * activation(gate), o, gate)
 

@@ -134,15 +134,13 @@ class Attention(Mixer):
     def check(config, d_model):
         heads = heads_or_default(config.num_heads, d_model, 64)
         # With a head width of its own, any number of heads will do.
-        problems = check_heads({"num_heads": heads}, "d_model", d_model if config.head_dim == 0 else max(heads, 1))
+        problems = check_heads({"num_heads": heads}, "d_model", heads if config.head_dim else d_model)
         if problems:
             return problems
         heads, kv_heads, head_dim = _widths(config, d_model)
         problems += check_heads({"num_kv_heads": kv_heads}, "num_heads", heads)
-        if head_dim < 2 or head_dim % 2:
+        if head_dim % 2:
             problems.append(f"head_dim: got {head_dim}, expected an even width (rotary turns pairs)")
-        if config.window < 0:
-            problems.append(f"window: got {config.window}, expected a number of tokens, or 0 for no limit")
         return problems
 
     @staticmethod

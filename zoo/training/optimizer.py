@@ -18,7 +18,7 @@ from zoo import lists
 from zoo.checkpoints import named_leaves
 from zoo.config import OptimizerConfig
 from zoo.errors import UsageError
-from zoo.sharding import logical_axes
+from zoo.sharding import dotted, logical_axes
 from zoo.training.schedules import schedule
 
 MUON_UPDATE_RMS = 0.2  # of AdamW's update, measured by Liu et al.
@@ -77,9 +77,7 @@ def learning_rate_factors(text: str, params: nnx.State) -> dict[str, float]:
 def _map(f, params):
     """f(name, parameter) at the place of each nnx.Param: a prefix of the tree of arrays, as optax's masks may be."""
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: f(jax.tree_util.keystr(path, simple=True, separator="."), p), params, is_leaf=is_param
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, p: f(dotted(path), p), params, is_leaf=is_param)
 
 
 def _last_two_axes(updates):
