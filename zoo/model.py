@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import dispatch, segments
+from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from zoo import ops, sharding
 from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern, validate_model
@@ -178,11 +178,7 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "B T"]:
         """weights * (negative log-likelihood of the targets, in nats); [B * T, vocab] never exists."""
         hidden, _ = self.hidden(tokens, segment_ids=segment_ids, positions=positions, dropout_key=dropout_key)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        losses = ops.cross_entropy(
-            flat, self._head(), targets.reshape(-1), weights.reshape(-1), softcap=self.logit_softcap or None
-        )
-        return losses.reshape(targets.shape)
+        return ops.cross_entropy(hidden, self._head(), targets, weights, softcap=self.logit_softcap or None)
 
     def hidden(
         self,
@@ -280,4 +276,4 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None, start: jax.Arra
     """Positions of tokens in their segments [B, T]; the first segment goes on at `start` [B], later ones begin at 0."""
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     start = jnp.zeros(tokens.shape[:1], jnp.int32) if start is None else start
-    return start[:, None] + steps if segment_ids is None else segments.tokens_since_start(segment_ids, start)
+    return start[:, None] + steps if segment_ids is None else ops.tokens_since_start(segment_ids, start)

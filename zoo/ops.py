@@ -1,103 +1,348 @@
-"""The kernels as mixers see them: the same calls, put on the mesh in use.
+"""The kernels as mixers see them: the same calls, put on the mesh in use. Mixers never import `kernels`.
 
-On a mesh of one device, and for the XLA implementations that the compiler partitions by itself, there is nothing
-to add. Kernels that need their operands local to a device (Pallas) are wrapped here, with `zoo.sharding`; mixers never
-import `kernels`.
+Each device runs an op on its own sequences and heads, or channels. Where the mesh spreads the time too, an op says here
+what has to travel: a recurrence what a part of a sequence does to the state (`carry`, see `zoo.sharding.sequence`), a
+convolution how far it looks back, and attention takes the keys that its queries see.
 """
 
+import functools
+
+import jax
+import jax.numpy as jnp
+
 import kernels
-from kernels import cross_entropy, diagonal_ssm, dispatch, fast_weights, short_conv
+from kernels import precision, segments
 from zoo import sharding
+from zoo.sharding import sequence
 
 __all__ = [
+    "associative_scan",
     "attention",
     "cross_entropy",
     "diagonal_ssm",
     "fast_weights",
     "linear_attention",
     "linear_scan",
+    "previous",
+    "segment_starts",
     "selective_scan",
     "short_conv",
+    "tokens_since_start",
 ]
 
+OF_TOKENS = ("batch", "time")
+OF_CHANNELS = ("batch", "time", "heads")
 
-def attention(q, k, v, *, segment_ids=None, q_positions=None, kv_positions=None, **options):
-    """`kernels.attention`, on TPUs with each device's sequences and heads on it; see there.
 
-    Elsewhere the compiler partitions it, over time too: what runs there is XLA's or cuDNN's.
+def attention(q, k, v, *, causal=True, window=None, segment_ids=None, q_positions=None, kv_positions=None, **options):
+    """`kernels.attention`, with each device's sequences and heads on it; see there.
+
+    Of queries and keys that are the same tokens, in order, a device has the queries of its part of the time too. Keys
+    come to it: those of the window, from its neighbours, or all of them. Of causal attention to all keys it computes
+    half of its queries and half of those of the device that mirrors it, which is equal work for all.
     """
     pair = isinstance(segment_ids, tuple)
     ids = dict(zip(("q_ids", "kv_ids"), segment_ids if pair else (segment_ids,), strict=False))
 
-    def call(arrays):
-        local = tuple(arrays.pop(name) for name in ids if name in arrays)
+    def call(arrays, **of_part):
+        local = tuple(arrays[name] for name in ids if name in arrays)
         local = local if pair else local[0] if local else None
-        return kernels.attention(**arrays, segment_ids=local, **options)
+        others = {name: array for name, array in arrays.items() if name not in ids}
+        return kernels.attention(**others, segment_ids=local, causal=causal, window=window, **options, **of_part)
 
-    of_tokens = ids | {"q_positions": q_positions, "kv_positions": kv_positions}
-    if dispatch.device().platform != "tpu":
-        given = {name: array for name, array in of_tokens.items() if array is not None}
-        return call({"q": q, "k": k, "v": v} | given)
     groups = k.shape[2]  # a device has the heads of q that read its heads of k, or the only one
     heads = "heads" if groups == 1 or groups % sharding.axis_size("heads") == 0 else None
-    of_keys = ("batch", None, None if groups == 1 else heads, None)
-    arrays = {"q": (q, ("batch", None, heads, None)), "k": (k, of_keys), "v": (v, of_keys)}
-    arrays |= {name: (array, ("batch", None)) for name, array in of_tokens.items()}
-    return sharding.on_each_device(call, arrays, ("batch", None, heads, None))
+    in_order = not pair and q_positions is None and kv_positions is None and q.shape[1] == k.shape[1]
+    time = "time" if in_order else None
+    of_keys = ("batch", time, None if groups == 1 else heads, None)
+    arrays = {"q": (q, ("batch", time, heads, None)), "k": (k, of_keys), "v": (v, of_keys)}
+    of_tokens = ids | {"q_positions": q_positions, "kv_positions": kv_positions}
+    arrays |= {name: (array, ("batch", time)) for name, array in of_tokens.items()}
+    over_time = functools.partial(_keys_to_queries, causal=causal, window=window)
+    return sharding.on_each_device(call, arrays, ("batch", time, heads, None), over_time=over_time)
 
 
 def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None, segment_ids=None, **options):
-    """`kernels.linear_attention`, with each device's sequences and heads on it; see there."""
+    """`kernels.linear_attention`, with each device's sequences, heads and part of the time on it; see there."""
     groups = q.shape[2]
     # Heads of q and k that several devices' heads of v share are on all of them.
-    shared = None if groups == 1 else "heads"
     heads = "heads" if groups == 1 or groups % sharding.axis_size("heads") == 0 else None
-    shared = shared and heads
-    decay_axes = {0: (), 1: (heads,), 3: ("batch", None, heads), 4: ("batch", None, heads, None)}
+    shared = None if groups == 1 else heads
+    decay_axes = {0: (), 1: (heads,), 3: ("batch", "time", heads), 4: ("batch", "time", heads, None)}
     arrays = {
-        "q": (q, ("batch", None, shared, None)),
-        "k": (k, ("batch", None, shared, None)),
-        "v": (v, ("batch", None, heads, None)),
+        "q": (q, ("batch", "time", shared, None)),
+        "k": (k, ("batch", "time", shared, None)),
+        "v": (v, ("batch", "time", heads, None)),
         "log_decay": (log_decay, decay_axes[0 if log_decay is None else log_decay.ndim]),
         "bonus": (bonus, (heads, None)),
         "initial_state": (initial_state, ("batch", heads, None, None)),
-        "segment_ids": (segment_ids, ("batch", None)),
+        "segment_ids": (segment_ids, OF_TOKENS),
     }
-    return sharding.on_each_device(
-        lambda arrays: kernels.linear_attention(**arrays, **options),
+
+    def carry(arrays):
+        k, v, g = arrays["k"], arrays["v"], arrays.get("log_decay")
+        k = jnp.repeat(k, v.shape[2] // k.shape[2], axis=2)
+        if g is None:
+            g = jnp.zeros(v.shape[2], jnp.float32)
+        g = g[..., None] if g.ndim < 4 else g  # [B, T, H, K], [B, T, H, 1] or [H, 1]
+        total, rest = _decays(g, k.shape[1])
+        return jnp.exp(total)[..., None], _written(k, jnp.exp(rest), v, arrays)
+
+    return _recurrence(
+        kernels.linear_attention,
         arrays,
-        (("batch", None, heads, None), ("batch", heads, None, None)),
+        (("batch", "time", heads, None), ("batch", heads, None, None)),
+        carry,
+        options,
     )
+
+
+def fast_weights(q, k, v, key_log_decay, value_log_decay, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.fast_weights`, with each device's sequences, heads and part of the time on it; see there."""
+    of_heads = ("batch", "time", "heads", None)
+    of_tokens = {"q": q, "k": k, "v": v, "key_log_decay": key_log_decay, "value_log_decay": value_log_decay}
+    arrays = {name: (array, of_heads) for name, array in of_tokens.items()}
+    arrays["initial_state"] = (initial_state, ("batch", "heads", None, None))
+    arrays["segment_ids"] = (segment_ids, OF_TOKENS)
+
+    def carry(arrays):
+        k, v = arrays["k"], arrays["v"]
+        of_keys, keys_left = _decays(arrays["key_log_decay"], k.shape[1])
+        of_values, values_left = _decays(arrays["value_log_decay"], k.shape[1])
+        v = (v * jnp.exp(values_left)).astype(v.dtype)
+        return jnp.exp(of_keys[..., None] + of_values[..., None, :]), _written(k, jnp.exp(keys_left), v, arrays)
+
+    out_axes = (of_heads, ("batch", "heads", None, None))
+    return _recurrence(kernels.fast_weights, arrays, out_axes, carry, options)
 
 
 def linear_scan(x, log_decay, *, initial_state=None, segment_ids=None, **options):
-    """`kernels.linear_scan`, with each device's sequences and channels on it; see there."""
-    channels = ("batch", None, "heads")
+    """`kernels.linear_scan`, with each device's sequences, channels and part of the time on it; see there."""
     arrays = {
-        "x": (x, channels),
-        "log_decay": (log_decay, channels if log_decay.ndim == 3 else ("heads",)),
+        "x": (x, OF_CHANNELS),
+        "log_decay": (log_decay, OF_CHANNELS if log_decay.ndim == 3 else ("heads",)),
         "initial_state": (initial_state, ("batch", "heads")),
-        "segment_ids": (segment_ids, ("batch", None)),
+        "segment_ids": (segment_ids, OF_TOKENS),
     }
-    return sharding.on_each_device(
-        lambda arrays: kernels.linear_scan(**arrays, **options), arrays, (channels, ("batch", "heads"))
-    )
+
+    def carry(arrays):
+        x = arrays["x"]
+        total, rest = _decays(arrays["log_decay"], x.shape[1])
+        return jnp.exp(total), jnp.sum(_of_last_segment(x * jnp.exp(rest), arrays), axis=1)
+
+    return _recurrence(kernels.linear_scan, arrays, (OF_CHANNELS, ("batch", "heads")), carry, options)
 
 
 def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None, **options):
-    """`kernels.selective_scan`, with each device's sequences and channels on it; see there."""
+    """`kernels.selective_scan`, with each device's sequences, channels and part of the time on it; see there.
+
+    A part of the time runs twice: from zero, for its state, and from the state that enters it.
+    """
     arrays = {
-        "x": (x, ("batch", None, "heads")),
-        "dt": (dt, ("batch", None, "heads")),
+        "x": (x, OF_CHANNELS),
+        "dt": (dt, OF_CHANNELS),
         "A": (A, ("heads", None)),
-        "B": (B, ("batch", None, None)),
-        "C": (C, ("batch", None, None)),
+        "B": (B, ("batch", "time", None)),
+        "C": (C, ("batch", "time", None)),
         "D": (D, ("heads",)),
         "initial_state": (initial_state, ("batch", "heads", None)),
-        "segment_ids": (segment_ids, ("batch", None)),
+        "segment_ids": (segment_ids, OF_TOKENS),
     }
+
+    def carry(arrays):
+        total = jnp.sum(arrays["dt"].astype(jnp.float32), axis=1)
+        written = kernels.selective_scan(**arrays, **options)[1]
+        return jnp.exp(total[..., None] * arrays["A"]), written
+
+    return _recurrence(kernels.selective_scan, arrays, (OF_CHANNELS, ("batch", "heads", None)), carry, options)
+
+
+def diagonal_ssm(x, log_a, b, c, d=None, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.diagonal_ssm`, with each device's sequences, channels and part of the time on it; see there."""
+    arrays = {name: (array, ("heads", None)) for name, array in {"log_a": log_a, "b": b, "c": c}.items()}
+    arrays |= {
+        "x": (x, OF_CHANNELS),
+        "d": (d, ("heads",)),
+        "initial_state": (initial_state, ("batch", "heads", None)),
+        "segment_ids": (segment_ids, OF_TOKENS),
+    }
+
+    def carry(arrays):
+        # A power of the decay: exp(T log a) turns a fast oscillation by what float32 loses of T times its angle.
+        a = jnp.exp(arrays["log_a"].astype(jnp.complex64))
+        written = kernels.diagonal_ssm(**arrays, **options)[1]
+        return jax.lax.integer_pow(a, arrays["x"].shape[1])[None], written
+
+    return _recurrence(kernels.diagonal_ssm, arrays, (OF_CHANNELS, ("batch", "heads", None)), carry, options)
+
+
+def short_conv(x, weight, bias=None, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.short_conv`, with each device's sequences, channels and part of the time on it; see there."""
+    width = weight.shape[1] - 1
+    arrays = {
+        "x": (x, OF_CHANNELS),
+        "weight": (weight, ("heads", None)),
+        "bias": (bias, ("heads",)),
+        "initial_state": (initial_state, ("batch", None, "heads")),
+        "segment_ids": (segment_ids, OF_TOKENS),
+    }
+    over_time = functools.partial(sequence.convolved, name="x", width=width)
+    if initial_state is not None and width > x.shape[1] // sharding.axis_size("time"):
+        over_time = None  # it would reach into more than the first part
     return sharding.on_each_device(
-        lambda arrays: kernels.selective_scan(**{"D": None} | arrays, **options),
+        lambda arrays: kernels.short_conv(**arrays, **options),
         arrays,
-        (("batch", None, "heads"), ("batch", "heads", None)),
+        (OF_CHANNELS, ("batch", None, "heads")),
+        over_time=over_time,
     )
+
+
+def previous(x, *, initial_state=None, segment_ids=None):
+    """(x_{t-1} at each t, and x_T), of x [B, T, ...]; x_0 is `initial_state` [B, ...], zero by default.
+
+    x_{t-1} is zero at a segment's first token; `initial_state` belongs to the segment of token 0.
+    """
+    axes = ("batch", "time", *(None,) * (x.ndim - 2))
+    of_state = None if initial_state is None else initial_state.astype(x.dtype)[:, None]
+    arrays = {"x": (x, axes), "initial_state": (of_state, ("batch", None, *axes[2:]))}
+    arrays["segment_ids"] = (segment_ids, OF_TOKENS)
+
+    def call(arrays):
+        x, ids = arrays["x"], arrays.get("segment_ids")
+        before = arrays.get("initial_state", jnp.zeros_like(x[:, :1]))
+        shifted = jnp.concatenate([before, x[:, :-1]], axis=1)
+        if ids is not None:
+            starts = segments.segment_starts(ids)
+            shifted = jnp.where(starts.reshape(*starts.shape, *(1,) * (x.ndim - 2)), 0, shifted)
+        return shifted, x[:, -1]
+
+    over_time = functools.partial(sequence.convolved, name="x", width=1)
+    return sharding.on_each_device(call, arrays, (axes, ("batch", *axes[2:])), over_time=over_time)
+
+
+def segment_starts(segment_ids):
+    """`kernels.segments.segment_starts`, on a mesh too."""
+    # The id before token 0 is its own.
+    before, _ = previous(segment_ids, initial_state=segment_ids[:, 0])
+    return segment_ids != before
+
+
+def tokens_since_start(segment_ids, before):
+    """`kernels.segments.tokens_since_start`, `before` [B] being the tokens of the first segment in earlier calls."""
+    arrays = {"segment_ids": (segment_ids, OF_TOKENS), "initial_state": (before, ("batch",))}
+
+    def call(segment_ids, initial_state):
+        count = segments.tokens_since_start(segment_ids, initial_state)
+        return count, count[:, -1] + 1
+
+    def carry(arrays):
+        written = call(arrays["segment_ids"], 0)[1]
+        return jnp.ones_like(written), written
+
+    return _recurrence(call, arrays, (OF_TOKENS, ("batch",)), carry, {})[0]
+
+
+def associative_scan(compose, elements, first):
+    """The inclusive scan over time of `elements`, arrays [B, T, ...], by an associative `compose(left, right)`.
+
+    `first`: what comes before token 0, [B, ...].
+    """
+    leaves, structure = jax.tree.flatten(elements)
+    axes = [("batch", "time", *(None,) * (leaf.ndim - 2)) for leaf in leaves]
+    arrays = {f"x{i}": pair for i, pair in enumerate(zip(leaves, axes, strict=True))}
+    firsts = zip(jax.tree.leaves(first), [("batch", *of_x[2:]) for of_x in axes], strict=True)
+    arrays |= {f"first{i}": pair for i, pair in enumerate(firsts)}
+
+    def scan(arrays, entering=lambda first, inside: first):
+        x, first = (structure.unflatten([arrays[f"{name}{i}"] for i in range(len(axes))]) for name in ("x", "first"))
+        inside = jax.lax.associative_scan(compose, x, axis=1)
+        return compose(jax.tree.map(lambda x: x[:, None], entering(first, inside)), inside)
+
+    def over_time(scan):
+        def entering(first, inside):
+            return sequence.before(compose, jax.tree.map(lambda x: x[:, -1], inside), first)
+
+        return lambda arrays: scan(arrays, entering)
+
+    return sharding.on_each_device(scan, arrays, structure.unflatten(axes), over_time=over_time)
+
+
+def cross_entropy(hidden, head, targets, weights, **options):
+    """`kernels.cross_entropy` of hidden [B, T, D] and targets, weights [B, T], with each device's tokens on it.
+
+    The compiler spreads the vocabulary.
+    """
+    arrays = {
+        "hidden": (hidden, ("batch", "time", None)),
+        "head": (head, (None, None)),
+        "targets": (targets, OF_TOKENS),
+        "weights": (weights, OF_TOKENS),
+    }
+
+    def call(arrays):
+        flat = {name: arrays[name].reshape(-1, *arrays[name].shape[2:]) for name in ("hidden", "targets", "weights")}
+        return kernels.cross_entropy(**flat, head=arrays["head"], **options).reshape(arrays["targets"].shape)
+
+    return sharding.on_each_device(call, arrays, OF_TOKENS, over_time=lambda call: call, whole=("tensor",))
+
+
+def _recurrence(op, arrays, out_axes, carry, options):
+    return sharding.on_each_device(
+        lambda arrays: op(**arrays, **options),
+        arrays,
+        out_axes,
+        over_time=functools.partial(sequence.carried, carry=carry),
+    )
+
+
+def _decays(log_decay, time):
+    """Its sum over the time, [B, ...], and over what follows each token, [B, T, ...]; a fixed decay is [...]."""
+    log_decay = log_decay if jnp.iscomplexobj(log_decay) else log_decay.astype(jnp.float32)
+    if log_decay.ndim < 3:
+        steps = jnp.arange(time - 1, -1, -1, dtype=jnp.float32).reshape(-1, *(1,) * log_decay.ndim)
+        return (time * log_decay)[None], (steps * log_decay)[None]
+    following = jnp.concatenate([log_decay[:, 1:], jnp.zeros_like(log_decay[:, :1])], axis=1)
+    return jnp.sum(log_decay, axis=1), jax.lax.cumsum(following, axis=1, reverse=True)
+
+
+def _written(k, decay, v, arrays):
+    """sum_t decay_t k_t v_t^T [B, H, K, V] over the last segment's tokens: the state that they leave, from zero."""
+    k = _of_last_segment((k * decay).astype(v.dtype), arrays)
+    return precision.dot("bthk,bthv->bhkv", k, v, like=v)
+
+
+def _of_last_segment(x, arrays):
+    """x [B, T, ...] at tokens of the last segment, and zero before it."""
+    if "segment_ids" not in arrays:
+        return x
+    numbers = segments.segment_numbers(arrays["segment_ids"])
+    return jnp.where((numbers == numbers[:, -1:]).reshape(*numbers.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+
+def _keys_to_queries(call, *, causal, window):
+    """Attention's `over_time`."""
+
+    def run(arrays):
+        q, k, v, ids = (arrays.get(name) for name in ("q", "k", "v", "q_ids"))
+        time, shards, index = q.shape[1], jax.lax.axis_size(sequence.AXIS), jax.lax.axis_index(sequence.AXIS)
+        numbers = None if ids is None else sequence.segment_numbers(ids)
+        if causal and window is not None and window <= (shards - 1) * time:
+            # Where there is no key on the left there is a zero, of a segment that no query is of.
+            numbers = 1 + (jnp.zeros(q.shape[:2], jnp.int32) if ids is None else numbers)
+            width = -(-(window - 1) // TILE) * TILE if time % TILE == 0 else window - 1
+            k, v, numbers = (jnp.concatenate([sequence.halo(x, width), x], 1) for x in (k, v, numbers))
+            return call({"q": q, "k": k, "v": v, "q_ids": numbers}, q_start=width)
+
+        keys = {"k": sequence.gathered(k), "v": sequence.gathered(v)}
+        keys |= {} if ids is None else {"q_ids": sequence.gathered(numbers)}
+        if not causal or time % 2:
+            return call(keys | {"q": q}, q_start=index * time)
+        half = time // 2
+        own = call(keys | {"q": q[:, :half]}, q_start=index * time)
+        others = call(keys | {"q": sequence.mirrored(q[:, half:])}, q_start=(shards - 1 - index) * time + half)
+        return jnp.concatenate([own, sequence.mirrored(others)], axis=1)
+
+    return run
+
+
+TILE = 128  # tokens that a TPU's attention kernel takes at a time

@@ -1,6 +1,8 @@
 """`attention`: softmax attention with grouped heads, windows, packing and positions."""
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
@@ -23,7 +25,8 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
-    segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B L"]] | None = None,
+    segment_ids: Int[Array, "B L"] | tuple[Int[Array, "B T"], Int[Array, "B L"]] | None = None,
+    q_start: int | Int[Array, ""] | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     kv_positions: Int[Array, "B L"] | None = None,
     scale: float | None = None,
@@ -45,16 +48,19 @@ def attention(
       k, v: keys and values, G heads; query head h reads head h // (H // G).
       causal: whether a query sees only keys that are not after it.
       window: how many positions back a query sees, its own included; None: all.
-      segment_ids: one array for q and k, where T = L: a token whose id differs from its left neighbour's starts a new
-        segment. Or a pair, of q and of k, that may stand in any order: a query and a key are of one segment if their
-        ids are equal.
+      segment_ids: of the keys, and of the queries where T = L or q_start is given: a token whose id differs from its
+        left neighbour's starts a new segment. Or a pair, of q and of k, that may stand in any order: a query and a key
+        are of one segment if their ids are equal.
+      q_start: the queries are those of the keys' tokens q_start, q_start + 1, ..., a part of the sequence; it and L are
+        multiples of T, or it is L - T. With it, causality and windows count by the tokens' own indices.
       q_positions, kv_positions: positions in tokens; 0, 1, 2, ... by default.
       scale: None is K^-0.5.
       softcap: bound of the logits' magnitude.
 
     Raises:
       ValueError: a shape or dtype that does not fit, an empty axis, a window below 1, a scale that is not finite, a
-        softcap that is not above 0, or an unknown implementation.
+        softcap that is not above 0, a q_start beside positions or a pair of segment_ids or where no part of the keys
+        starts, or an unknown implementation.
       NotImplementedError: the implementation asked for does not support the call; the message says why.
     """
     check_rank(OP, "q", q, "B T H K")
@@ -66,10 +72,15 @@ def attention(
     check_shape(OP, "v", v, (B, L, G, v.shape[3]), like="k", shape=k.shape)
     if G == 0 or H % G:
         raise ValueError(f"{OP}: k has {G} heads (shape {k.shape}), expected a divisor of the {H} of q ({q.shape})")
+    if q_start is not None:
+        _check_part(q_start, T, L, segment_ids, q_positions, kv_positions)
     if segment_ids is not None and not isinstance(segment_ids, tuple):
-        check_segment_ids(OP, segment_ids, like="q", shape=q.shape)
+        if q_start is None:
+            check_segment_ids(OP, segment_ids, like="q", shape=q.shape)
         check_segment_ids(OP, segment_ids, like="k", shape=k.shape)
-        segment_ids = (segment_numbers(segment_ids),) * 2
+        numbers = segment_numbers(segment_ids)
+        of_queries = numbers if q_start is None else lax.dynamic_slice_in_dim(numbers, q_start, T, axis=1)
+        segment_ids = (of_queries, numbers)
     elif segment_ids is not None:
         check_segment_ids(OP, segment_ids[0], like="q", shape=q.shape, name="segment_ids of q")
         check_segment_ids(OP, segment_ids[1], like="k", shape=k.shape, name="segment_ids of k")
@@ -77,6 +88,8 @@ def attention(
         check_shape(OP, "q_positions", q_positions, (B, T), like="q", shape=q.shape)
     if kv_positions is not None:
         check_shape(OP, "kv_positions", kv_positions, (B, L), like="k", shape=k.shape)
+    if q_start is not None:
+        q_positions = jnp.broadcast_to(q_start + jnp.arange(T), (B, T))
     check_dtype(OP, jnp.floating, q=q, k=k, v=v)
     check_dtype(OP, jnp.integer, q_positions=q_positions, kv_positions=kv_positions)
     check_count(OP, "window", window, "position")
@@ -93,8 +106,21 @@ def attention(
         causal=causal,
         window=window,
         segment_ids=segment_ids,
+        q_start=q_start,
         q_positions=q_positions,
         kv_positions=kv_positions,
         scale=K**-0.5 if scale is None else scale,
         softcap=softcap,
     )
+
+
+def _check_part(q_start, T, L, segment_ids, q_positions, kv_positions):
+    """Raise ValueError unless the T queries at `q_start` are a part of the L keys, known by that alone."""
+    if q_positions is not None or kv_positions is not None or isinstance(segment_ids, tuple):
+        raise ValueError(f"{OP}: q_start says where the queries are; give no positions, and segment_ids as one array")
+    known = not isinstance(q_start, jax.core.Tracer)
+    if T > L or (known and not (0 <= int(q_start) <= L - T)):
+        raise ValueError(f"{OP}: q_start is {q_start if known else 'given'}, expected {T} queries within the {L} keys")
+    aligned = L % T == 0 and not (known and int(q_start) % T)
+    if not aligned and not (known and int(q_start) == L - T):
+        raise ValueError(f"{OP}: {L} keys are no multiple of the {T} queries, and q_start is not {L - T}, their end")

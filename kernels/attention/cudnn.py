@@ -16,6 +16,7 @@ def cudnn(
     causal: bool,
     window: int | None,
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B L"]] | None,
+    q_start: int | Int[Array, ""] | None,
     q_positions: Int[Array, "B T"] | None,
     kv_positions: Int[Array, "B L"] | None,
     scale: float,
@@ -24,6 +25,8 @@ def cudnn(
     """Output [B, T, H, V]; see `attention`."""
     (B, T), L = q.shape[:2], k.shape[1]
     mask = None
+    if q_start is not None and L != T:
+        raise NotImplementedError("queries are those of all keys here")
     if segment_ids is not None:
         if segment_ids[0] is not segment_ids[1]:
             raise NotImplementedError("queries and keys have the same segments here, so that no query sees no key")

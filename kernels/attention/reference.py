@@ -14,6 +14,7 @@ def reference(
     causal: bool,
     window: int | None,
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B L"]] | None,
+    q_start: int | Int[Array, ""] | None,
     q_positions: Int[Array, "B T"] | None,
     kv_positions: Int[Array, "B L"] | None,
     scale: float,

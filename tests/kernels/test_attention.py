@@ -130,7 +130,9 @@ def test_splash_interpreted_is_the_reference(case):
     given = {"causal": True, "window": None, "segment_ids": None, "softcap": None} | SPLASH[case]
     if given["segment_ids"] is not None:
         given["segment_ids"] = (given["segment_ids"],) * 2
-    call = functools.partial(splash, q_positions=None, kv_positions=None, scale=0.1, interpret=True, **given)
+    call = functools.partial(
+        splash, q_start=None, q_positions=None, kv_positions=None, scale=0.1, interpret=True, **given
+    )
     expected = results(functools.partial(attention, scale=0.1, implementation="reference", **SPLASH[case]), arrays)
     for actual, wanted in zip(results(call, arrays), expected, strict=True):
         assert error_ratio(actual, wanted) < 2e-6

@@ -1,6 +1,6 @@
 """What mixers and the model share: projections, norms, rotary, token shift, MLPs, dropout, soft caps, segments."""
 
-from kernels.segments import segment_numbers, segment_starts
+from kernels.segments import segment_numbers
 from kernels.softcap import soft_cap
 from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dropout import dropout
@@ -37,7 +37,6 @@ __all__ = [
     "rotary",
     "rounded_once",
     "segment_numbers",
-    "segment_starts",
     "soft_cap",
     "step_size_bias",
     "token_shift",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels.array_typing import Array, Inexact
 from zoo import sharding
 
-PIECE = 4096  # tokens; a sequence of no more is one piece, as is one that is spread over devices
+PIECE = 4096  # tokens on a device; a sequence of no more is one piece
 
 
 def in_pieces(function: Callable, *arrays: Inexact[Array, "B T ..."]):
@@ -19,16 +19,23 @@ def in_pieces(function: Callable, *arrays: Inexact[Array, "B T ..."]):
     both computations are the same and keeps the first.
     """
     batch, time = arrays[0].shape[:2]
-    if time <= PIECE or sharding.axis_size("time") > 1:
+    parts = sharding.axis_size("time") if time % sharding.axis_size("time") == 0 else 1
+    length = time // parts  # a piece takes as many tokens from each device's part of the sequence
+    if length <= PIECE:
         return function(*arrays)
-    pieces = -(-time // PIECE)
+    pieces = -(-length // PIECE)
 
     def split(array):
-        array = jnp.pad(array, ((0, 0), (0, pieces * PIECE - time), *((0, 0),) * (array.ndim - 2)))
-        return jnp.moveaxis(array.reshape(batch, pieces, PIECE, *array.shape[2:]), 1, 0)
+        array = array.reshape(batch, parts, length, *array.shape[2:])
+        array = jnp.pad(array, ((0, 0), (0, 0), (0, pieces * PIECE - length), *((0, 0),) * (array.ndim - 3)))
+        array = jnp.moveaxis(array.reshape(batch, parts, pieces, PIECE, *array.shape[3:]), 2, 0)
+        return array.reshape(pieces, batch, parts * PIECE, *array.shape[4:])
 
     def join(array):
-        return jnp.moveaxis(array, 0, 1).reshape(batch, pieces * PIECE, *array.shape[3:])[:, :time]
+        array = jnp.moveaxis(array.reshape(pieces, batch, parts, PIECE, *array.shape[3:]), 0, 2)
+        return array.reshape(batch, parts, pieces * PIECE, *array.shape[4:])[:, :, :length].reshape(
+            batch, time, *array.shape[4:]
+        )
 
     of_piece = jax.checkpoint(lambda piece: function(*piece), prevent_cse=False)  # a loop's body needs no barrier
     return jax.tree.map(join, jax.lax.map(of_piece, tuple(map(split, arrays))))

@@ -1,10 +1,9 @@
 """The previous token's features (RWKV; Peng et al. 2023, arXiv:2305.13048)."""
 
 import jax
-import jax.numpy as jnp
 
 from kernels.array_typing import Array, Float, Int
-from kernels.segments import segment_starts
+from zoo import ops
 from zoo.layers.rounded_once import rounded_once
 
 
@@ -15,11 +14,7 @@ def token_shift(
 
     `last` belongs to the segment of token 0; None is zero.
     """
-    before = jnp.zeros_like(x[:, 0]) if last is None else last.astype(x.dtype)
-    shifted = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
-    if segment_ids is not None:
-        shifted = jnp.where(segment_starts(segment_ids)[..., None], 0, shifted)
-    return shifted, x[:, -1]
+    return ops.previous(x, initial_state=last, segment_ids=segment_ids)
 
 
 def mixture(x: jax.Array, shifted: jax.Array, *mixes: jax.Array) -> jax.Array:

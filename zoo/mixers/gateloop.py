@@ -45,10 +45,9 @@ def _widths(config: GateLoopConfig, d_model: int) -> tuple[int, int, int]:
 
 def cumulative_phase(phase: jax.Array, initial: jax.Array | None) -> jax.Array:
     """The sums of `phase` [B, T, ...], in turns, over time, modulo 1, in [-1/2, 1/2], on top of `initial` [B, ...]."""
-    if initial is not None:
-        phase = phase.at[:, 0].add(initial)
     wrap = lambda turns: turns - jnp.round(jax.lax.stop_gradient(turns))  # noqa: E731
-    return jax.lax.associative_scan(lambda a, b: wrap(a + b), wrap(phase), axis=1)
+    initial = jnp.zeros_like(phase[:, 0]) if initial is None else initial
+    return ops.associative_scan(lambda a, b: wrap(a + b), wrap(phase), initial)
 
 
 class GateLoop(Mixer):

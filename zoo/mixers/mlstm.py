@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import HeadLayerNorm, gated, linear, parameter, segment_starts, soft_cap
+from zoo.layers import HeadLayerNorm, gated, linear, parameter, soft_cap
 from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
@@ -39,21 +39,19 @@ def _widths(config: MLSTMConfig, d_model: int) -> tuple[int, int, int]:
     return heads, int(config.expand_k * d_model), int(config.expand_v * d_model)
 
 
-def running_maximum(log_forget: jax.Array, log_input: jax.Array, initial: jax.Array, starts: jax.Array | None):
+def running_maximum(log_forget: jax.Array, log_input: jax.Array, initial: jax.Array, segment_ids: jax.Array | None):
     """m_t and m_{t-1}, [B, T, H]: m_t = max(log_forget_t + m_{t-1}, log_input_t), and m before a segment is 0."""
-    first = log_forget.at[:, 0].add(initial)[:, :1]
-    shift = jnp.concatenate([jnp.full_like(first, -jnp.inf), log_forget[:, 1:]], axis=1)
-    value = jnp.concatenate([jnp.maximum(first, log_input[:, :1]), log_input[:, 1:]], axis=1)
-    if starts is not None:
-        value = jnp.where(starts, jnp.maximum(log_forget, value), value)
-        shift = jnp.where(starts, -jnp.inf, shift)
 
     def after(a, b):  # max-plus: m -> max(shift + m, value), one after the other
         return a[0] + b[0], jnp.maximum(a[1] + b[0], b[1])
 
-    _, m = jax.lax.associative_scan(after, (shift, value), axis=1)
-    before = jnp.concatenate([initial[:, None], m[:, :-1]], axis=1)
-    return m, before if starts is None else jnp.where(starts, 0.0, before)
+    shift, value = log_forget, log_input
+    if segment_ids is not None:
+        starts = ops.segment_starts(segment_ids)[..., None]
+        shift, value = jnp.where(starts, -jnp.inf, shift), jnp.where(starts, jnp.maximum(log_forget, value), value)
+    _, m = ops.associative_scan(after, (shift, value), (jnp.zeros_like(initial), initial))
+    before, _ = ops.previous(m, initial_state=initial, segment_ids=segment_ids)
+    return m, before
 
 
 class MLSTM(Mixer):
@@ -88,8 +86,7 @@ class MLSTM(Mixer):
         log_input = self._cap(self.input_gate(x) + self.input_bias[...])  # [B, T, H]
         forget = self._cap(self.forget_gate(x) + self.forget_bias[...])
         log_forget = jax.nn.log_sigmoid(forget)
-        starts = None if segment_ids is None else segment_starts(segment_ids)[..., None]
-        m, before = jax.lax.stop_gradient(running_maximum(log_forget, log_input, initial["m"], starts))
+        m, before = jax.lax.stop_gradient(running_maximum(log_forget, log_input, initial["m"], segment_ids))
         log_decay = log_forget + (before - m)
         log_decay -= jax.lax.stop_gradient(jnp.maximum(log_decay, 0))  # it is at most 0 but for rounding
         k = (jnp.exp(log_input - m)[..., None] * k).astype(x.dtype)
