@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from kernels import attention, dispatch
+from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.splash import splash
 from tests.kernels.conformance import error_ratio, normal
 
@@ -104,6 +105,37 @@ def test_keys_may_stand_anywhere():
     assert error_ratio(out, attention(q, k, v, window=4)) < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"causal": False}], ids=["causal", "window", "both ways"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_part_of_the_queries_at_its_place_among_the_keys(options, implementation):
+    q, k, v = qkv(12, 12)
+    options = options | {"segment_ids": jnp.array([[0] * 5 + [1] * 7, [0] * 2 + [1] * 7 + [0] * 3])}
+    whole = attention(q, k, v, **options)
+
+    @jax.jit
+    def part(start):  # not known while the program is made
+        here = jax.lax.dynamic_slice_in_dim(q, start, 4, axis=1)
+        return attention(here, k, v, q_start=start, implementation=implementation, **options)
+
+    for start in (0, 4, 8):
+        assert error_ratio(part(start), whole[:, start : start + 4]) < 1e-6
+    assert error_ratio(attention(q[:, 5:], k, v, q_start=5, **options), whole[:, 5:]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"q_start": 3}, "12 keys are no multiple of the 5 queries, and q_start is not 7, their end"),
+        ({"q_start": 8}, "q_start is 8, expected 5 queries within the 12 keys"),
+        ({"q_start": 7, "q_positions": jnp.zeros((2, 5), jnp.int32)}, "give no positions"),
+        ({"q_start": 7, "segment_ids": (jnp.zeros((2, 5), jnp.int32), jnp.zeros((2, 12), jnp.int32))}, "as one array"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv(5, 12), **given)
+
+
 def test_memory_is_linear_in_time():
     def temporary_bytes(T):
         shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3
@@ -136,6 +168,27 @@ def test_splash_interpreted_is_the_reference(case):
     expected = results(functools.partial(attention, scale=0.1, implementation="reference", **SPLASH[case]), arrays)
     for actual, wanted in zip(results(call, arrays), expected, strict=True):
         assert error_ratio(actual, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("case", ["causal", "window", "packed"])
+def test_splash_of_a_part_of_the_queries_is_the_reference(case, monkeypatch):
+    """At a place that the kernel is made for, and at one that is only known when it runs."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", functools.partial(splash, interpret=True))
+    arrays = qkv(256, 256, width=64, batch=1)
+    options = SPLASH[case] if case != "packed" else {"segment_ids": jnp.repeat(jnp.array([[3, 1, 1, 2]]), 64, axis=1)}
+
+    def part(start, implementation):
+        def call(q, k, v):
+            here = jax.lax.dynamic_slice_in_dim(q, start, 128, axis=1)
+            return attention(here, k, v, q_start=start, implementation=implementation, **options)
+
+        return results(call, arrays)
+
+    for start in (0, 128):
+        expected = part(start, "reference")
+        for found in (part(start, "splash"), jax.jit(functools.partial(part, implementation="splash"))(start)):
+            for actual, wanted in zip(found, expected, strict=True):
+                assert error_ratio(actual, wanted) < 2e-6
 
 
 @pytest.fixture

@@ -1,0 +1,54 @@
+"""Sequences spread over devices: every op is that of one device, and what devices exchange does not grow with them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from zoo.mixers import MIXERS
+
+# Of each way that something travels one case: a state by its decays of each kind, a halo, keys.
+QUICK = (
+    r"^(linear_attention key packed|linear_scan complex packed|selective_scan packed|diagonal_ssm packed|"
+    r"short_conv 5 state packed|previous packed|associative_scan packed|attention None packed|attention 3 packed|"
+    r"cross_entropy)$"
+)
+
+
+def results(module, *arguments):
+    """What a program of this folder prints, one JSON value a line."""
+    command = [sys.executable, "-m", f"tests.zoo.{module}", *arguments]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_an_op_on_parts_of_the_time_is_the_op():
+    errors = dict(results("ops_over_time", QUICK))
+    assert len(errors) == 11 and max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.slow
+def test_every_op_on_parts_of_the_time_is_the_op():
+    """Packed and not, from given states, with the kernels of TPUs interpreted."""
+    errors = dict(results("ops_over_time"))
+    assert len(errors) > 60 and max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gla",
+        "mamba",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*MIXERS} - {"gla", "mamba"})),
+    ],
+)
+def test_what_devices_exchange_does_not_grow_with_the_sequence(family):
+    """Bytes that a device sends for a mixer, forward and backward, on packed rows of 4,096 and of 32,768 tokens."""
+    short, long = results("exchanged", family, "4096", "32768")
+    if family != "attention":
+        assert short["bytes"] == pytest.approx(long["bytes"], rel=0.01), (short, long)
+    else:  # keys and values, and half of the queries
+        assert 7.9 < long["bytes"] / short["bytes"] < 8.1, (short, long)
