@@ -191,7 +191,7 @@ def test_a_family_whose_heads_would_be_on_every_device_says_so(family, monkeypat
     """Kernels on a mesh leave heads whole that the devices do not divide: all that pass the check are spread."""
     kept, on_each_device = [], sharding.on_each_device
 
-    def watched(function, arrays, out_axes):
+    def watched(function, arrays, out_axes, **options):
         kept.extend(
             (axis, array.shape)
             for array, axes in arrays.values()
@@ -200,8 +200,8 @@ def test_a_family_whose_heads_would_be_on_every_device_says_so(family, monkeypat
             if axis == "heads" and size % sharding.axis_size("heads")
         )
         names = {axis for _, axes in arrays.values() for axis in axes}
-        kept.extend([] if "heads" in names else [("none", ())])
-        return on_each_device(function, arrays, out_axes)
+        kept.extend([] if "heads" in names or "q" not in arrays else [("none", ())])
+        return on_each_device(function, arrays, out_axes, **options)
 
     settings = MIXERS[family].config_class()
     made = nnx.eval_shape(lambda: MIXERS[family](settings, Sizes(256), layer_index=0, rngs=nnx.Rngs(0)))
