@@ -177,13 +177,14 @@ def test_default_on_hopper_gpus_alone(kind, first):
 
 
 @pytest.mark.gpu_compile
+@pytest.mark.parametrize("axis", ["data", "sequence"])
 @pytest.mark.parametrize("op", ["linear_attention", "selective_scan"])
-def test_blocks_on_a_mesh_know_their_sequence(op, monkeypatch, capfd):
+def test_blocks_on_a_mesh_know_their_sequence(op, axis, monkeypatch, capfd):
     """The index of a grid axis that a mesh around names too would be the device's: each block the first sequence."""
     devices = hopper.h200s(2)
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2), devices)
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, axis: 2}), devices)
+    split = sharding.batch_sharding(mesh)
 
     def struct(*shape, dtype=jnp.bfloat16, sharding=split):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
