@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -27,6 +28,36 @@ def hold(*arguments):
 
 def test_training_a_hybrid_on_eight_devices_is_training_it_on_one():
     hold("mamba2,attention", MESHES[-1])
+
+
+MEMORY = """
+    import sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    from zoo import sharding
+    from zoo.config import preset
+    from zoo.training import step
+
+    for devices in (1, 8):
+        c = preset("tiny")
+        c.model.mixer, c.model.vocab_size, c.model.num_layers, c.model.d_model = sys.argv[1], 256, 4, 64
+        c.train.batch_size, c.train.context_length, c.mesh.data, c.mesh.sequence = 1, 131_072, 1, devices
+        programs = step.build(c, sharding.make_mesh(c.mesh, jax.devices()[:devices]))
+        compiled = programs.train.lower(programs.abstract_state, step.abstract_batch(c)).compile()
+        memory = compiled.memory_analysis()
+        print(memory.temp_size_in_bytes + memory.argument_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gla", "mamba", "mamba2"])
+def test_memory_of_a_long_context_falls_with_the_sequence_axis(mixer):
+    """Of four layers at 131,072 tokens, what the compiled step holds on a device: one, and eight."""
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), mixer]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, eight = map(int, done.stdout.split())
+    assert one > 6 * eight, (one, eight)
 
 
 @pytest.mark.slow
