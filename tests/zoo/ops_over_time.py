@@ -109,6 +109,7 @@ def cases():
         return ops.cross_entropy(hidden, head, jnp.asarray(IDS), jnp.arange(2.0 * T).reshape(2, T))
 
     yield "cross_entropy", cross_entropy, (x, draw(1, D, 9)), (None,)
+    yield "cross_entropy half", cross_entropy, (x.astype(jnp.bfloat16), draw(1, D, 9).astype(jnp.bfloat16)), (None,)
 
 
 def error(mesh, function, arrays, ids):
@@ -123,7 +124,8 @@ def error(mesh, function, arrays, ids):
         spread = jax.jit(lambda arrays: run(arrays))(arrays)
     parts = jax.tree.leaves(spread[0])[0].sharding.spec
     assert "sequence" in jax.tree.leaves(tuple(parts)), parts
-    pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True)
+    wide = lambda x: np.asarray(x, np.float32) if x.dtype == jnp.bfloat16 else np.asarray(x)  # noqa: E731
+    pairs = zip(*(map(wide, jax.tree.leaves(tree)) for tree in (alone, spread)), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(a))) for a, b in pairs)
 
 

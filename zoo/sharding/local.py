@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kernels import dispatch
@@ -80,6 +81,12 @@ def on_each_device(
         spread.discard("time")
     elif "time" in spread and axis_size("time") > 1:
         function = over_time(function)
+
+    if whole and dispatch.device().platform == "cpu":
+        # XLA ends a CPU's process on a sum of bfloat16 over some of the mesh's axes, such as a shared array's gradient.
+        on_parts, dtypes = function, {name: array.dtype for name, array in values.items()}
+        values = {name: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for name, x in values.items()}
+        function = lambda arrays: on_parts({name: x.astype(dtypes[name]) for name, x in arrays.items()})  # noqa: E731
 
     def spec(axes):
         return partition_spec(*(axis if axis in spread else None for axis in axes))
