@@ -23,7 +23,7 @@ def hold(*arguments):
     assert [row["mesh"] for row in rows] == [argument for argument in arguments if "=" in argument]
     for row in rows:
         assert row["loss"] < 1e-5 and row["parameter"] < 1e-5 and row["adamw"] < 1e-3, row
-        assert row["moved"] > 1e-3, row  # a step that does nothing is the same anywhere
+        assert row["moved"] > 1e-4, row  # a step that does nothing is the same anywhere
 
 
 def test_training_a_hybrid_on_eight_devices_is_training_it_on_one():
