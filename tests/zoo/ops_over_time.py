@@ -1,7 +1,9 @@
 """Ops on eight devices that each have a part of the time, beside the same ops on one: a program, as devices are made
 once a process. It prints, for each case, the largest relative error of outputs, final states and gradients.
 
-    python -m tests.zoo.ops_over_time [PATTERN]
+    python -m tests.zoo.ops_over_time [PATTERN [PARTS]]
+
+Heads and channels are spread over the devices that the parts of the time leave.
 """
 
 import json
@@ -16,7 +18,7 @@ from kernels import dispatch, segments
 from zoo import ops, sharding
 
 T, H, K, V, D, N = 32, 4, 3, 5, 6, 3
-# Documents that start within a part of the time (of 4 tokens), at its beginning, and in no part but the first.
+# Documents that start within a part of the time (of 4 tokens or 8), at its beginning, and in no part but the first.
 IDS = np.array([[0] * 3 + [1] * 9 + [0] * 4 + [1] * 15 + [3], [7] * T], np.int32)
 
 
@@ -129,8 +131,8 @@ def error(mesh, function, arrays, ids):
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(a))) for a, b in pairs)
 
 
-def main(pattern):
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, sequence=8))
+def main(pattern, parts):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, sequence=parts, tensor=8 // parts))
     for name, function, arrays, implementations in cases():
         for implementation in implementations:
             for ids in (None, jnp.asarray(IDS)):
@@ -148,4 +150,5 @@ def main(pattern):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    pattern, parts = [*sys.argv[1:], *("", "8")[len(sys.argv) - 1 :]]
+    main(pattern, int(parts))

@@ -26,7 +26,7 @@ def results(module, *arguments):
 
 
 def test_an_op_on_parts_of_the_time_is_the_op():
-    errors = dict(results("ops_over_time", QUICK))
+    errors = dict(results("ops_over_time", QUICK, "4"))  # and its heads in two
     assert errors.pop("cross_entropy half") < 1e-2  # sums over devices of bfloat16
     assert len(errors) == 11 and max(errors.values()) < 1e-5, errors
 
@@ -43,7 +43,7 @@ def test_every_op_on_parts_of_the_time_is_the_op():
     [
         "gla",
         "mamba",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*MIXERS} - {"gla", "mamba"})),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*MIXERS} - {"mamba"})),
     ],
 )
 def test_what_devices_exchange_does_not_grow_with_the_sequence(family):

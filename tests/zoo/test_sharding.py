@@ -127,6 +127,7 @@ def test_linear_attention_on_eight_devices_is_that_on_one():
     _run(program)
 
 
+@pytest.mark.slow
 def test_linear_scan_on_eight_devices_is_that_on_one():
     """Batch and channels spread, real and complex; a fixed decay gets the sum over the sequences of all devices."""
     program = """
@@ -165,6 +166,7 @@ def test_linear_scan_on_eight_devices_is_that_on_one():
     _run(program)
 
 
+@pytest.mark.slow
 def test_the_selective_scan_on_eight_devices_is_that_on_one():
     """Batch and channels spread; what all sequences share (A, D) and all channels (B, C) gets the sum of its parts."""
     program = """
