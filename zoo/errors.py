@@ -17,6 +17,14 @@ class RunError(RuntimeError):
     """The run failed: exit code 1."""
 
 
+def ended_by(error: BaseException) -> tuple[bool, int, str]:
+    """Whether it is one of the two errors, or Ctrl-C; the exit code that it means, and what to say."""
+    for kind, code in ((UsageError, 2), (RunError, 1), (KeyboardInterrupt, 130)):  # 128 + SIGINT, as shells count
+        if isinstance(error, kind):
+            return True, code, str(error) or "interrupted"
+    return False, 1, f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def warn(message: str) -> None:
     """Say what was wrong and does not stop anything."""
     print(f"warning: {one_line(message)}", file=sys.stderr)

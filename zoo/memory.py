@@ -112,11 +112,16 @@ def check(what: str, needed: int, devices: Sequence[jax.Device], advice: str) ->
 
 
 def available(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that the devices have together; None where that is not known. Devices of a CPU share the machine's."""
+    """Bytes that the devices have together; None where that is not known. Devices of a CPU share the machine's.
+
+    Of several processes, each knows its own devices alone, and takes the others' for alike.
+    """
     if any(device.platform == "cpu" for device in devices):
-        return host_memory()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return None if None in limits else sum(limits)
+        has = host_memory()
+        return has and has * len({device.process_index for device in devices})
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
+    return None if None in limits else sum(limits) * len(devices) // len(own)
 
 
 def host_memory() -> int | None:

@@ -164,6 +164,20 @@ class Writer:
             other.close()
 
 
+class NoWriter:
+    """In place of `Writer` on all of several processes but the first."""
+
+    unwritten: tuple[Row, ...] = ()
+
+    def write(self, row: Row) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def plot(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _tensorboard(directory: pathlib.Path, step: int) -> _Other:
     # Not SummaryWriter: it writes in a thread, whose errors nobody hears, and waits for that thread for ever.
     from tensorboardX.proto.event_pb2 import Event, SessionLog

@@ -32,6 +32,12 @@ flags.DEFINE_boolean(
 flags.DEFINE_boolean(
     "dry_run", False, "Show how parameters and batch lie on the mesh, their bytes a device, and exit; writes nothing."
 )
+flags.DEFINE_string("coordinator", "", "Of several processes: HOST:PORT, on the machine of process 0.")
+flags.DEFINE_integer("num_processes", None, "Of several processes: how many.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.", lower_bound=0)
+flags.DEFINE_integer("initialization_timeout", 300, "Seconds within which all processes have to come.", lower_bound=1)
+flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process is gone; all end.", lower_bound=2)
+flags.DEFINE_integer("step_timeout", 1800, "Seconds without a step done after which all processes end.", lower_bound=1)
 flags.DEFINE_integer("devices", 0, "Of --dry_run; they need not be there. 0: what mesh.* needs.", lower_bound=0)
 
 
@@ -52,7 +58,7 @@ def quiet_libraries() -> None:
 
 
 def main(argv: list[str]) -> None:
-    from zoo import compile_cache
+    from zoo import compile_cache, processes
     from zoo.config import Config
     from zoo.training import command_line, train
 
@@ -74,13 +80,19 @@ def main(argv: list[str]) -> None:
             raise UsageError("--workdir is missing; for example --workdir=runs/gla")
         quiet_libraries()
         compile_cache.enable()
-        try:
-            train(
-                FLAGS.config, FLAGS.workdir,
-                init_from=FLAGS.init_from, profile_steps=FLAGS.profile, override=FLAGS.override,
-            )  # fmt: skip
-        except OSError as error:
-            raise RunError(str(error)) from error
+        with processes.joined(
+            FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
+            initialization_timeout=FLAGS.initialization_timeout,
+            heartbeat_timeout=FLAGS.heartbeat_timeout,
+            step_timeout=FLAGS.step_timeout,
+        ):  # fmt: skip
+            try:
+                train(
+                    FLAGS.config, FLAGS.workdir,
+                    init_from=FLAGS.init_from, profile_steps=FLAGS.profile, override=FLAGS.override,
+                )  # fmt: skip
+            except OSError as error:
+                raise RunError(str(error)) from error
 
 
 def run(argv: list[str] | None = None) -> None:

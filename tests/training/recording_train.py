@@ -36,6 +36,6 @@ class Recorded:
             yield batch
 
 
-data.training_dataset = lambda config: Recorded(original(config))
+data.training_dataset = lambda *arguments: Recorded(original(*arguments))
 sys.argv[1:3] = []
 train.run()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from zoo import processes
 from zoo.checkpoints import digest
 from zoo.checkpoints.digest import DIGEST
 from zoo.checkpoints.folder import asides, complete_steps, delete_leftovers, refuse_if_damaged
@@ -35,6 +36,9 @@ class Checkpointer:
     """Saves and restores training states: any NamedTuple with the fields `params` (nnx.State) and `opt` (a pytree).
 
     Kept are the newest `keep_last` checkpoints and the `keep_best` ones of lowest evaluation loss.
+
+    Several processes share the directory and call the same methods at the same steps: each writes and reads what its
+    devices hold, the first does all else. The others may hold a save for complete before its digest stands.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_best: int = 1):
@@ -69,12 +73,9 @@ class Checkpointer:
         try:
             if loss is not None and not math.isfinite(loss):
                 raise ValueError(f"its evaluation loss is {loss}")
-            self.directory.mkdir(parents=True, exist_ok=True)
-            delete_leftovers(self.directory)
-            if os.path.lexists(path) and step not in self.steps():
-                warn(f"{path} is no checkpoint; renamed to {path.name}.stray")
-                path.rename(path.with_name(f"{path.name}.stray"))
-            self._check_room(params, rest)
+            if processes.is_first():
+                self._make_way(path)
+                self._check_room(params, rest)
             self._orbax.save(path, args=items)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -111,11 +112,13 @@ class Checkpointer:
         """
         params, rest = _items(abstract_state)
         damaged = {}
-        for step in reversed(self.steps()):
+        for step in reversed(processes.broadcast(self.steps())):
             path = self.directory / str(step)
+            if reason := processes.broadcast(self._damage(path) if processes.is_first() else ""):
+                damaged[step] = reason
+                continue
             try:
-                digest.verify(path)
-                description = read_description(self._orbax, path)
+                description = read_description(path)
                 check_parameters(f"checkpoint {path}", description["parameters"], shapes(params))
                 items = self._orbax.restore(
                     path,
@@ -126,9 +129,12 @@ class Checkpointer:
             except UsageError:
                 raise
             except Exception as error:  # for damage Orbax raises what it likes, bare Exception too
+                if processes.count() > 1:  # the files are what was written: it is not damage, but this machine
+                    raise RunError(f"checkpoint {path} cannot be read ({reason_of(error)})") from error
                 damaged[step] = reason_of(error)
                 continue
-            self._set_aside(damaged)
+            if processes.is_first():
+                self._set_aside(damaged)
             delete_leftovers(self.directory)
             state = with_leaves(abstract_state._replace(params=()), items["opt"])
             state = state._replace(params=with_leaves(abstract_state.params, items["params"]))
@@ -138,6 +144,8 @@ class Checkpointer:
 
     def prune(self) -> None:
         """Delete what neither `keep_last` nor `keep_best` keeps, and damaged ones that were passed."""
+        if not processes.is_first():
+            return
         steps = self.steps()
         losses = {step: digest.recorded_loss(self.directory / str(step)) for step in steps}
         evaluated = [step for step in steps if losses[step] is not None]
@@ -149,6 +157,22 @@ class Checkpointer:
         for aside in asides(self.directory):
             if steps and int(aside.stem) <= steps[-1]:  # made again, or passed
                 shutil.rmtree(aside)
+
+    @staticmethod
+    def _damage(path: pathlib.Path) -> str:
+        """What is damaged; "": nothing."""
+        try:
+            digest.verify(path)
+        except Exception as error:
+            return reason_of(error)
+        return ""
+
+    def _make_way(self, path: pathlib.Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(self.directory)
+        if os.path.lexists(path) and int(path.name) not in self.steps():
+            warn(f"{path} is no checkpoint; renamed to {path.name}.stray")
+            path.rename(path.with_name(f"{path.name}.stray"))
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, reason in damaged.items():
@@ -168,7 +192,7 @@ class Checkpointer:
     def _finish(self, step: int, loss: float | None) -> None:
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if processes.is_first():
                 digest.write_digest(self.directory / str(step), loss)
                 self.prune()
         except Exception as error:

@@ -5,8 +5,7 @@ import re
 import shutil
 from collections.abc import Iterable
 
-import jax
-
+from zoo import processes
 from zoo.checkpoints.digest import DIGEST
 from zoo.checkpoints.items import ITEMS
 from zoo.errors import UsageError
@@ -24,7 +23,7 @@ def asides(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def delete_leftovers(directory: pathlib.Path) -> None:
     """Of saves that were cut off: Orbax's temporary folders, and steps without a digest."""
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     for entry in _entries(directory):
         begun = _is_step(entry) and any((entry / item).is_dir() for item in ITEMS) and not (entry / DIGEST).exists()

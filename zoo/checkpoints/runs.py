@@ -1,6 +1,5 @@
 """A run, reopened: nothing in its folder is executed, changed or deleted."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -64,7 +63,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
             path = directory / str(candidate)
             try:
                 digest.verify(path, limit)
-                check_parameters(f"checkpoint {path}", read_description(orbax, path)["parameters"], shapes(params))
+                check_parameters(f"checkpoint {path}", read_description(path)["parameters"], shapes(params))
                 items = orbax.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
             except UsageError:
                 raise
@@ -103,16 +102,14 @@ def newest_meta(directory: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
     Raises:
       UsageError: there are checkpoints, but all are damaged.
     """
-    steps, damaged = complete_steps(directory), {}
-    if steps:
-        with contextlib.closing(orbax_checkpointer()) as orbax:
-            for step in reversed(steps):
-                path = directory / str(step)
-                try:
-                    digest.verify(path, only="meta/")
-                    return step, read_description(orbax, path)["meta"]
-                except Exception as error:
-                    damaged[step] = reason_of(error)
+    damaged = {}
+    for step in reversed(complete_steps(directory)):
+        path = directory / str(step)
+        try:
+            digest.verify(path, only="meta/")
+            return step, read_description(path)["meta"]
+        except Exception as error:
+            damaged[step] = reason_of(error)
     refuse_if_damaged(directory, damaged)
     return None
 

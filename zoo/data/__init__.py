@@ -7,6 +7,7 @@ from zoo.data.pipeline import (
     check,
     corpus_info,
     table_figures,
+    tokenize,
     training_dataset,
     validation_batches,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "conclusion",
     "corpus_info",
     "table_figures",
+    "tokenize",
     "tokenizer",
     "training_dataset",
     "validation_batches",

@@ -40,6 +40,18 @@ def default_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "sequence-zoo"
 
 
+def root_of(cache_dir: str) -> pathlib.Path:
+    """Of the setting data.cache_dir."""
+    return pathlib.Path(files.expand(cache_dir)) if cache_dir else default_folder()
+
+
+def unwritable(root: pathlib.Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"data.cache_dir: cannot write the token cache to {root}: {error.strerror or error}; free some space "
+        "there, or set data.cache_dir to another folder"
+    )
+
+
 def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_dir: str = "") -> dict[str, Stream]:
     """The streams of a source, tokenized now if no run did it before.
 
@@ -53,8 +65,7 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
       UsageError: no text, text that the tokenizer cannot take, a folder that cannot be written, or a file that is
         written to meanwhile.
     """
-    root = pathlib.Path(files.expand(cache_dir)) if cache_dir else default_folder()
-    stamp = source.stamp()
+    root, stamp = root_of(cache_dir), source.stamp()
     folder = (
         root / content_hash(_VERSION, source.identity(), source.spec == STDLIB, tokenizer.fingerprint, fraction)[:32]
     )
@@ -69,10 +80,7 @@ def open_streams(source: Source, tokenizer: Tokenizer, fraction: float, cache_di
                 _write(folder, source, tokenizer, fraction, stamp)
                 streams = _open(folder)
     except OSError as error:
-        raise UsageError(
-            f"data.cache_dir: cannot write the token cache to {root}: {error.strerror or error}; free some space "
-            "there, or set data.cache_dir to another folder"
-        ) from error
+        raise unwritable(root, error) from error
     if streams is None:
         raise UsageError(f"data.cache_dir: {root} does not keep what is written to it; choose another folder")
     return streams

@@ -3,17 +3,17 @@
 The state of the training data is the global step alone. The packs of all sources are shuffled as a whole (Grain's index
 shuffle: another order each epoch, nothing held in memory), repeated for ever, and cut into batches that run over the
 ends of epochs. Batch `step` is computed from its number, so a run continues at any step without reading what came
-before, on any number of processes: process p of n takes rows p, p + n, ... of the same global batch.
+before; each of several processes takes the rows of the same global batch that its devices hold.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
-from zoo import lists
+from zoo import lists, processes
 from zoo.data import cache, corpora, packing, synthetic, yardstick
 from zoo.data import tokenizer as tokenizers
 from zoo.data.streams import Stream, content_hash
@@ -25,24 +25,26 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+_STEPS = 2**31 - 1  # of a dataset without end
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingDataset:
     """Batches of a run, by step."""
 
     tokens_per_epoch: int  # each is predicted once in an epoch; of a weighted mixture: all tokens of its sources
-    tokens_per_step: int
+    tokens_per_step: int  # of the whole batch
     fingerprint: str  # of text, tokenizer and mixture
     _batches: grain.MapDataset  # random access by step
     _read_threads: int
-    _rows: grain.MapDataset | None = None  # of text: the rows of the batches, one by one
+    _rows: grain.MapDataset | None = None  # of text: the rows of the whole batches, one by one
     _rows_per_step: int = 0
 
     def iterator(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, without end; `close()` stops the threads that read ahead.
 
-        Each is a dict of tokens, targets, segment_ids int32 [b, T] and weights float32 [b, T], where b is
-        train.batch_size over the number of processes. `zoo.data.packing` defines them.
+        Each is a dict of tokens, targets, segment_ids int32 [b, T] and weights float32 [b, T], of the b rows that were
+        asked for. `zoo.data.packing` defines them.
         """
         threads = self._read_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -61,19 +63,44 @@ class TrainingDataset:
             yield self._rows[i]
 
 
-def training_dataset(config: "Config", process_index: int = 0, process_count: int = 1) -> TrainingDataset:
+def tokenize(config: "Config") -> None:
+    """What several processes do before they open their text: fill the token cache, each text once.
+
+    Of those that share data.cache_dir one tokenizes while the others wait: process 0, or, where it is a folder of their
+    own machine, the first there.
+
+    Raises:
+      UsageError: as `training_dataset`.
+    """
+    if processes.count() == 1 or synthetic.find(config):
+        return
+    root = cache.root_of(config.data.cache_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache.unwritable(root, error) from error
+    if not processes.shares_with_first(root) or processes.is_first():
+        sources, _, tokenizer = _settings(config)
+        for source in sources:
+            _streams(config, source, tokenizer)
+        if config.data.validation_source:
+            _validation_streams(config, None, tokenizer)
+    processes.barrier()
+
+
+def training_dataset(config: "Config", rows: Sequence[int] | None = None) -> TrainingDataset:
     """The training split of data.source, tokenized on first use, or a synthetic task's endless fresh rows.
+
+    Args:
+      rows: of each batch, to read no others; None: all.
 
     Raises:
       UsageError: a setting of `data` that cannot be used, text that cannot be read, too little of it.
     """
     length, batch_size = config.train.context_length, config.train.batch_size
-    if batch_size % process_count:
-        raise UsageError(
-            f"train.batch_size: {batch_size} sequences do not spread over {process_count} processes; use a multiple"
-        )
+    rows = range(batch_size) if rows is None else rows
     if task := synthetic.find(config):
-        return _synthetic_dataset(config, task, process_index, process_count)
+        return _synthetic_dataset(config, task, rows)
     sources, weights, tokenizer = _settings(config)
     streams = [_streams(config, source, tokenizer)["train"] for source in sources]
     for source, stream in zip(sources, streams, strict=True):
@@ -82,38 +109,37 @@ def training_dataset(config: "Config", process_index: int = 0, process_count: in
                 f"data.source: the training text of {source.spec!r} has {stream.num_targets} tokens, fewer than one "
                 f"context of {length}; use more text, or a train.context_length of at most {stream.num_targets}"
             )
-    packs, rows = packing.Packs(streams, length), batch_size // process_count
+    packs = packing.Packs(streams, length)
     orders = [
         grain.MapDataset.range(part.start, part.stop).seed(config.train.seed).shuffle().repeat()
         for part in (packs.ranges() if weights else [range(len(packs))])
     ]  # Grain orders the numbers of packs: it costs less for a number than for an array
     order = grain.MapDataset.mix(orders, weights) if weights else orders[0]
-    order = order[process_index::process_count]
-    batches = (
-        order.batch(rows, drop_remainder=True)  # endless: nothing is dropped
-        .map(lambda indices: packing.to_batch(packs.read(indices, rows), tokenizer.separator_id))
-    )
+
+    def batch(step):
+        indices = [order[int(step) * batch_size + row] for row in rows]
+        return packing.to_batch(packs.read(indices, len(rows)), tokenizer.separator_id)
+
     return TrainingDataset(
         tokens_per_epoch=sum(stream.num_targets for stream in streams),
-        tokens_per_step=rows * length,
+        tokens_per_step=batch_size * length,
         fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint, weights),
-        _batches=batches,
+        _batches=grain.MapDataset.range(_STEPS).map(batch),
         _read_threads=config.data.read_threads,
         _rows=order.map(packs.row),
-        _rows_per_step=rows,
+        _rows_per_step=batch_size,
     )
 
 
-def _synthetic_dataset(config: "Config", task: synthetic.Task, process_index: int, process_count: int):
+def _synthetic_dataset(config: "Config", task: synthetic.Task, rows: Sequence[int]):
     def batch(step):
-        rows = slice(process_index, None, process_count)
-        return {name: array[rows] for name, array in synthetic.training_batch(task, config, step).items()}
+        return {name: array[list(rows)] for name, array in synthetic.training_batch(task, config, step).items()}
 
     return TrainingDataset(
         tokens_per_epoch=config.train.steps * config.train.batch_size * config.train.context_length,
         tokens_per_step=config.train.batch_size * config.train.context_length,
         fingerprint=content_hash(str(task), config.train.seed),
-        _batches=grain.MapDataset.range(2**31 - 1).map(batch),
+        _batches=grain.MapDataset.range(_STEPS).map(batch),
         _read_threads=config.data.read_threads,
     )
 
@@ -129,8 +155,13 @@ class ValidationBatches:
     tokenizer: Tokenizer
     _packs: packing.Packs
     _context_length: int
-    _batch_size: int
+    batch_size: int  # rows of a batch, of which `only` leaves some
     _max_batches: int  # 0: all
+    _rows: Sequence[int]
+
+    def only(self, rows: Sequence[int]) -> "ValidationBatches":
+        """The same batches, of each these rows alone."""
+        return dataclasses.replace(self, _rows=rows)
 
     def at_most(self, max_batches: int) -> "ValidationBatches":
         """So many batches, spread evenly over the text; 0: all."""
@@ -138,17 +169,17 @@ class ValidationBatches:
 
     def __len__(self) -> int:
         """Number of batches."""
-        batches = -(-len(self._packs) // self._batch_size)
+        batches = -(-len(self._packs) // self.batch_size)
         return min(batches, self._max_batches) if self._max_batches else batches
 
     def __iter__(self) -> Iterator[Batch]:
-        all_batches = -(-len(self._packs) // self._batch_size)
+        all_batches = -(-len(self._packs) // self.batch_size)
         for i in range(len(self)):  # some of the batches: spread over the text
-            first = i * all_batches // len(self) * self._batch_size
-            yield self._batch(range(first, min(first + self._batch_size, len(self._packs))))
+            first = i * all_batches // len(self) * self.batch_size
+            yield self._batch([first + row for row in self._rows if first + row < len(self._packs)])
 
-    def _batch(self, indices: range) -> Batch:
-        batch = packing.to_batch(self._packs.read(indices, self._batch_size), self.tokenizer.separator_id)
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        batch = packing.to_batch(self._packs.read(indices, len(self._rows)), self.tokenizer.separator_id)
         batch["bytes"] = np.zeros_like(batch["weights"])
         for row, i in enumerate(indices):
             stream, start = self._packs.position(i)
@@ -190,8 +221,9 @@ def validation_batches(
         tokenizer=tokenizer,
         _packs=packing.Packs(streams, length),
         _context_length=length,
-        _batch_size=config.eval.batch_size or config.train.batch_size,
+        batch_size=config.eval.batch_size or config.train.batch_size,
         _max_batches=max_batches,
+        _rows=range(config.eval.batch_size or config.train.batch_size),
     )
 
 
@@ -297,7 +329,7 @@ def _streams(config: "Config", source: corpora.Source, tokenizer: Tokenizer, who
     streams = cache.open_streams(source, tokenizer, fraction, config.data.cache_dir)
     size, largest = config.model.vocab_size or tokenizer.vocab_size, max(s.max_id for s in streams.values())
     if largest >= size:
-        folder = config.data.cache_dir or cache.default_folder()
+        folder = cache.root_of(config.data.cache_dir)
         raise UsageError(
             f"data.source: the token cache of {source.spec!r} holds token {largest}, beyond a vocabulary of {size}; "
             f"delete {folder}, and check data.tokenizer and model.vocab_size"

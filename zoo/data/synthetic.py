@@ -10,7 +10,7 @@ selective_copying has 0 as the blank, 1 ... V - 2 to copy, and V - 1 as the mark
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,6 +160,7 @@ class ValidationRows:
     seed: int
     batch_size: int
     max_batches: int  # 0: all
+    rows: Sequence[int] | None = None  # of each batch, to have no others; None: all
     text_bytes: int = 0
 
     @property
@@ -170,6 +171,10 @@ class ValidationRows:
     @property
     def fingerprint(self) -> str:
         return f"{self.task}, seed {self.seed}"
+
+    def only(self, rows: Sequence[int]) -> "ValidationRows":
+        """The same batches, of each these rows alone."""
+        return dataclasses.replace(self, rows=rows)
 
     def at_most(self, max_batches: int) -> "ValidationRows":
         """So many batches; 0: all."""
@@ -184,7 +189,8 @@ class ValidationRows:
             batch = self.task.fresh(self.seed, index, self.batch_size)
             left = VALIDATION_ROWS - index * self.batch_size
             batch["weights"][left:] = 0
-            yield batch | {"bytes": np.zeros_like(batch["weights"])}
+            batch["bytes"] = np.zeros_like(batch["weights"])
+            yield batch if self.rows is None else {name: array[list(self.rows)] for name, array in batch.items()}
 
 
 def validation_rows(task: Task, config: "Config", max_batches: int) -> ValidationRows:

@@ -6,6 +6,8 @@ gradient or parameters are not finite is never saved. Evaluation comes before sa
 
 What the next process needs to continue bit by bit is the state, the step (which fixes batch and dropout), and the
 losses since the last row; the checkpoint holds them, beside the config and the fingerprints of what it was trained on.
+
+Several processes do the same steps: what decides the next is the same on all, or agreed on. The first one writes.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ from typing import Any
 
 import jax
 
-from zoo import data, files, flops, memory, metrics, sharding
+from zoo import config as zoo_config
+from zoo import data, files, flops, memory, metrics, processes, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
 from zoo.errors import RunError
@@ -52,28 +55,35 @@ def train(
         `workdir` was trained with so far; noted in WORKDIR/overrides.jsonl.
 
     Returns:
-      What WORKDIR/summary.json then holds, or {"stopped_at": step} after SIGTERM, SIGHUP or Ctrl-C.
+      What WORKDIR/summary.json then holds, or {"stopped_at": step} after SIGTERM, SIGHUP or Ctrl-C. On all of several
+      processes, each of which calls it with the same arguments, in `zoo.processes.joined`.
 
     Raises:
       UsageError: what is asked for cannot be done; nothing was compiled.
       RunError: a loss, gradient or parameter that is not finite, or a file of the run that could not be written. After
         a checkpoint that could not be (SaveError), threads of Orbax keep the process for minutes: leave by `os._exit`.
     """
+    processes.require_joined()
+    asked = {"--workdir": str(workdir), "--init_from": init_from, "--override": list(override), "jax": jax.__version__}
+    processes.agree("settings", asked | zoo_config.leaves(config), "Give all processes the same command and packages")
     run = workdirs.prepare(config, workdir, override)
     with run.lock:
         placement.check(run.config, jax.device_count())
         mesh = sharding.make_mesh(run.config.mesh)
         memory.check_training(run.config, mesh)
+        programs = build(run.config, mesh)
+        data.tokenize(run.data_config)
         # Opened once: what happens to the text from here on means nothing to this process.
-        dataset = data.training_dataset(run.data_config)
+        dataset = data.training_dataset(run.data_config, programs.rows(run.config.train.batch_size))
         validation = data.validation_batches(run.data_config)
-        info = data.corpus_info(run.data_config)
+        validation = validation.only(programs.rows(validation.batch_size))
+        info = data.corpus_info(run.data_config) if processes.is_first() else {}
         trained_on = {
             "data": dataset.fingerprint,
             "validation_data": validation.fingerprint,
             "tokenizer": data.tokenizer.load(run.data_config.data.tokenizer).fingerprint,
         }
-        programs = build(run.config, mesh)
+        processes.agree("fingerprints", trained_on, "Give all processes the same text and tokenizer")
         kept = run.config.checkpoint
         with contextlib.ExitStack() as stack:
             checkpointer = Checkpointer(run.workdir / "checkpoints", keep_last=kept.keep_last, keep_best=kept.keep_best)
@@ -83,12 +93,13 @@ def train(
             loop = _Loop(run, mesh, programs, checkpointer, dataset, validation, state, progress)
             stack.callback(loop.close)
             loop.catch_up()
-            loop.announce(info)
-            loop.note({"corpus": info})  # which runs compare, while they still train
+            if processes.is_first():
+                loop.announce(info)
+                loop.note({"corpus": info})  # which runs compare, while they still train
             loop.compile()  # a signal until here ends the process at once: there is nothing to save
             with StopSignal() as stop:
                 loop.run(stop, profile_steps)
-                if not stop.name:
+                if not stop.before(run.config.train.steps + 1):
                     return loop.finish(info, init_from)
                 checkpointer.wait()
                 done = f"saved at step {loop.step}" if loop.step else "stopped before the first step"
@@ -116,14 +127,17 @@ class _Loop:
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.resumes_from = progress
         self.last_rows: dict[str, metrics.Row] = {"loss": {}, "eval_loss": {}}  # of training, and of an evaluation
-        self.writer = metrics.Writer(self.workdir, self.config, self.step)
-        self.progress = ProgressLine(self.step, self.config.train.steps)
+        writes = processes.is_first()
+        self.writer = metrics.Writer(self.workdir, self.config, self.step) if writes else metrics.NoWriter()
+        self.progress = ProgressLine(self.step, self.config.train.steps, silent=not writes)
         self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self.peak_flops = peak and peak * mesh.size  # of all devices; None: unknown
 
     def catch_up(self) -> None:
         """Write what the process before could not, and what was changed since it."""
+        if not processes.is_first():
+            return
         present = metrics.read(self.workdir)
         for row in present:
             self._remember(row)
@@ -157,6 +171,8 @@ class _Loop:
         try:
             self._steps(stop, profile_steps)
         except files.WriteError as error:
+            if processes.count() > 1:  # the others know nothing of it, and cannot be made to save
+                raise RunError(f"{error}. Mend that, then repeat the command") from error
             raise self._after_failed_write(error) from error
 
     def _steps(self, stop: StopSignal, profile_steps: int) -> None:
@@ -165,8 +181,8 @@ class _Loop:
         trace_from = self.step + PROFILE_SKIP
         try:
             self._start_clock()
-            while self.step < steps and not stop.name:
-                if profile_steps and self.step == trace_from:
+            while self.step < steps and not stop.before(self.step + 1):
+                if profile_steps and processes.is_first() and self.step == trace_from:
                     self._start_trace()
                 self._dispatch(batches)
                 if self.tracing and self.step == trace_from + profile_steps:
@@ -208,8 +224,11 @@ class _Loop:
     def finish(self, info: dict[str, Any], init_from: str) -> dict[str, Any]:
         """The checkpoint on disk, then loss.png and summary.json."""
         self.checkpointer.wait()
-        if self.last_rows["eval_loss"].get("step") != self.step:
+        if processes.broadcast(self.last_rows["eval_loss"].get("step") != self.step):
             self._evaluate(self.config.eval.final_batches)
+        return processes.broadcast(self._summary(info, init_from) if processes.is_first() else None)
+
+    def _summary(self, info: dict[str, Any], init_from: str) -> dict[str, Any]:
         last, evaluation = self.last_rows["loss"], self.last_rows["eval_loss"]
         table = data.table_figures(self.dataset, self.validation, self.step)
         summary = {
@@ -250,7 +269,7 @@ class _Loop:
         self.writer.close()
 
     def _dispatch(self, batches: Iterator[data.pipeline.Batch]) -> None:
-        batch = self.programs.put(next(batches))
+        batch = self.programs.put(next(batches), self.config.train.batch_size)
         with jax.transfer_guard("disallow"):  # nothing goes to or from the device but the batch
             self.state, step_metrics = self.step_fn(self.state, batch)
         self.step += 1
@@ -267,6 +286,7 @@ class _Loop:
             return
         step, values = dispatched
         values = {name: float(value) for name, value in jax.device_get(values).items()}
+        processes.done()
         bad = [name for name in ("loss", "grad_norm", "parameter_norm") if not math.isfinite(values[name])]
         if bad:
             raise self._not_finite(step, ", ".join(f"{name} = {values[name]}" for name in bad))
@@ -314,8 +334,12 @@ class _Loop:
 
     def _evaluate(self, max_batches: int, shown: bool = True) -> float:
         """Nats per token on so many validation batches (0: all), `shown` as a row of metrics."""
-        batches = self.validation.at_most(max_batches)
-        totals = [self.programs.evaluate(self.state.params, self.programs.put(batch)) for batch in batches]
+        totals: list[dict[str, jax.Array]] = []
+        for batch in self.validation.at_most(max_batches):
+            batch = self.programs.put(batch, self.validation.batch_size)
+            totals.append(self.programs.evaluate(self.state.params, batch))
+            totals[-2:-1] = jax.device_get(totals[-2:-1])  # one late: the device never waits
+            processes.done()
         totals = jax.device_get(totals)
         nats, tokens, num_bytes = (math.fsum(float(t[name]) for t in totals) for name in ("nats", "tokens", "bytes"))
         loss = nats / max(tokens, 1.0)
@@ -343,6 +367,7 @@ class _Loop:
     def _save_state(self, loss: float | None) -> None:
         progress = {"seconds": self.seconds, "losses": self.losses, "unwritten": self.writer.unwritten}
         self.checkpointer.save(self.step, self.state, loss=loss, meta=self.resumes_from | progress)
+        processes.done()
         self.saved_step = self.step
 
     def _start_trace(self) -> None:

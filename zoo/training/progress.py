@@ -11,13 +11,14 @@ from zoo.terminal import printable
 
 
 class ProgressLine:
-    """Step, loss, tokens/s, time left; MFU (`zoo.metrics`) where the devices' rate is known."""
+    """Step, loss, tokens/s, time left; MFU (`zoo.metrics`) where the devices' rate is known. Unless it is `silent`."""
 
-    def __init__(self, first_step: int, steps: int):
+    def __init__(self, first_step: int, steps: int, silent: bool = False):
         self._steps = steps
+        self._print = _nothing if silent else _print
         console = Console(file=sys.stdout, emoji=False)  # a path such as runs/a:bug:b stays one
         self._live: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not silent:
             self._live = Progress(
                 MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[text]}", markup=False),
                 TimeRemainingColumn(), console=console, refresh_per_second=4,
@@ -46,18 +47,22 @@ class ProgressLine:
             self._live.update(self._task, text=text)
         else:
             left = (self._steps - row["step"]) * seconds_per_step
-            _print(f"step {row['step']}/{self._steps}  {text}  {duration(left)} left")
+            self._print(f"step {row['step']}/{self._steps}  {text}  {duration(left)} left")
 
     def say(self, text: str) -> None:
         text = printable(text)
         if self._live:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            _print(text)
+            self._print(text)
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
+
+
+def _nothing(text: str) -> None:
+    pass
 
 
 def _print(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from zoo import data, flops
+from zoo import data, flops, processes
 from zoo.config import Config
 from zoo.training.progress import duration
 from zoo.training.schedules import shortening
@@ -58,6 +58,6 @@ def end(summary: dict[str, Any], workdir: pathlib.Path) -> list[str]:
 
 
 def device(mesh: Mesh) -> str:
-    """ "8 x NVIDIA H100 (gpu)"."""
-    first = mesh.devices.flat[0]
-    return f"{mesh.size} x {first.device_kind} ({first.platform})"
+    """ "8 x NVIDIA H100 (gpu)", and of how many processes."""
+    first, several = mesh.devices.flat[0], processes.count()
+    return f"{mesh.size} x {first.device_kind} ({first.platform})" + (f", {several} processes" if several > 1 else "")

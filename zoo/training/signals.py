@@ -1,8 +1,10 @@
 """SIGTERM, SIGHUP (the terminal is gone) and the first SIGINT (Ctrl-C) ask the loop to stop after the step in progress;
-a second SIGINT interrupts."""
+a second SIGINT interrupts. Of several processes all stop, at the same step, whichever got the signal."""
 
 import signal
 import threading
+
+from zoo import processes
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -20,11 +22,18 @@ class StopSignal:
             self._previous = {s: signal.signal(s, self._receive) for s in heard}
         return self
 
+    def before(self, step: int) -> bool:
+        """Whether the run stops before `step`; all processes ask before each."""
+        if processes.count() > 1:
+            self.name = processes.stops_before(step)
+        return self.name is not None
+
     def __exit__(self, *_) -> None:
         for s, handler in self._previous.items():
             signal.signal(s, handler)
 
     def _receive(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
+        processes.ask_to_stop(self.name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

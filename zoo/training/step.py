@@ -8,6 +8,7 @@ so a microbatch counts by its tokens, and accumulating gradients over microbatch
 Shardings are explicit, of state and batch; the same programs run on any mesh.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from zoo import sharding
+from zoo import processes, sharding
 from zoo.config import Config
 from zoo.model import LanguageModel
 from zoo.training.optimizer import make_optimizer
@@ -44,9 +45,26 @@ class Programs(NamedTuple):
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[nnx.State, Batch], dict[str, jax.Array]]
 
-    def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This process's rows of a batch, as global arrays."""
-        return {name: jax.make_array_from_process_local_data(self.batch_sharding, rows) for name, rows in batch.items()}
+    def rows(self, sequences: int) -> list[int]:
+        """Those of a batch of `sequences` that devices of this process hold, whole or in part; others may, too."""
+        places = self.batch_sharding.addressable_devices_indices_map((sequences, self.batch_sharding.mesh.size))
+        return sorted({row for rows, _ in places.values() for row in range(sequences)[rows]})
+
+    def put(self, batch: dict[str, np.ndarray], sequences: int = 0) -> Batch:
+        """Global arrays from this process's `rows` of a batch of so many `sequences` (0: it has them all)."""
+        if not sequences or processes.count() == 1:
+            return jax.device_put(batch, self.batch_sharding)
+        place = {row: i for i, row in enumerate(self.rows(sequences))}
+
+        def part(rows: np.ndarray, index: tuple[slice, slice]) -> np.ndarray:
+            return rows[[place[row] for row in range(sequences)[index[0]]], index[1]]
+
+        return {
+            name: jax.make_array_from_callback(
+                (sequences, rows.shape[1]), self.batch_sharding, functools.partial(part, rows)
+            )
+            for name, rows in batch.items()
+        }
 
 
 def build(config: Config, mesh: Mesh) -> Programs:

@@ -10,10 +10,11 @@ import fcntl
 import json
 import os
 import pathlib
+import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from zoo import checkpoints, data, files, metrics
+from zoo import checkpoints, data, files, metrics, processes
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
 from zoo.data import synthetic
@@ -47,12 +48,14 @@ class Run(NamedTuple):
     workdir: pathlib.Path
     config: Config  # as asked for, with the vocabulary settled and paths absolute; in WORKDIR/config.json
     data_config: Config  # the same, reading the run's own copy of the tokenizer
-    lock: "Lock"  # closing it lets go of the workdir
+    lock: "Lock | contextlib.nullcontext"  # closing it lets go of the workdir; of several processes the first has it
     override: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
 
 
 def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] = ()) -> Run:
     """Check `config` as a whole and against what stands in `workdir`, and write config.json and tokenizer.json there.
+
+    Of several processes the first does, and the others take what it settled.
 
     Args:
       override: settings of `OVERRIDABLE` that may differ from those that the run was trained with so far.
@@ -61,6 +64,27 @@ def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] 
       UsageError: a setting that is wrong by itself, with the others, with the data, or with the run in `workdir`.
     """
     workdir = pathlib.Path(files.expand(workdir)).absolute()
+    run = _prepare(config, workdir, tuple(override)) if processes.is_first() else None
+    if processes.count() == 1:
+        return run
+    settled = processes.broadcast(run and [zoo_config.to_json(run.config), run.data_config.data.tokenizer])
+    if not processes.shares_with_first(workdir):
+        raise UsageError(
+            f"--workdir={workdir}: {socket.gethostname()} does not see there what process 0 writes; it has to be on "
+            "storage that all processes share"
+        )
+    return run or _settled(workdir, *settled, tuple(override))
+
+
+def _settled(workdir: pathlib.Path, config: str, tokenizer: str, override: tuple[str, ...]) -> Run:
+    config = zoo_config.from_json(config)
+    data_config = copy.deepcopy(config)
+    data_config.data.tokenizer = tokenizer
+    data.check(data_config)  # of this machine
+    return Run(workdir, config, data_config, contextlib.nullcontext(), override)
+
+
+def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...]) -> Run:
     zoo_config.validate(config)
     metrics.check(config.metrics)
     _check_override(override)
@@ -74,7 +98,7 @@ def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] 
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         raise _unwritable(workdir, getattr(error, "strerror", None) or str(error)) from error
     try:
-        return _settle(config, workdir, lock, tuple(override))
+        return _settle(config, workdir, lock, override)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):  # it is not empty

@@ -1,0 +1,187 @@
+"""Starting several processes as one run, and ending them as one: `joined`.
+
+Where the coordinator is, how many processes there are and which one this is, is told by arguments (the command's
+flags), else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else by what jax knows of the cluster: of
+Slurm, Open MPI, Kubernetes and Cloud TPU. Told nothing, a process is alone, and nothing here costs it anything.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from jax._src.clusters import ClusterEnv
+
+from zoo.errors import RunError, UsageError
+from zoo.processes import coordinator, world
+from zoo.processes.watch import Watch
+
+_KNOWN = "Slurm, Open MPI, Kubernetes and Cloud TPU tell it by themselves"
+_watch: Watch | None = None
+
+
+def require_joined() -> None:
+    """UsageError where processes are several by other means than `joined`, and nothing would end them together."""
+    if _watch is None and world.count() > 1:
+        raise UsageError("several processes train in `with zoo.processes.joined():`, not by jax.distributed.initialize")
+
+
+def done() -> None:
+    """Something is finished, a step, a batch of an evaluation or a save: this process is not stuck."""
+    if _watch:
+        _watch.done()
+
+
+def ask_to_stop(signal: str) -> None:
+    """All processes are to stop after the same step."""
+    if _watch:
+        _watch.ask_to_stop(signal)
+
+
+def stops_before(step: int) -> str | None:
+    """What for all of several processes stop before `step`, once one was asked to; None: they begin it."""
+    return _watch.stops_before(step) if _watch else None
+
+
+@contextlib.contextmanager
+def joined(
+    address: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    initialization_timeout: int = 300,
+    heartbeat_timeout: int = 60,
+    step_timeout: int = 1800,
+) -> Iterator[None]:
+    """A context in which this process is one of several, where it is told of them; jax's devices are those of all.
+
+    What one raises inside ends all processes, with its message and exit code. So does one that is gone.
+
+    Args:
+      address: HOST:PORT of the coordinator, on process 0's machine.
+      initialization_timeout: seconds within which all processes have to come.
+      heartbeat_timeout: seconds after which a process that gives no sign is gone.
+      step_timeout: seconds without a finished step, batch of an evaluation or save, after which the run is stuck.
+
+    Raises:
+      UsageError: what is told is wrong, or not all of it.
+      RunError: the coordinator does not answer, or not all processes came.
+    """
+    global _watch
+    place = _place(address, num_processes, process_id, initialization_timeout)
+    if place is None:
+        yield
+        return
+    address, num_processes, process_id = place
+    service = None
+    if process_id == 0:
+        service = _Coordinator(address, num_processes, initialization_timeout, heartbeat_timeout)
+    _meet(address, num_processes, process_id, initialization_timeout)
+    # jax would hear SIGTERM itself, and not end at it.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        address, num_processes, process_id,
+        initialization_timeout=initialization_timeout,
+        heartbeat_timeout_seconds=coordinator.of_jax(heartbeat_timeout),
+        coordinator_bind_address="localhost:0",  # the one that jax insists on, which nobody uses
+    )  # fmt: skip
+    _watch = Watch(heartbeat_timeout, step_timeout)
+    try:
+        yield
+        world.barrier()
+    except BaseException as error:
+        _watch.fail(error)
+    _watch.end()
+    _watch = None
+    jax.distributed.shutdown()
+    if service:
+        service.end()
+
+
+def _place(address: str, count: int | None, index: int | None, timeout: int) -> tuple[str, int, int] | None:
+    """Where this process stands; None: alone."""
+    address = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    count = _number("JAX_NUM_PROCESSES") if count is None else count
+    index = _number("JAX_PROCESS_ID") if index is None else index
+    if count == 1 and not index:
+        return None
+    if not address or count is None or index is None:
+        try:
+            address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                address or None, count, index, None, None, timeout
+            )
+        except Exception as error:  # of many kinds: what a variable holds, or a server of metadata answers
+            raise UsageError(
+                f"what this cluster says of its processes cannot be read ({error}); give --coordinator=HOST:PORT, "
+                "--num_processes and --process_id"
+            ) from error
+    if count == 1 or (not address and count is None and index is None):
+        return None
+    flags = {"--coordinator=HOST:PORT": address, "--num_processes": count, "--process_id": index}
+    if missing := [name for name, value in flags.items() if value in (None, "")]:
+        raise UsageError(f"of several processes: {' and '.join(missing)} missing; {_KNOWN}, else all three are needed")
+    if not re.fullmatch(r".+:[0-9]{1,5}", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
+        raise UsageError(f"--coordinator={address}: expected HOST:PORT, as node1:1234, with a port from 1 to 65535")
+    if count < 1:
+        raise UsageError(f"--num_processes={count}: expected at least 1")
+    if not 0 <= index < count:
+        raise UsageError(f"--process_id={index}: of {count} processes, expected 0 to {count - 1}")
+    return address, count, index
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    if text and not text.isascii() or text and not text.isdigit():
+        raise UsageError(f"{variable}={text}: expected a number")
+    return int(text) if text else None
+
+
+def _meet(address: str, count: int, index: int, timeout: int) -> None:
+    """Wait until all processes are there."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            connection = socket.create_connection((host.strip("[]"), int(port)), max(1.0, deadline - time.monotonic()))
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"--coordinator={address}: nobody answers there within {timeout} s ({error.strerror or error}); "
+                    "start process 0, on that machine (--initialization_timeout is the time to wait)"
+                ) from error
+            time.sleep(0.2)
+    with connection:
+        connection.settimeout(max(1.0, deadline - time.monotonic()) + 10)
+        try:
+            connection.sendall(json.dumps({"process": index, "of": count}).encode())
+            answer = json.loads(connection.recv(coordinator.LONGEST))
+        except (OSError, ValueError) as error:
+            raise RunError(f"--coordinator={address}: process 0 ended while the others came, or is none") from error
+    if answer["error"]:
+        raise RunError(f"--coordinator={address}: {answer['error']}")
+
+
+class _Coordinator:
+    """The process of coordinator.py, beside process 0."""
+
+    def __init__(self, address: str, count: int, initialization_timeout: int, heartbeat_timeout: int):
+        port = address.rpartition(":")[2]
+        self._process = subprocess.Popen(
+            [sys.executable, coordinator.__file__, port, *map(str, (count, initialization_timeout, heartbeat_timeout))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is not for it
+        )  # fmt: skip
+        wrong = self._process.stdout.readline().decode().strip()
+        if wrong:
+            raise RunError(f"--coordinator={address}: port {port} cannot be opened ({wrong}); choose another")
+
+    def end(self) -> None:
+        self._process.stdin.write(b".")
+        self._process.stdin.close()
