@@ -66,11 +66,12 @@ def start(tmp_path):
     """start(config, workdir, *flags): train.py, or another script, on a saved config, as a process of its own."""
     processes = []
 
-    def run(config, workdir, *flags, script=ROOT / "train.py", before=()):
+    def run(config, workdir, *flags, script=ROOT / "train.py", before=(), environment=None):
         saved = tmp_path / f"{len(processes)}.json"
         saved.write_text(zoo_config.to_json(config))
         # What the compiler does not optimise it compiles three times faster, and these models are tiny.
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # and with XLA_FLAGS of tests/conftest.py
+        # and with XLA_FLAGS of tests/conftest.py
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
         process = subprocess.Popen(
             [sys.executable, str(script), *map(str, before), f"--config={saved}", f"--workdir={workdir}", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,

@@ -57,7 +57,7 @@ def meet(listener: socket.socket, count: int, timeout: float, parent: int) -> tu
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
                     selector.register(connection, selectors.EVENT_READ)
-                elif key.fileobj == parent:
+                elif key.fileobj == parent:  # its end, or an order to end
                     return there, "process 0 ended while the others came"
                 else:
                     said = _said(key.fileobj)

@@ -82,7 +82,12 @@ def joined(
     service = None
     if process_id == 0:
         service = _Coordinator(address, num_processes, initialization_timeout, heartbeat_timeout)
-    _meet(address, num_processes, process_id, initialization_timeout)
+    try:
+        _meet(address, num_processes, process_id, initialization_timeout)
+    except BaseException:
+        if service:
+            service.end(wait=True)
+        raise
     # jax would hear SIGTERM itself, and not end at it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -178,10 +183,16 @@ class _Coordinator:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it
         )  # fmt: skip
-        wrong = self._process.stdout.readline().decode().strip()
+        with self._process.stdout as said:
+            wrong = said.readline().decode().strip()
         if wrong:
+            self.end(wait=True)
             raise RunError(f"--coordinator={address}: port {port} cannot be opened ({wrong}); choose another")
 
-    def end(self) -> None:
-        self._process.stdin.write(b".")
-        self._process.stdin.close()
+    def end(self, wait: bool = False) -> None:
+        """In order. It goes on for some seconds, for the last of the others, unless it has served nobody yet (`wait`)."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(b".")
+            self._process.stdin.close()
+        if wait:
+            self._process.wait()

@@ -1,0 +1,298 @@
+"""Several processes that train one run, on one machine: real processes, each with fake devices of its own."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from zoo import metrics, processes
+from zoo.errors import RunError, UsageError
+from zoo.processes import coordinator, start as starting
+
+# What one of two cores does late, XLA takes for a deadlock after a while, and ends the process.
+XLA = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
+SETTINGS = {"model.num_layers": 1, "model.dropout": 0.1, "train.batch_size": 8, "train.steps": 8, "checkpoint.every": 4,
+            "optimizer.learning_rate": 1e-3, "optimizer.eps": 1e-3, "optimizer.schedule": "constant", "eval.every": 0}  # fmt: skip
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def start_all(start):
+    """start_all(config, workdir, [4, 4], flags): a process for each number of devices, of one run if there are several."""
+
+    def run(config, workdir, devices, *flags, only=None, **options):
+        port, started = free_port(), []
+        for i, count in enumerate(devices):
+            place = [f"--coordinator=localhost:{port}", f"--num_processes={len(devices)}", f"--process_id={i}"]
+            environment = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {XLA} --xla_force_host_platform_device_count={count}"}
+            mine = (only or {}).get(i, [])
+            place = place if len(devices) > 1 else []
+            started.append(start(config, workdir, *place, *flags, *mine, environment=environment, **options))
+        return started
+
+    return run
+
+
+def wait_for_step(workdir, step, process):
+    deadline, rows = time.monotonic() + 300, workdir / "metrics.jsonl"
+    while not (rows.exists() and f'"step": {step},' in rows.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def ends(started, *codes):
+    """What each printed; their exit codes are `codes`."""
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert tuple(process.returncode for process in started) == codes, "\n---\n".join(printed)
+    return printed
+
+
+def keep_checkpoints(workdir, last):
+    """Of steps up to `last`: the run goes on from there."""
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > last:
+            shutil.rmtree(path)
+
+
+def close(found, wanted, steps):
+    assert [found[step][0] for step in steps] == pytest.approx([wanted[step][0] for step in steps], rel=1e-5)
+
+
+def test_two_processes_stop_together_and_one_goes_on(start_all, make_config, losses, tmp_path):
+    config, workdir = make_config(**SETTINGS | {"train.steps": 1000}), tmp_path / "run"
+    two = start_all(config, workdir, [2, 2], "--config.mesh.fsdp=2")
+    wait_for_step(workdir, 5, two[0])
+    two[1].send_signal(signal.SIGTERM)
+    first, second = ends(two, 0, 0)
+    stopped = int(re.search(r"SIGTERM of process 1: saved at step (\d+);", first)[1])
+    assert "step" not in second and ", 2 processes" in first  # the console is of process 0
+    together = losses(workdir)
+    assert list(together) == list(range(1, stopped + 1))
+    assert json.loads((workdir / "checkpoints" / str(stopped) / "DIGEST.json").read_text())["files"]
+
+    keep_checkpoints(workdir, 4)
+    more = f"--config.train.steps={max(stopped, 6)}"
+    ends(start_all(config, workdir, [4], "--config.mesh.fsdp=2", more), 0)
+    close(losses(workdir), together, range(1, stopped + 1))
+
+
+# --- Starting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "environment", "said"),
+    [
+        (("", 2, 0), {}, "--coordinator=HOST:PORT missing"),
+        (("node1:1", None, None), {}, "--num_processes and --process_id missing"),
+        (("node1", 2, 0), {}, "--coordinator=node1: expected HOST:PORT"),
+        (("node1:99999", 2, 0), {}, "a port from 1 to 65535"),
+        (("node1:1", 2, 2), {}, "--process_id=2: of 2 processes, expected 0 to 1"),
+        (("", None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected a number"),
+        (("", None, None), {"JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}, "--coordinator=HOST:PORT missing"),
+    ],
+)
+def test_a_place_that_is_wrong_or_not_told_is_refused(place, environment, said, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=re.escape(said)), processes.joined(*place):
+        pass
+
+
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+         "SLURM_LOCALID": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "environment", "expected"),
+    [
+        (("", None, None), {}, None),
+        (("", 1, None), SLURM, None),
+        (("", None, None), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (("", None, None), SLURM, ("node3:61441", 2, 1)),
+        (("here:5", None, None), SLURM, ("here:5", 2, 1)),
+        (("", None, 3), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}, ("a:1", 4, 3)),
+        (("b:2", 5, 0), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}, ("b:2", 5, 0)),
+    ],
+)
+def test_flags_come_before_the_environment_and_that_before_the_cluster(place, environment, expected, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert starting._place(*place, 1) == expected
+
+
+def test_who_does_not_answer_in_time_is_told():
+    with pytest.raises(RunError, match="nobody answers there within 1 s .*; start process 0"):
+        with processes.joined(f"localhost:{free_port()}", 2, 1, initialization_timeout=1):
+            pass
+    with pytest.raises(RunError, match="1 of 2 processes came within 1 s; missing: process 1"):
+        with processes.joined(f"localhost:{free_port()}", 2, 0, initialization_timeout=1):
+            pass
+    with socket.create_server(("", 0)) as server:
+        with pytest.raises(RunError, match="port .* cannot be opened"):
+            with processes.joined(f"localhost:{server.getsockname()[1]}", 2, 0, initialization_timeout=1):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ([(0, 2), (1, 2)], ""),
+        ([(0, 2), (1, 3)], "process 1 was told of 3 processes, process 0 of 2"),
+        ([(0, 2), (0, 2)], "there are two processes 0"),
+    ],
+)
+def test_processes_meet_or_hear_why_not(says, told):
+    parent, end = socket.socketpair()
+    with socket.create_server(("localhost", 0)) as listener, parent, end:
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(coordinator.meet(listener, 2, 10, parent.fileno())))
+        thread.start()
+        with socket.create_connection(listener.getsockname()) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1")
+        with socket.create_connection(listener.getsockname()) as gone:
+            gone.sendall(json.dumps({"process": 0, "of": 2}).encode())
+        time.sleep(0.1)
+        connections = []
+        for process, of in says:
+            connections.append(socket.create_connection(listener.getsockname()))
+            connections[-1].sendall(json.dumps({"process": process, "of": of}).encode())
+            time.sleep(0.1)
+        thread.join()
+        for connection in [*connections, *found[0]]:
+            connection.close()
+    assert len(found[0]) == 2 and told in found[1] and bool(told) == bool(found[1])
+
+
+# --- Faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=4 tensor=2", "sequence=8", "data=2 tensor=2 sequence=2"])
+def test_killed_and_resumed_on_other_processes(start_all, make_config, losses, tmp_path, mesh):
+    """One of two is killed, then both; one process with eight devices and four with two go on: the same losses."""
+    config = make_config(**SETTINGS | {"train.steps": 12, "checkpoint.every": 2})
+    flags = ["--heartbeat_timeout=6", *(f"--config.mesh.{size}" for size in mesh.split())]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ends(start_all(config, whole, [8], *flags), 0)
+
+    two = start_all(config, killed, [4, 4], *flags)
+    wait_for_step(killed, 3, two[0])
+    two[1].kill()
+    began = time.monotonic()
+    survivor, _ = ends(two, 1, -signal.SIGKILL)
+    assert time.monotonic() - began < 6 + 5
+    assert survivor.splitlines()[-1].startswith("error: process 1 is gone, no sign of it for 6 s; repeat")
+    assert "Traceback" not in survivor
+
+    two = start_all(config, killed, [4, 4], *flags)
+    wait_for_step(killed, 5, two[0])
+    for process in two:
+        process.kill()
+    ends(two, -signal.SIGKILL, -signal.SIGKILL)
+
+    one = start_all(config, killed, [8], *flags)
+    wait_for_step(killed, 8, one[0])
+    one[0].kill()
+    ends(one, -signal.SIGKILL)
+
+    last = ends(start_all(config, killed, [2, 2, 2, 2], *flags), 0, 0, 0, 0)[0]
+    assert "resumed     at step" in last
+    close(losses(killed), losses(whole), range(1, 13))
+    found, wanted = (metrics.read(path)[-1]["eval_loss"] for path in (killed, whole))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_stands_still_ends_the_other(start_all, make_config, tmp_path, victim):
+    """Stopped, it gives no sign; `victim` 0 takes nothing with it, for the coordinator is a process of its own."""
+    config = make_config(**SETTINGS | {"train.steps": 100_000})
+    two = start_all(config, tmp_path / "run", [1, 1], "--heartbeat_timeout=5")
+    wait_for_step(tmp_path / "run", 3, two[0])
+    two[victim].send_signal(signal.SIGSTOP)
+    other = two[1 - victim]
+    printed = other.communicate(timeout=60)[0]
+    assert other.returncode == 1
+    assert printed.splitlines()[-1].startswith(f"error: process {victim} is gone, no sign of it for 5 s")
+
+
+@pytest.mark.slow
+def test_a_process_that_lives_but_does_no_step_ends_all(start_all, make_config, tmp_path):
+    config, hangs = make_config(**SETTINGS | {"train.steps": 100_000}), tmp_path / "hangs"
+    script = tmp_path / "hanging_train.py"
+    script.write_text(HANGING)
+    flags = ("--step_timeout=5", "--heartbeat_timeout=60")
+    two = start_all(config, tmp_path / "run", [1, 1], *flags, script=script, before=[hangs])
+    wait_for_step(tmp_path / "run", 3, two[0])
+    hangs.write_text("1")
+    for printed in ends(two, 1, 1):
+        assert re.search(r"nothing was finished for 5 s: process 1 did not begin step \d+, which the", printed)
+
+
+HANGING = """
+import os, sys, time
+from zoo import processes, train
+from zoo.training.step import Programs
+hangs, put = sys.argv.pop(1), Programs.put
+def slow(self, batch, sequences=0):
+    while os.path.exists(hangs) and processes.index() == 1:
+        time.sleep(1)
+    return put(self, batch, sequences)
+Programs.put = slow
+train.run()
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_one_process_loses_ends_all(start_all, make_config, tmp_path):
+    config, workdir = make_config(**SETTINGS | {"train.steps": 100_000, "checkpoint.every": 3}), tmp_path / "run"
+    two = start_all(config, workdir, [1, 1], "--config.mesh.fsdp=2")
+    wait_for_step(workdir, 7, two[0])
+    resource.prlimit(two[1].pid, resource.RLIMIT_FSIZE, (100, 100))  # no file of it may be larger: not even the shards
+    first, second = ends(two, 1, 1)
+    assert "process 1: the checkpoint of step" in first and "could not be written" in first
+    assert "Traceback" not in first + second
+    ends(start_all(config, workdir, [1], "--config.train.steps=100000", "--config.checkpoint.every=0", "--list"), 0)
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_refused_with_what_differs(start_all, make_config, tmp_path):
+    config = make_config(**SETTINGS)
+    two = start_all(config, tmp_path / "run", [1, 1], only={1: ["--config.optimizer.learning_rate=2e-3"]})
+    first, second = ends(two, 2, 2)
+    said = "the settings differ from those of process 0: optimizer.learning_rate: 0.001 there, 0.002 here"
+    assert f"error: process 1: {said}" in first and f"error: {said}" in second
+
+    script = tmp_path / "other_text.py"
+    script.write_text(OTHER_TEXT)
+    first, second = ends(start_all(config, tmp_path / "run", [1, 1], script=script), 2, 2)
+    assert "error: process 1: the fingerprints differ from those of process 0: data: " in first
+    assert "compiled" not in first
+
+    two = start_all(config, tmp_path / "run", [1, 1], only={1: [f"--workdir={tmp_path / 'own'}"]})
+    assert "--workdir: " in ends(two, 2, 2)[0]
+    two = start_all(config, tmp_path / "run", [1, 1], "--config.data.source=gone.txt")
+    assert "error: data.source: no file" in ends(two, 2, 2)[0]
+
+
+OTHER_TEXT = """
+import dataclasses
+from zoo import data, processes, train
+original = data.training_dataset
+def other(*arguments):
+    dataset = original(*arguments)
+    return dataclasses.replace(dataset, fingerprint="another") if processes.index() else dataset
+data.training_dataset = other
+train.run()
+"""
