@@ -190,7 +190,7 @@ class _Coordinator:
             raise RunError(f"--coordinator={address}: port {port} cannot be opened ({wrong}); choose another")
 
     def end(self, wait: bool = False) -> None:
-        """In order. It goes on for some seconds, for the last of the others, unless it has served nobody yet (`wait`)."""
+        """In order. It goes on for seconds, for the last of the others; `wait`: it has served nobody yet."""
         with contextlib.suppress(OSError):
             self._process.stdin.write(b".")
             self._process.stdin.close()
