@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from zoo import config as zoo_config
-from zoo import files, memory
+from zoo import files, memory, processes
 from zoo.checkpoints import digest
 from zoo.checkpoints.digest import DIGEST
 from zoo.checkpoints.folder import complete_steps, listed, refuse_if_damaged
@@ -31,10 +32,16 @@ class Run:
     step: int  # whose parameters the model has
 
 
-def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
-    """Reopen a run with the parameters of `step` (None: of the newest undamaged checkpoint), on the first device.
+def load_run(
+    workdir: str | os.PathLike, step: int | None = None, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+) -> Run:
+    """Reopen a run with the parameters of `step` (None: of the newest undamaged checkpoint).
 
     Only JSON and arrays are read; nothing in the folder is executed, changed or deleted.
+
+    Args:
+      shardings: of the parameters, by dotted path; None: all on this process's first device. Several processes load
+        them together, each what its devices hold, and name the step.
 
     Raises:
       UsageError: no run in `workdir`, no (undamaged) checkpoint of that step, or no tokenizer.
@@ -42,7 +49,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     workdir = pathlib.Path(files.expand(workdir)).absolute()
     config = read_config(workdir)
     tokenizer = for_run(workdir, config)
-    memory.check_parameters(config.model, str(workdir))
+    if shardings is None:
+        memory.check_parameters(config.model, str(workdir))
     directory = workdir / "checkpoints"
     if step is not None:
         _check_is_there(directory, step)
@@ -50,7 +58,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     graphdef, abstract = nnx.split(model, nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in named_leaves(abstract).items()
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=(shardings or {}).get(name, device))
+        for name, x in named_leaves(abstract).items()
     }
     limit = digest.LARGEST + 16 * sum(x.size * max(4, x.dtype.itemsize) for x in params.values())  # optimizer included
     orbax = orbax_checkpointer()
@@ -62,7 +71,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
             tried.add(candidate)
             path = directory / str(candidate)
             try:
-                digest.verify(path, limit)
+                if shardings is None or processes.is_first():
+                    digest.verify(path, limit)
                 check_parameters(f"checkpoint {path}", read_description(path)["parameters"], shapes(params))
                 items = orbax.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
             except UsageError:

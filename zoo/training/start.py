@@ -1,16 +1,16 @@
 """The state that a run begins with: its newest checkpoint's, another run's weights, or fresh ones."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
-import jax
 from flax import nnx
 
-from zoo import checkpoints, data
+from zoo import checkpoints, data, files, processes
 from zoo.checkpoints import Checkpointer
 from zoo.errors import UsageError, warn
 from zoo.training import workdir as workdirs
-from zoo.training.step import Programs, TrainState
+from zoo.training.step import Programs, TrainState, abstract_model
 
 
 def first_state(
@@ -44,19 +44,30 @@ def _check_data(run: workdirs.Run, meta: dict[str, Any], trained_on: dict[str, s
 
 
 def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> TrainState:
-    other = checkpoints.load_run(init_from)
-    step, its_model = other.step, other.config.model
-    if other.tokenizer.fingerprint != data.tokenizer.load(run.data_config.data.tokenizer).fingerprint:
+    workdir, config = pathlib.Path(files.expand(init_from)), checkpoints.read_config(init_from)
+    tokenizers = data.tokenizer.for_run(workdir, config), data.tokenizer.load(run.data_config.data.tokenizer)
+    if tokenizers[0].fingerprint != tokenizers[1].fingerprint:
         raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
-    params = nnx.state(other.model, nnx.Param)
-    wanted = programs.abstract_state.params
-    checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(params), checkpoints.shapes(wanted))
+    found, wanted = nnx.state(abstract_model(config), nnx.Param), programs.abstract_state.params
+    checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(found), checkpoints.shapes(wanted))
+    shardings = {name: x.sharding for name, x in checkpoints.named_leaves(wanted).items()}
+    other = checkpoints.load_run(workdir, _newest_step(workdir), shardings)
+    step, its_model = other.step, other.config.model
     loss = checkpoints.evaluation_loss(init_from, step)
     evaluated = "" if loss is None else f", validation loss {loss:.4f}"
-    print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}", flush=True)
+    if processes.is_first():
+        print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}", flush=True)
     if different := workdirs.model_difference(its_model, run.config.model):
         warn(
             f"--init_from={init_from}: its weights were trained with other settings of the model, which shapes do not "
             f"show: {'; '.join(different)} (there -> here)"
         )
-    return programs.init_opt(jax.device_put(params, jax.tree.map(lambda x: x.sharding, wanted)))
+    return programs.init_opt(nnx.state(other.model, nnx.Param))
+
+
+def _newest_step(workdir: pathlib.Path) -> int | None:
+    """That several processes load; None: `load_run` looks for it."""
+    if processes.count() == 1:
+        return None
+    steps = checkpoints.complete_steps(workdir / "checkpoints")
+    return processes.broadcast(steps[-1] if steps else None)
