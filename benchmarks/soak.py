@@ -12,6 +12,8 @@ damages: copies of a run stopped half-way, its tokenizer's original gone, lose o
   must end with the reference's rows, less the damaged ones; or with one line that names what is damaged, the other
   files as they were. Only a tokenizer of which no good copy is left is reason to end.
 
+--processes=2 has kills alone, of several processes that train one run: `benchmarks.soak_processes`.
+
 No process may print a traceback. Processes are forked from one that has imported everything, and find their programs in
 jax's compilation cache. Exit code 1 after any violation; what they were is printed.
 """
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--mixers", default="gla,mamba,gla+attention", help="comma-separated, with + inside a pattern")
     parser.add_argument("--kills", type=int, default=30, help="a mixer")
     parser.add_argument("--damages", type=int, default=30, help="a mixer")
+    parser.add_argument("--processes", type=int, default=1, help="of a run; more than one: kills alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no new case begins")
     parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="keep the results")
@@ -270,14 +273,22 @@ def main() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    several = arguments.processes > 1
+    if several:
+        from benchmarks.soak_processes import Processes
+
+        arguments.damages = 0
     FORKS.set_forkserver_preload(["zoo.train", "zoo.training.command_line", "zoo.training"])
     results = {}
     for mixer in arguments.mixers.split(","):
         begin = time.monotonic()
         (root / mixer).mkdir()
         soak = Soak(root / mixer, mixer, arguments.seed)
+        if several:
+            soak = Processes(root / mixer, mixer, arguments.seed, arguments.processes)
         soak.make_reference()
-        kills, damages = soak.kill(arguments.kills, deadline), soak.damage(arguments.damages, deadline)
+        kills = soak.kill(arguments.kills, deadline)
+        damages = soak.damage(arguments.damages, deadline) if arguments.damages else []
         broken = [case for case in kills + damages if case.violations]
         results[mixer] = {
             "kills": len(kills),
@@ -295,7 +306,8 @@ def main() -> None:
         for case in broken:
             print(f"    {case.what}: {'; '.join(case.violations)}", flush=True)
     if arguments.record:
-        record.write("soak", {"seed": arguments.seed, "steps": STEPS, "mixers": results})
+        about = {"seed": arguments.seed, "steps": STEPS} | ({"processes": arguments.processes} if several else {})
+        record.write("soak_processes" if several else "soak", about | {"mixers": results})
     if any((r["kills"], r["damages"]) != (arguments.kills, arguments.damages) for r in results.values()):
         print(f"stopped after {arguments.minutes:g} minutes (--minutes), before the end", file=sys.stderr)
     if any(result["violations"] for result in results.values()):
