@@ -1,9 +1,9 @@
 """`python -m benchmarks.soak --processes=N`: kill one of several processes of a run, and see what the others do.
 
-A signal at a random moment to a random process, or to all. After SIGTERM and SIGHUP all have to end in order, at the same
-step. After SIGKILL, and after SIGSTOP, which is how a machine that is gone looks, the others have to end with exit code 1
-and without a traceback, within `HEARTBEAT` and `GRACE` seconds. The rows of what comes of it have to be those of processes
-that nobody disturbed, to the last bit.
+A signal at a random moment to a random process, or to all. After SIGTERM and SIGHUP all have to end in order, at the
+same step. After SIGKILL, and after SIGSTOP, which is how a machine that is gone looks, the others have to end with exit
+code 1 and no traceback, within `HEARTBEAT` and `GRACE` seconds. The rows of what comes of it have to be those of
+processes that nobody disturbed, to the last bit.
 """
 
 import os

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pathlib
 import re
 import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -33,13 +36,15 @@ def free_port():
 def start_all(start):
     """start_all(config, workdir, [4, 4], flags): a process with so many devices each, together one run."""
 
-    def run(config, workdir, devices, *flags, only=None, **options):
+    def run(config, workdir, devices, *flags, only=None, environments=None, **options):
         port, started = free_port(), []
         for i, count in enumerate(devices):
             place = [f"--coordinator=localhost:{port}", f"--num_processes={len(devices)}", f"--process_id={i}"]
             place = (place if len(devices) > 1 else []) + (only or {}).get(i, [])
-            environment = f"{os.environ['XLA_FLAGS']} {XLA} --xla_force_host_platform_device_count={count}"
-            started.append(start(config, workdir, *flags, *place, environment={"XLA_FLAGS": environment}, **options))
+            flag = f"--xla_force_host_platform_device_count={count}"
+            environment = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {XLA} {flag}"}
+            environment |= environments[i] if environments else {}
+            started.append(start(config, workdir, *flags, *place, environment=environment, **options))
         return started
 
     return run
@@ -86,6 +91,69 @@ def test_two_processes_stop_together_and_one_goes_on(start_all, make_config, los
     more = f"--config.train.steps={max(stopped, 6)}"
     ends(start_all(config, workdir, [4], "--config.mesh.fsdp=2", more), 0)
     close(losses(workdir), together, range(1, stopped + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_text_is_tokenized_once_wherever_it_is_kept(start_all, make_config, tmp_path, shared):
+    """On shared storage by process 0; on storage of its own (here: another home) by each."""
+    config = make_config(**SETTINGS | {"train.steps": 1, "data.cache_dir": ""})
+    script, told = tmp_path / "telling_train.py", tmp_path / "told"
+    script.write_text(TELLING)
+    homes = [tmp_path / "home", tmp_path / ("home" if shared else "another")]
+    places = [{"XDG_CACHE_HOME": str(home)} for home in homes]
+    two = start_all(config, tmp_path / "run", [1, 1], script=script, before=[told], environments=places)
+    ends(two, 0, 0)
+    assert sorted(told.read_text().split()) == (["0"] if shared else ["0", "1"])
+
+
+TELLING = """
+import sys
+from zoo import processes, train
+from zoo.data import cache
+told, write = sys.argv.pop(1), cache._write
+def telling(*arguments):
+    with open(told, "a") as file:
+        file.write(f"{processes.index()}\\n")
+    write(*arguments)
+cache._write = telling
+train.run()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_weights_of_one_and_pass_over_a_damaged_checkpoint(
+    start_all, make_config, losses, tmp_path
+):
+    config, other = make_config(**SETTINGS), tmp_path / "other"
+    ends(start_all(config, other, [1]), 0)
+    flags = ["--config.mesh.fsdp=2", f"--init_from={other}"]
+    ends(start_all(config, tmp_path / "one", [2], *flags), 0)
+    first, _ = ends(start_all(config, tmp_path / "two", [1, 1], *flags), 0, 0)
+    assert f"init_from   {other}, step 8" in first
+    close(losses(tmp_path / "two"), losses(tmp_path / "one"), range(1, 9))
+
+    largest = max((tmp_path / "two" / "checkpoints" / "8").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"x" + largest.read_bytes()[1:])
+    first, second = ends(start_all(config, tmp_path / "two", [1, 1], "--config.mesh.fsdp=2"), 0, 0)
+    assert "8 is damaged" in first and "resumed     at step 4" in first and "damaged" not in second
+    close(losses(tmp_path / "two"), losses(tmp_path / "one"), range(1, 9))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_for_a_workstation(tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    page = (root / "docs" / "processes.md").read_text()
+    block = re.search(r"## On a workstation\n\n```\n(.*?)```", page, re.DOTALL)[1]
+    block = block.replace("7117", str(free_port())).replace("python train.py", f"{sys.executable} {root / 'train.py'}")
+    assert block.count("--workdir=runs/two") == block.count("--process_id=") == 2
+    block = block.replace("--workdir", "--config.train.steps=2 --config.eval.final_batches=1 --workdir")
+    done = subprocess.run(
+        ["bash", "-c", f"{block}wait"], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "2 x cpu (cpu), 2 processes" in done.stdout, done.stdout + done.stderr
+    assert json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["step"] == 2
 
 
 # --- Starting ---------------------------------------------------------------------------------------------------------
@@ -212,6 +280,22 @@ def test_killed_and_resumed_on_other_processes(start_all, make_config, losses, t
     close(losses(killed), losses(whole), range(1, 13))
     found, wanted = (metrics.read(path)[-1]["eval_loss"] for path in (killed, whole))
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_machine_of_process_0_that_stands_still_ends_the_others(start_all, make_config, tmp_path):
+    config = make_config(**SETTINGS | {"train.steps": 100_000})
+    two = start_all(config, tmp_path / "run", [1, 1], "--heartbeat_timeout=5")
+    wait_for_step(tmp_path / "run", 3, two[0])
+    (beside,) = pathlib.Path(f"/proc/{two[0].pid}/task/{two[0].pid}/children").read_text().split()
+    two[0].send_signal(signal.SIGSTOP)
+    os.kill(int(beside), signal.SIGSTOP)
+    try:
+        printed = two[1].communicate(timeout=60)[0]
+        assert two[1].returncode == 1 and "Traceback" not in printed
+        assert printed.splitlines()[-1].startswith("error: process 0's machine does not answer, for 5 s; repeat")
+    finally:
+        os.kill(int(beside), signal.SIGKILL)
 
 
 @pytest.mark.slow

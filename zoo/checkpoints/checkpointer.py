@@ -114,7 +114,7 @@ class Checkpointer:
         damaged = {}
         for step in reversed(processes.broadcast(self.steps())):
             path = self.directory / str(step)
-            if reason := processes.broadcast(self._damage(path) if processes.is_first() else ""):
+            if reason := self._damage(path):
                 damaged[step] = reason
                 continue
             try:
@@ -160,12 +160,13 @@ class Checkpointer:
 
     @staticmethod
     def _damage(path: pathlib.Path) -> str:
-        """What is damaged; "": nothing."""
+        """What is damaged, as all processes find that read a share of the files each; "": nothing."""
         try:
-            digest.verify(path)
+            digest.verify(path, share=(processes.index(), processes.count()))
+            found = ""
         except Exception as error:
-            return reason_of(error)
-        return ""
+            found = reason_of(error)
+        return processes.broadcast(next(filter(None, processes.gather(found)), ""))
 
     def _make_way(self, path: pathlib.Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -46,17 +46,18 @@ def recorded_loss(path: pathlib.Path) -> float | None:
         return None
 
 
-def verify(path: pathlib.Path, limit: int | None = None, only: str = "") -> None:
+def verify(path: pathlib.Path, limit: int | None = None, only: str = "", share: tuple[int, int] = (0, 1)) -> None:
     """Raise ValueError if a file of the checkpoint is missing, differs from its digest, or is no file inside it.
 
     Args:
       limit: bytes that all files together may have; None: any number.
       only: what the names of the files begin with; others are not read.
+      share: (i, n): of the files, those that process i of n reads.
     """
     recorded, sizes = read_digest(path).files, _sizes(path)
     if limit is not None and sum(sizes.values()) > limit:
         raise ValueError(f"it holds {sum(sizes.values()):,} bytes, more than a model of this size has")
-    for name, digest in recorded.items():
+    for name, digest in sorted(recorded.items())[share[0] :: share[1]]:
         if not name.startswith(only):
             continue
         if name not in sizes:

@@ -7,7 +7,7 @@ A process that is alone pays nothing for any of it. docs/processes.md.
 """
 
 from zoo.processes.start import ask_to_stop, done, joined, require_joined, stops_before
-from zoo.processes.world import agree, barrier, broadcast, count, index, is_first, shares_with_first
+from zoo.processes.world import agree, barrier, broadcast, count, gather, index, is_first, shares_with_first
 
 __all__ = [
     "agree",
@@ -16,6 +16,7 @@ __all__ = [
     "broadcast",
     "count",
     "done",
+    "gather",
     "index",
     "is_first",
     "joined",

@@ -55,6 +55,17 @@ def broadcast(value: Any) -> Any:
     return json.loads(client().blocking_key_value_get(key, _FOR_EVER))
 
 
+def gather(value: Any) -> list[Any]:
+    """On process 0 the `value`, which JSON can hold, of each process; nothing on the others."""
+    if count() == 1:
+        return [value]
+    key = f"zoo/gather/{next(_calls)}"
+    client().key_value_set(f"{key}/{index()}", json.dumps(value))
+    if not is_first():
+        return []
+    return [json.loads(client().blocking_key_value_get(f"{key}/{process}", _FOR_EVER)) for process in range(count())]
+
+
 def agree(what: str, values: Mapping[str, Any], advice: str) -> None:
     """Return when all processes have the same `values`.
 

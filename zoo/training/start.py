@@ -53,15 +53,15 @@ def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> 
     shardings = {name: x.sharding for name, x in checkpoints.named_leaves(wanted).items()}
     other = checkpoints.load_run(workdir, _newest_step(workdir), shardings)
     step, its_model = other.step, other.config.model
-    loss = checkpoints.evaluation_loss(init_from, step)
-    evaluated = "" if loss is None else f", validation loss {loss:.4f}"
     if processes.is_first():
+        loss = checkpoints.evaluation_loss(init_from, step)
+        evaluated = "" if loss is None else f", validation loss {loss:.4f}"
         print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}", flush=True)
-    if different := workdirs.model_difference(its_model, run.config.model):
-        warn(
-            f"--init_from={init_from}: its weights were trained with other settings of the model, which shapes do not "
-            f"show: {'; '.join(different)} (there -> here)"
-        )
+        if different := workdirs.model_difference(its_model, run.config.model):
+            warn(
+                f"--init_from={init_from}: its weights were trained with other settings of the model, which shapes do "
+                f"not show: {'; '.join(different)} (there -> here)"
+            )
     return programs.init_opt(nnx.state(other.model, nnx.Param))
 
 
