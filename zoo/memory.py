@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from zoo import processes
 from zoo.config import Config, ModelConfig, pattern
 from zoo.errors import UsageError
 from zoo.flops import num_parameters, table_rows
@@ -119,7 +120,7 @@ def available(devices: Sequence[jax.Device]) -> int | None:
     if any(device.platform == "cpu" for device in devices):
         has = host_memory()
         return has and has * len({device.process_index for device in devices})
-    own = [device for device in devices if device.process_index == jax.process_index()]
+    own = [device for device in devices if device.process_index == processes.index()]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
     return None if None in limits else sum(limits) * len(devices) // len(own)
 

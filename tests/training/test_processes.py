@@ -189,6 +189,8 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS"
         (("", 1, None), SLURM, None),
         (("", None, None), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         (("", None, None), SLURM, ("node3:61441", 2, 1)),
+        (("", None, None), {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        (("", None, None), SLURM | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("node3:61441", 2, 1)),
         (("here:5", None, None), SLURM, ("here:5", 2, 1)),
         (("", None, 3), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}, ("a:1", 4, 3)),
         (("b:2", 5, 0), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}, ("b:2", 5, 0)),

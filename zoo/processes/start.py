@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 
 import jax
-from jax._src.clusters import ClusterEnv
+from jax._src.clusters import ClusterEnv, K8sCluster
 
 from zoo.errors import RunError, UsageError
 from zoo.processes import coordinator, world
@@ -118,9 +119,10 @@ def _place(address: str, count: int | None, index: int | None, timeout: int) -> 
         return None
     if not address or count is None or index is None:
         try:
-            address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
-                address or None, count, index, None, None, timeout
-            )
+            if (cluster := _cluster()) is not None:
+                address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                    address or None, count, index, None, cluster.name or None, timeout
+                )
         except Exception as error:  # of many kinds: what a variable holds, or a server of metadata answers
             raise UsageError(
                 f"what this cluster says of its processes cannot be read ({error}); give --coordinator=HOST:PORT, "
@@ -140,9 +142,19 @@ def _place(address: str, count: int | None, index: int | None, timeout: int) -> 
     return address, count, index
 
 
+def _cluster() -> type[ClusterEnv] | None:
+    """Whose processes are told apart by it. A pod of Kubernetes is alone, unless it is one of an indexed Job."""
+    with warnings.catch_warnings(action="ignore"):  # in each pod without jax[k8s]
+        for cluster in ClusterEnv._cluster_types:
+            alone = cluster is K8sCluster and "JOB_COMPLETION_INDEX" not in os.environ
+            if not cluster.opt_in_only_method and not alone and cluster.is_env_present():
+                return cluster
+    return None
+
+
 def _number(variable: str) -> int | None:
     text = os.environ.get(variable, "")
-    if text and not text.isascii() or text and not text.isdigit():
+    if text and not (text.isascii() and text.isdigit()):
         raise UsageError(f"{variable}={text}: expected a number")
     return int(text) if text else None
 

@@ -32,7 +32,7 @@ _AGAIN = "repeat the command, on fewer processes if need be, to go on from the n
 
 
 class Watch:
-    """Of this process, from `start` to `end`.
+    """Of this process, until `end`.
 
     Args:
       heartbeat_timeout: seconds without a beat after which a process is gone.
@@ -81,7 +81,7 @@ class Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process, and all others with the same message and exit code."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # A collective breaks when one of the others is gone. Who is, its missing beats will tell.
             time.sleep(self._heartbeat_timeout + 4 * POLL)
         expected, code, message = ended_by(error)
@@ -100,7 +100,7 @@ class Watch:
                 key = "zoo/news/beat" if self._index == 0 else f"zoo/beat/{self._index}"
                 beat = json.dumps([beats, self._begun, self._done])
                 self._client.key_value_set(key, beat, allow_overwrite=True)
-                if self._asked:
+                if self._asked and not self._stop:
                     self._publish("stop", f"{self._asked} of process {self._index}")
                 news = self._read("zoo/news/")
                 self._heed(news)

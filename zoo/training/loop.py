@@ -35,6 +35,7 @@ from zoo.training.start import first_state
 from zoo.training.step import abstract_batch, build
 
 OVERRIDES = "overrides.jsonl"  # one line a change: {"step": 40, "optimizer.learning_rate": [0.003, 0.001]}
+_SAME_COMMAND = "Give all processes the same command and packages; --num_processes=1 trains each alone"
 PROFILE_SKIP = 2  # steps before the trace begins: the first ones warm caches up
 
 
@@ -65,7 +66,7 @@ def train(
     """
     processes.require_joined()
     asked = {"--workdir": str(workdir), "--init_from": init_from, "--override": list(override), "jax": jax.__version__}
-    processes.agree("settings", asked | zoo_config.leaves(config), "Give all processes the same command and packages")
+    processes.agree("settings", asked | zoo_config.leaves(config), _SAME_COMMAND)
     run = workdirs.prepare(config, workdir, override)
     with run.lock:
         placement.check(run.config, jax.device_count())
