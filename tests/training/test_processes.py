@@ -10,15 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
-from zoo import metrics, processes
-from zoo.errors import RunError, UsageError
-from zoo.processes import coordinator
-from zoo.processes import start as starting
+from zoo import metrics
 
 # What one of two cores does late, XLA takes for a deadlock after a while, and ends the process.
 XLA = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
@@ -154,98 +150,6 @@ def test_the_commands_of_the_page_for_a_workstation(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0 and "2 x cpu (cpu), 2 processes" in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["step"] == 2
-
-
-# --- Starting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("place", "environment", "said"),
-    [
-        (("", 2, 0), {}, "--coordinator=HOST:PORT missing"),
-        (("node1:1", None, None), {}, "--num_processes and --process_id missing"),
-        (("node1", 2, 0), {}, "--coordinator=node1: expected HOST:PORT"),
-        (("node1:99999", 2, 0), {}, "a port from 1 to 65535"),
-        (("node1:1", 2, 2), {}, "--process_id=2: of 2 processes, expected 0 to 1"),
-        (("", None, None), {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected a number"),
-        (("", None, None), {"JAX_PROCESS_ID": "1", "JAX_NUM_PROCESSES": "2"}, "--coordinator=HOST:PORT missing"),
-    ],
-)
-def test_a_place_that_is_wrong_or_not_told_is_refused(place, environment, said, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=re.escape(said)), processes.joined(*place):
-        pass
-
-
-SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
-         "SLURM_LOCALID": "0"}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("place", "environment", "expected"),
-    [
-        (("", None, None), {}, None),
-        (("", 1, None), SLURM, None),
-        (("", None, None), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        (("", None, None), SLURM, ("node3:61441", 2, 1)),
-        (("", None, None), {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
-        (("", None, None), SLURM | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("node3:61441", 2, 1)),
-        (("here:5", None, None), SLURM, ("here:5", 2, 1)),
-        (("", None, 3), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}, ("a:1", 4, 3)),
-        (("b:2", 5, 0), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4"}, ("b:2", 5, 0)),
-    ],
-)
-def test_flags_come_before_the_environment_and_that_before_the_cluster(place, environment, expected, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert starting._place(*place, 1) == expected
-
-
-def test_who_does_not_answer_in_time_is_told():
-    with pytest.raises(RunError, match="nobody answers there within 1 s .*; start process 0"):
-        with processes.joined(f"localhost:{free_port()}", 2, 1, initialization_timeout=1):
-            pass
-    with pytest.raises(RunError, match="1 of 2 processes came within 1 s; missing: process 1"):
-        with processes.joined(f"localhost:{free_port()}", 2, 0, initialization_timeout=1):
-            pass
-    with socket.create_server(("", 0)) as server:
-        with pytest.raises(RunError, match="port .* cannot be opened"):
-            with processes.joined(f"localhost:{server.getsockname()[1]}", 2, 0, initialization_timeout=1):
-                pass
-
-
-@pytest.mark.parametrize(
-    ("says", "told"),
-    [
-        ([(0, 2), (1, 2)], ""),
-        ([(0, 2), (1, 3)], "process 1 was told of 3 processes, process 0 of 2"),
-        ([(0, 2), (0, 2)], "there are two processes 0"),
-    ],
-)
-def test_processes_meet_or_hear_why_not(says, told):
-    parent, end = socket.socketpair()
-    with socket.create_server(("localhost", 0)) as listener, parent, end:
-        found = []
-        thread = threading.Thread(target=lambda: found.extend(coordinator.meet(listener, 2, 10, parent.fileno())))
-        thread.start()
-        with socket.create_connection(listener.getsockname()) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1")
-        with socket.create_connection(listener.getsockname()) as gone:
-            gone.sendall(json.dumps({"process": 0, "of": 2}).encode())
-        time.sleep(0.1)
-        connections = []
-        for process, of in says:
-            connections.append(socket.create_connection(listener.getsockname()))
-            connections[-1].sendall(json.dumps({"process": process, "of": of}).encode())
-            time.sleep(0.1)
-        thread.join()
-        for connection in [*connections, *found[0]]:
-            connection.close()
-    assert len(found[0]) == 2 and told in found[1] and bool(told) == bool(found[1])
-
-
-# --- Faults -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
