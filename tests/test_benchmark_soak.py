@@ -27,7 +27,9 @@ def test_every_damage_is_one(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_one_kill_and_one_damage(tmp_path):
+@pytest.mark.parametrize(("processes", "damages"), [(1, 1), (2, 0)])
+def test_one_kill_and_one_damage(tmp_path, processes, damages):
     command = [sys.executable, "-m", "benchmarks.soak", "--mixers=gla", "--kills=1", "--damages=1", "--no-record"]
+    command += [f"--processes={processes}"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
-    assert done.returncode == 0 and "1 kills,   1 damages" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"1 kills,   {damages} damages" in done.stdout, done.stdout + done.stderr
