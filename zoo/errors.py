@@ -40,12 +40,10 @@ def exit_with_message(*, at_once: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except UsageError as error:
-        _exit(2, f"error: {printable(error)}", at_once=False)
-    except RunError as error:
-        _exit(1, f"error: {printable(error)}", at_once)
-    except KeyboardInterrupt:
-        _exit(130, "\ninterrupted", at_once)  # 128 + SIGINT, as shells count
+    except (UsageError, RunError, KeyboardInterrupt) as error:
+        _, code, message = ended_by(error)
+        message = "\ninterrupted" if isinstance(error, KeyboardInterrupt) else f"error: {printable(message)}"
+        _exit(code, message, at_once and not isinstance(error, UsageError))
 
 
 def _exit(code: int, message: str, at_once: bool) -> NoReturn:
