@@ -16,8 +16,8 @@ HEAD = """\
 # Settings
 
 Every setting, as `python train.py --list` shows it: `--config.NAME=VALUE` on a command line, an object of sections in a
-run's `config.json`. Written by `python docs/settings.py` from the declarations (`zoo/config.py`, `zoo/sharding/mesh.py`, and
-a family's own in `zoo/mixers/<family>.py`); `tests/zoo/test_settings.py` holds it to them.
+run's `config.json`. Written by `python docs/settings.py` from the declarations (`zoo/config.py`,
+`zoo/sharding/mesh.py`, and a family's own in `zoo/mixers/<family>.py`); `tests/zoo/test_settings.py` holds it to them.
 
 Whole numbers are at most 2^31 - 1. Other numbers are finite, and within their range in float32 too. What relates two
 settings (heads that divide a width, a batch that splits into microbatches) is checked besides, and a size that does not

@@ -97,6 +97,10 @@ def build(config: Config, mesh: Mesh) -> Programs:
         )
         return losses.sum() / total_weight
 
+    def as_parameters(gradient: nnx.State) -> nnx.State:
+        """What microbatches add up is spread as the parameters are."""
+        return jax.lax.with_sharding_constraint(gradient, shardings.params)
+
     def loss_and_gradient(params: nnx.State, batch: Batch, key: jax.Array) -> tuple[jax.Array, nnx.State]:
         total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
         pieces = config.train.accumulate_steps
@@ -105,15 +109,14 @@ def build(config: Config, mesh: Mesh) -> Programs:
 
         def piece(carry, xs):
             index, microbatch = xs
-            key_of_piece = jax.random.fold_in(key, index)
-            return jax.tree.map(
-                jnp.add, carry, jax.value_and_grad(loss)(params, microbatch, total_weight, key_of_piece)
-            ), None
+            found = jax.value_and_grad(loss)(params, microbatch, total_weight, jax.random.fold_in(key, index))
+            value, gradient = jax.tree.map(jnp.add, carry, found)
+            return (value, as_parameters(gradient)), None
 
         # Microbatch j takes rows j, j + pieces, ...: each device keeps its own rows.
         split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
         split = jax.tree.map(lambda x: sharding.constrain(x, None, "batch", "time"), split)
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros((), jnp.float32), as_parameters(jax.tree.map(jnp.zeros_like, params)))
         return jax.lax.scan(piece, zero, (jnp.arange(pieces), split))[0]
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
