@@ -11,11 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-CHIPS = {  # topology; clock in Hz and bfloat16 FLOP/s and HBM bytes/s, from the makers' data sheets
-    "v5e": ("v5e:2x2", 1.5e9, 197e12, 0.82e12),
-    "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2.765e12),
-    "v6e": ("v6e:2x2", 1.75e9, 918e12, 1.64e12),
-}
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # of `zoo.chips`, and a topology that has them
 MARK = "STATIC "
 NOTHING = "kernel_that_does_nothing"
 SECONDS = 900
@@ -61,9 +57,11 @@ def count(job: Job) -> None:
         )
         import jax
 
+        from zoo import chips
+
         program, args, op = _program(job)
         units = op.time * op.units
-        _, clock, flops, bandwidth = CHIPS[job.chip]
+        chip = chips.CHIPS[job.chip]
         sharding, in_kernels = jax.tree.leaves(args)[0].sharding, 0
         for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
             if equation.primitive.name != "pallas_call":
@@ -78,8 +76,8 @@ def count(job: Job) -> None:
             costs = _kernel_costs(equation)
             row = {
                 "cycles": cycles / units,
-                "matmul_floor": costs["flops"] / (flops / clock) / units,
-                "memory_floor": costs["bytes"] / (bandwidth / clock) / units,
+                "matmul_floor": costs["flops"] / (chip.peak / chip.clock) / units,
+                "memory_floor": costs["bytes"] / (chip.bandwidth / chip.clock) / units,
                 "vmem_bytes": costs["vmem"],
                 "bundles": bundles,
                 "per": f"token and {op.unit}, of {op.time} tokens",
@@ -145,7 +143,7 @@ def _program(job):
     from benchmarks import tpu_static_ops
     from kernels import dispatch
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip][0]).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip]).devices[0]
     op = tpu_static_ops.SHAPES[job.shape](job.implementation, job.tiles)
 
     def run(arrays, d_out):

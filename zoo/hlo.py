@@ -28,9 +28,7 @@ BITS = {
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)(.*)")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
-_MESH = re.compile(
-    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}"
-)
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?\S+)")
 
 
@@ -54,6 +52,15 @@ class Instruction(NamedTuple):
         return match[1] if match else ""
 
 
+class Run(NamedTuple):
+    """An instruction of a step."""
+
+    place: "Computation"
+    instruction: Instruction
+    times: int  # that a step runs it
+    loop: str  # around it, whose turns are not known before it runs, and count as one; "": none
+
+
 class Computation(dict[str, Instruction]):
     """Instructions by name, in the order of the text."""
 
@@ -69,29 +76,25 @@ class Program:
     entry: str
     devices: int
 
-    def operations(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs by itself, with where it stands and how often a step runs it.
+    def operations(self) -> Iterator["Run"]:
+        """Every instruction that runs by itself. Fusions are one instruction. All branches of a conditional count."""
+        yield from self._run(self.entry, 1, "")
 
-        Fusions are one instruction. All branches of a conditional count.
-
-        Raises:
-          ValueError: a loop without a known number of turns.
-        """
-        yield from self._run(self.entry, 1)
-
-    def _run(self, name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+    def _run(self, name: str, times: int, unknown: str) -> Iterator["Run"]:
         computation = self.computations[name]
         for instruction in computation.values():
             if instruction.opcode == "while":
-                yield from self._run(instruction.calls()[0], times * self._turns(computation, instruction))
+                turns = self._turns(computation, instruction)
+                unknown_too = instruction.name if turns is None else unknown
+                yield from self._run(instruction.calls()[0], times * (1 if turns is None else turns), unknown_too)
             elif instruction.opcode in ("call", "conditional", "async-start"):
                 for called in instruction.calls():
-                    yield from self._run(called, times)
+                    yield from self._run(called, times, unknown)
             else:
-                yield computation, instruction, times
+                yield Run(computation, instruction, times, unknown)
 
-    def _turns(self, outside: Computation, loop: Instruction) -> int:
-        """From XLA's own note, else from the counter that the condition holds against a constant."""
+    def _turns(self, outside: Computation, loop: Instruction) -> int | None:
+        """From XLA's own note, else from the counter that the condition holds against a constant; None: neither."""
         if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes):
             return int(known[1])
         condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
@@ -104,7 +107,7 @@ class Program:
             else:
                 limit = _constant(condition, operand)
         if compare.opcode != "compare" or limit is None or counter is None:
-            raise ValueError(f"the loop {loop.name} has no known number of turns")
+            return None
         body = self.computations[loop.calls()[0]]
         first = _constant(outside, _element(outside, loop.operands[0], counter)) or 0
         step = _step(body, _element(body, body.root, counter), counter)
@@ -206,10 +209,15 @@ def collectives(program: str | Program) -> list[Collective]:
     """All collectives of a compiled program (its text, or `parse` of it), each once.
 
     Raises:
-      ValueError: a loop without a known number of turns.
+      ValueError: one is in a loop whose turns are not known before it runs.
     """
-    program = parse(program) if isinstance(program, str) else program
-    return [found for operation in program.operations() for found in _of(program, *operation)]
+    program, found = parse(program) if isinstance(program, str) else program, []
+    for run in program.operations():
+        inside = list(_of(program, run.place, run.instruction, run.times))
+        if inside and run.loop:
+            raise ValueError(f"the number of turns of the loop {run.loop} is not known: {inside[0]}")
+        found += inside
+    return found
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
