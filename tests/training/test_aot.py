@@ -183,15 +183,3 @@ def test_the_command_ends_with_1_where_the_step_does_not_fit():
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"of 15.75: does not fit, by \d+\.\d\d GiB$", done.stdout, re.M)
     assert re.search(r"^error: v5e:2x2: does not fit, by \d+\.\d\d GiB$", done.stderr, re.M)
-
-
-@pytest.mark.slow
-def test_memory_a_device_falls_as_one_over_fsdp():
-    """The compiled program's, of the state and of what a step adds to it, with as many sequences a device."""
-    torus("v5e:2x2")
-    found = {}
-    for name, chips in (("v5e:2x2", 4), ("v5e:4x4", 16)):
-        report = aot.compile_step(small(mesh__fsdp=chips, train__batch_size=2 * chips, model__d_model=1024), name)
-        found[chips] = report.parts
-    for part in ("parameters", "optimizer"):
-        assert found[4][part] / found[16][part] == pytest.approx(4, rel=0.02), part

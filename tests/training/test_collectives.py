@@ -1,4 +1,4 @@
-"""What devices exchange in a step, counted in the compiled program, and the head, whose pieces are each device's own."""
+"""What devices exchange in a step, counted in the compiled program; the head, whose pieces are each device's own."""
 
 import os
 import subprocess
