@@ -94,7 +94,7 @@ def one(topology: str, arguments: list[str]) -> None:
     from absl import flags as absl_flags
 
     from zoo.errors import exit_with_message
-    from zoo.training import aot, command_line, placement
+    from zoo.training import aot, command_line
 
     with exit_with_message():
         command_line.define_and_parse(["aot", *arguments])
@@ -109,7 +109,6 @@ def one(topology: str, arguments: list[str]) -> None:
             values |= {"estimate": estimate._asdict(), "step": estimate.step, "bound": estimate.bound()}
             values |= {"mfu": report.mfu(estimate.step), "mfu_by_compiler": by_compiler and report.mfu(by_compiler)}
         values["parameters"] = flops.num_parameters(config.model)
-        values["mesh"] = placement.check(config, report.devices)
         values["batch"] = [config.train.batch_size, config.train.context_length]
         print(json.dumps(values))
 

@@ -18,7 +18,6 @@ class Chip(NamedTuple):
       link: bytes/s of one link in one direction. On a torus each neighbour is a link; a GPU has one, to the switch.
       sides: of the torus that chips are laid out in; 0: none, all reach all.
       wraps: sides that are a multiple of it are rings, others lines.
-      matrix: width of the matrix unit: a product's dimensions count up to a multiple of it.
       clock: Hz, of TPUs: their compiler counts in cycles. 0: not known.
       measured: FLOP/s of a large square product and bytes/s of a copy, where they were (docs/benchmarks.md).
     """
@@ -30,21 +29,20 @@ class Chip(NamedTuple):
     link: float
     sides: int
     wraps: int
-    matrix: int
     clock: float = 0.0
     measured: tuple[float, float] | None = None
 
 
 # By the name that libtpu's topologies have. Where one kind is in another, the longer comes first.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 30.5 * 2**30, 1.2e12, 4.5e10, 3, 4, 128, 1.05e9),
-    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * 2**30, 0.82e12, 4.5e10, 2, 16, 128, 1.5e9),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 2.765e12, 9e10, 3, 4, 128, 1.75e9),
-    "v6e": Chip("TPU v6", 918e12, 31.25 * 2**30, 1.64e12, 9e10, 2, 16, 256, 1.75e9),
-    "tpu7x": Chip("TPU7x", 2307e12, 189.5 * 2**30, 7.38e12, 9e10, 3, 4, 256),
-    "h200": Chip("H200", 989e12, 141e9, 4.8e12, 4.5e11, 0, 1, 64, measured=(783e12, 4.2e12)),
-    "h100": Chip("H100", 989e12, 80e9, 3.35e12, 4.5e11, 0, 1, 64),
-    "a100": Chip("A100", 312e12, 80e9, 2.04e12, 3e11, 0, 1, 16),
+    "v4": Chip("TPU v4", 275e12, 30.5 * 2**30, 1.2e12, 4.5e10, 3, 4, 1.05e9),
+    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * 2**30, 0.82e12, 4.5e10, 2, 16, 1.5e9),
+    "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 2.765e12, 9e10, 3, 4, 1.75e9),
+    "v6e": Chip("TPU v6", 918e12, 31.25 * 2**30, 1.64e12, 9e10, 2, 16, 1.75e9),
+    "tpu7x": Chip("TPU7x", 2307e12, 189.5 * 2**30, 7.38e12, 9e10, 3, 4),
+    "h200": Chip("H200", 989e12, 141e9, 4.8e12, 4.5e11, 0, 1, measured=(783e12, 4.2e12)),
+    "h100": Chip("H100", 989e12, 80e9, 3.35e12, 4.5e11, 0, 1),
+    "a100": Chip("A100", 312e12, 80e9, 2.04e12, 3e11, 0, 1),
 }
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from zoo import hlo
 from zoo.chips import Chip
 from zoo.hlo import Collective, Computation, Instruction, Program
-from zoo.pallas_costs import TPU_CYCLES, Kernel
+from zoo.pallas_costs import Kernel, over_floor
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -51,7 +51,7 @@ class Operation(NamedTuple):
     def seconds(self, chip: Chip) -> float:
         """Each time."""
         floor = max(self.flops / chip.peak, self.bytes / chip.bandwidth)
-        return floor * next((ratio for name, ratio in TPU_CYCLES.items() if chip.sides and name in self.name), 1.0)
+        return floor * over_floor(self.name, chip.kind)
 
 
 def operations(program: Program, kernels: Sequence[Kernel] = ()) -> list[Operation]:

@@ -1,5 +1,7 @@
 """What operations compute and move, read off pieces of compiled programs, and the times that follow."""
 
+import itertools
+import json
 import math
 
 import jax
@@ -7,13 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from benchmarks import tpu_static
 from zoo import chips, hlo, pallas_costs, roofline
 from zoo.chips import Chip
 from zoo.hlo import Collective
 from zoo.pallas_costs import Kernel
 from zoo.roofline import Operation
 
-CHIP = Chip("none", peak=1e12, memory=1e9, bandwidth=1e9, link=1e8, sides=2, wraps=4, matrix=1, clock=1e9)
+CHIP = Chip("TPU v5 lite", peak=1e12, memory=1e9, bandwidth=1e9, link=1e8, sides=2, wraps=4, clock=1e9)
 
 
 def operations(*lines, kernels=(), computations=""):
@@ -97,7 +100,7 @@ def test_a_kernel_has_the_costs_of_its_pallas_call():
         )(x, w)  # fmt: skip
 
     jaxpr = jax.make_jaxpr(jax.jit(call))(jnp.zeros((32, 100)), jnp.zeros((100, 64))).jaxpr
-    (exact,), (padded,) = pallas_costs.kernels(jaxpr), pallas_costs.kernels(jaxpr, matrix=128)
+    (exact,), (padded,) = pallas_costs.kernels(jaxpr, lanes=1), pallas_costs.kernels(jaxpr)
     moved = 4 * (32 * 100 + 100 * 64 + 32 * 64)
     assert exact == ("products", 2 * 32 * 100 * 64, moved, 4 * 32 * 64)
     assert padded.flops == 4 * 2 * 128**3  # of four blocks
@@ -108,6 +111,27 @@ def test_a_kernel_has_the_costs_of_its_pallas_call():
         kernels=[exact, Kernel("products", 1, 2, 3)],
     )
     assert (found.name, found.kind, found.flops) == ("products", "kernel", exact.flops)
+
+
+def test_what_kernels_take_over_their_floors_is_what_is_stored():
+    stored = json.loads(tpu_static.RESULTS.read_text())["results"]
+    shapes = {
+        "linear_attention_per_key": "gla_1.3b",
+        "linear_attention_scalar": "mamba2_8b",
+        "selective_scan": "mamba_1.3b",
+    }
+    assert len(pallas_costs.TPU_CYCLES) == 2 * len(shapes)
+    for (kernel, shape), part, (name, chip) in itertools.product(
+        shapes.items(), tpu_static.KERNELS, (("v5e", "TPU v5 lite"), ("v5p", "TPU v5"), ("v6e", "TPU v6"))
+    ):
+        row = stored[f"{shape} {name}"][part]
+        ratio = max(1.0, row["cycles"] / max(row["matmul_floor"], row["memory_floor"]))
+        assert pallas_costs.over_floor(f"{kernel}_{part}", chip) == pytest.approx(ratio, abs=0.006), (
+            kernel,
+            part,
+            name,
+        )
+    assert pallas_costs.over_floor("selective_scan_forward", "H200") == 1.0
 
 
 def operation(kind, flops, moved, count=1, cycles=0, name=""):
@@ -122,7 +146,7 @@ def test_a_step_is_the_sum_of_what_binds_each_operation():
     ]
     sent = [Collective("all-gather", 10**6, 4, (0, 1), True, ""), Collective("all-reduce", 10**6, 1, (0, 1), False, "")]
     estimate = roofline.estimate(found, sent, CHIP, lambda c: 2)
-    kernel = 1e-3 * pallas_costs.TPU_CYCLES["selective_scan_forward"]
+    kernel = 1e-3 * pallas_costs.TPU_CYCLES["selective_scan_forward"][0]
     assert estimate.kernels == pytest.approx(kernel)
     assert estimate.operations == pytest.approx(30e-3 + 10e-3 + kernel)
     assert (estimate.hidden, estimate.exposed) == pytest.approx((20e-3, 5e-3))
@@ -157,5 +181,5 @@ def test_chips_by_what_jax_calls_them():
 @pytest.mark.parametrize("name", [name for name, chip in chips.CHIPS.items() if chip.clock and chip.sides])
 def test_a_clock_is_a_whole_number_of_matrix_units(name):
     chip = chips.CHIPS[name]
-    units = chip.peak / (2 * chip.matrix**2 * chip.clock)
+    units = chip.peak / (2 * 128**2 * chip.clock)
     assert math.isclose(units, round(units), rel_tol=0.01)

@@ -39,6 +39,7 @@ class Report:
 
     topology: str
     devices: int
+    mesh: dict[str, int]
     needed: int
     has: int
     parts: dict[str, int]
@@ -99,6 +100,7 @@ def compile_step(config: Config, name: str) -> Report:
     report = Report(
         topology=name,
         devices=mesh.size,
+        mesh=dict(mesh.shape),
         needed=sum(parts.values()) + parts["parameters"],
         has=int(chip.memory),
         parts=parts,
@@ -117,7 +119,7 @@ def compile_step(config: Config, name: str) -> Report:
         _did_not_fit(report, error)
         return report
     report.compile_seconds = time.perf_counter() - start
-    _read(report, compiled, pallas_costs.kernels(traced.jaxpr.jaxpr, chip.matrix), chip, mesh)
+    _read(report, compiled, pallas_costs.kernels(traced.jaxpr.jaxpr), chip, mesh)
     return report
 
 
@@ -169,8 +171,7 @@ def _read(report: Report, compiled: Any, kernels: list[pallas_costs.Kernel], chi
 
 def describe(config: Config, report: Report) -> str:
     """All of it, in the manner of --dry_run."""
-    model, sizes = config.model, placement.check(config, report.devices)
-    shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    model, shape = config.model, ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     lines = [
         f"mesh        {shape}: {report.devices:,} devices, {report.topology}",
         f"model       {model.num_layers} layers of width {model.d_model}, vocabulary {model.vocab_size}, "
@@ -217,7 +218,7 @@ def _flops(report: Report) -> list[str]:
             report.program_flops,
             "matrix products as compiled: recomputation too, loops as often as they turn",
         ),
-        "kernels": (report.kernel_flops, "products in Pallas kernels, sizes rounded up to the matrix unit's"),
+        "kernels": (report.kernel_flops, "products in Pallas kernels, sizes rounded up to 128"),
         "XLA's cost analysis": (report.xla_flops, "takes a loop's body once, and nothing of kernels"),
     }
     lines = [f"{'FLOPs a step, a device':24}{'TFLOP':>9}"]
