@@ -27,7 +27,7 @@ BITS = {
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)(.*)")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?\S+)")
 
@@ -134,14 +134,30 @@ def parse(text: str) -> Program:
     return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
 
 
-def array_bytes(type_: str, *, on_chip: bool = True) -> int:
-    """Bytes of an array or of all arrays of a tuple. `on_chip` False leaves out those in a TPU's vector memory."""
+def array_bytes(type_: str) -> int:
+    """Bytes of an array, or of all arrays of a tuple."""
+    return sum(_bits(dtype) * math.prod(_numbers(shape)) for dtype, shape, _ in _ARRAY.findall(type_)) // 8
+
+
+def stored_bytes(type_: str, *, on_chip: bool = True) -> int:
+    """`array_bytes` in whole tiles: an array whose last axis is 64 wide takes twice its size where tiles are 8 x 128.
+
+    `on_chip`: False leaves out arrays in a TPU's vector memory.
+    """
     bits = 0
-    for dtype, shape, space in _ARRAY.findall(type_):
-        if on_chip or not space:
-            width = BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
-            bits += width * math.prod(int(size) for size in shape.split(",") if size)
+    for dtype, shape, layout in _ARRAY.findall(type_):
+        if "S(" in layout and not on_chip:
+            continue
+        sizes, order = list(_numbers(shape)), _numbers(layout.partition(":")[0])
+        tile = re.search(r":T\(([\d,]+)\)", layout)
+        for axis, side in zip(order, reversed(_numbers(tile[1]) if tile else ()), strict=False):
+            sizes[axis] = -(-sizes[axis] // side) * side
+        bits += _bits(dtype) * math.prod(sizes)
     return bits // 8
+
+
+def _bits(dtype: str) -> int:
+    return BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
 
 
 def _index(instruction: Instruction) -> int:
@@ -290,4 +306,4 @@ def _places(tiles: str, order: str | None) -> np.ndarray:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    return tuple(int(number) for number in text.split(",") if number)

@@ -92,24 +92,28 @@ def _moved(program: Program, place: Computation, instruction: Instruction) -> in
     if instruction.opcode in ("copy-start", "slice-start"):  # between HBM and vector memory
         arrays = re.findall(r"\b[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", instruction.type)
         target = arrays[0] if instruction.opcode == "copy-start" else arrays[-1]
-        sides = sum(hlo.array_bytes(x, on_chip=False) > 0 for x in (target, operands[0].type))
-        return sides * hlo.array_bytes(target)
+        sides = sum(_in_hbm(x) > 0 for x in (target, operands[0].type))
+        return sides * hlo.stored_bytes(target)
     if instruction.opcode == "fusion":
         called = program.computations[instruction.calls()[0]]
         parameters = sorted(
             (i for i in called.values() if i.opcode == "parameter"), key=lambda i: int(re.sub(r"\D", "", i.literal))
         )
         read = sum(
-            min(hlo.array_bytes(outside.type), _read(program, called, inside.name))
+            min(hlo.stored_bytes(outside.type), _read(program, called, inside.name))
             for outside, inside in zip(operands, parameters, strict=False)
-            if hlo.array_bytes(outside.type, on_chip=False)
+            if _in_hbm(outside.type)
         )
-        return read + min(_written(program, called, called.root), hlo.array_bytes(instruction.type, on_chip=False))
+        return read + min(_written(program, called, called.root), _in_hbm(instruction.type))
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * hlo.array_bytes(operands[1].type, on_chip=False)
+        return 2 * _in_hbm(operands[1].type)
     if instruction.opcode in _SLICES:
-        return 2 * hlo.array_bytes(instruction.type, on_chip=False)
-    return sum(hlo.array_bytes(x.type, on_chip=False) for x in (instruction, *operands))
+        return 2 * _in_hbm(instruction.type)
+    return sum(_in_hbm(x.type) for x in (instruction, *operands))
+
+
+def _in_hbm(type_: str) -> int:
+    return hlo.stored_bytes(type_, on_chip=False)
 
 
 def _read(program: Program, place: Computation, name: str) -> int:
@@ -119,7 +123,7 @@ def _read(program: Program, place: Computation, name: str) -> int:
         if name not in user.operands:
             continue
         if user.opcode in _SLICES and user.operands[0] == name:
-            total += hlo.array_bytes(user.type)
+            total += hlo.stored_bytes(user.type)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # in its place
         elif user.opcode == "bitcast":
@@ -130,7 +134,7 @@ def _read(program: Program, place: Computation, name: str) -> int:
             inner = [i.name for i in called.values() if i.opcode == "parameter" and int(i.literal) in numbers]
             total += sum(_read(program, called, parameter) for parameter in inner)
         else:
-            return hlo.array_bytes(place[name].type)
+            return hlo.stored_bytes(place[name].type)
     return total
 
 
@@ -142,13 +146,13 @@ def _written(program: Program, place: Computation, name: str) -> int:
     if instruction.opcode == "tuple":
         return sum(_written(program, place, operand) for operand in instruction.operands)
     if instruction.opcode == "dynamic-update-slice":
-        return hlo.array_bytes(place[instruction.operands[1]].type)
+        return hlo.stored_bytes(place[instruction.operands[1]].type)
     if instruction.opcode == "bitcast":
         return _written(program, place, instruction.operands[0])
     if instruction.opcode == "fusion" and not instruction.type.startswith("("):
         called = program.computations[instruction.calls()[0]]
         return _written(program, called, called.root)
-    return 0 if instruction.opcode == "parameter" else hlo.array_bytes(instruction.type, on_chip=False)
+    return 0 if instruction.opcode == "parameter" else _in_hbm(instruction.type)
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------
