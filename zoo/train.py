@@ -83,6 +83,7 @@ def main(argv: list[str]) -> None:
             print(command_line.dry_run(FLAGS.config, FLAGS.workdir, FLAGS.devices))
             return
         if FLAGS.aot:
+            quiet_libraries()
             text, problem = command_line.ahead_of_time(FLAGS.config, FLAGS.workdir, FLAGS.aot)
             print(text, flush=True)
             if problem:

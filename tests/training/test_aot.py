@@ -177,7 +177,7 @@ def test_a_dry_run_is_not_compiled():
 
 @pytest.mark.slow
 def test_the_command_ends_with_1_where_the_step_does_not_fit():
-    """64 sequences of 2,048 tokens a chip: libtpu itself refuses them."""
+    """64 sequences of 2,048 tokens a chip are too many by formula."""
     torus("v5e:2x2")
     done = run("--aot=v5e:2x2", "--config=gla:1.3b", "--config.mesh.fsdp=4")
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ Whatever a user can get wrong here is said in one line, with exit code 2.
 import re
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -130,6 +131,7 @@ def ahead_of_time(config: Config, workdir: str, topology: str) -> tuple[str, str
     Raises:
       UsageError: a setting that is wrong, a topology that is not known, a mesh that does not fit it.
     """
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and an accelerator that is there may be in use
     zoo_config.validate(config)
     config = settle_vocabulary(config, workdir or None)
     report = aot.compile_step(config, topology)
