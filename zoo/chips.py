@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip, or one GPU.
+    """One device of jax: a chip, a GPU, half a TPU7x.
 
     Attributes:
       kind: a part of jax's `device_kind`.
@@ -39,7 +39,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * 2**30, 0.82e12, 4.5e10, 2, 16, 1.5e9),
     "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 2.765e12, 9e10, 3, 4, 1.75e9),
     "v6e": Chip("TPU v6", 918e12, 31.25 * 2**30, 1.64e12, 9e10, 2, 16, 1.75e9),
-    "tpu7x": Chip("TPU7x", 2307e12, 189.5 * 2**30, 7.38e12, 9e10, 3, 4),
+    "tpu7x": Chip("TPU7x", 1153.5e12, 94.75 * 2**30, 3.69e12, 9e10, 3, 4),
     "h200": Chip("H200", 989e12, 141e9, 4.8e12, 4.5e11, 0, 1, measured=(783e12, 4.2e12)),
     "h100": Chip("H100", 989e12, 80e9, 3.35e12, 4.5e11, 0, 1),
     "a100": Chip("A100", 312e12, 80e9, 2.04e12, 3e11, 0, 1),

@@ -221,8 +221,10 @@ class Collective(NamedTuple):
     source: str
 
 
-def collectives(program: str | Program) -> list[Collective]:
+def collectives(program: str | Program, *, strict: bool = True) -> list[Collective]:
     """All collectives of a compiled program (its text, or `parse` of it), each once.
+
+    `strict`: False takes a loop whose turns are not known to turn once.
 
     Raises:
       ValueError: one is in a loop whose turns are not known before it runs.
@@ -230,7 +232,7 @@ def collectives(program: str | Program) -> list[Collective]:
     program, found = parse(program) if isinstance(program, str) else program, []
     for run in program.operations():
         inside = list(_of(program, run.place, run.instruction, run.times))
-        if inside and run.loop:
+        if inside and run.loop and strict:
             raise ValueError(f"the number of turns of the loop {run.loop} is not known: {inside[0]}")
         found += inside
     return found
