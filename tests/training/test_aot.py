@@ -112,7 +112,7 @@ def test_what_by_formula_cannot_fit_is_not_compiled(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5z:4x4", r"--aot='v5z:4x4': no such topology; known ones, and shapes of theirs: v5e:2x2, 4x4, .*; v5p:2x2x1, "),
+        ("v5z:4x4", r"'v5z:4x4': no such topology; known ones, and shapes of theirs: v5e:2x2, 4x4, .*; v5p:2x2x1, "),
         ("v5e", r"expected 2 sides, as v5e:4x4; known ones"),
         ("v5e:4x4x4", r"expected 2 sides, as v5e:4x4"),
         ("v5p:4x4", r"expected 3 sides, as v5p:2x2x2"),
