@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+import kernels
 from benchmarks import tpu_static
+from kernels import dispatch
 from zoo import chips, hlo, pallas_costs, roofline
 from zoo.chips import Chip
 from zoo.hlo import Collective
@@ -111,6 +113,20 @@ def test_a_kernel_has_the_costs_of_its_pallas_call():
         kernels=[exact, Kernel("products", 1, 2, 3)],
     )
     assert (found.name, found.kind, found.flops) == ("products", "kernel", exact.flops)
+
+
+def test_attention_computes_the_blocks_below_the_diagonal():
+    """Four by four of 512 tokens: ten. With a window of 512, two for each."""
+
+    def flops(window):
+        x = jax.ShapeDtypeStruct((1, 2048, 2, 128), jnp.bfloat16)
+        with dispatch.use_device(dispatch.Device("tpu", "TPU v5 lite")):
+            made = jax.make_jaxpr(lambda q, k, v: kernels.attention(q, k, v, causal=True, window=window))(x, x, x)
+        (found,) = pallas_costs.kernels(made.jaxpr)
+        return found.flops
+
+    a_block = 2 * 2 * 2 * 512 * 512 * 128  # of two heads, two products
+    assert flops(None) == 10 * a_block and flops(512) == 8 * a_block
 
 
 def test_what_kernels_take_over_their_floors_is_what_is_stored():
