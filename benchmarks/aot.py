@@ -59,15 +59,14 @@ def rows() -> list[Row]:
     eight = []
     for config, settings in EIGHT_B.items():
         flags = {name.replace(".", "__"): value for name, value in settings.items()}
-        eight.append(row(config, ["v5p:4x4x4"], mesh__fsdp=64, **flags))
+        eight.append(row(config, ["v5p:4x4x4"], mesh__fsdp=32, mesh__tensor=2, **flags))
+        eight.append(row(config, ["v5p:8x8x8"], mesh__data=2, mesh__fsdp=32, mesh__tensor=8, **flags))
         eight.append(row(config, ["v5p:8x8x8"], mesh__fsdp=64, mesh__tensor=8, **flags))
-        batch = {"train__batch_size": 512, "train__context_length": 4096}
-        eight.append(row(config, ["v5p:8x8x8"], mesh__fsdp=512, **batch, **flags))
     contexts = []
     for config in LONG:
         for context, sequences, axis in ((8192, 64, 1), (32768, 16, 4), (131_072, 4, 16), (1_048_576, 1, 64)):
             batch = {"train__batch_size": sequences, "train__context_length": context}
-            mesh = {"mesh__fsdp": 64 // axis, "mesh__sequence": axis}
+            mesh = {"mesh__fsdp": min(16, 64 // axis), "mesh__sequence": axis}
             contexts.append(row(config, ["v5p:4x4x4"], model__vocab_size=32_000, **batch, **mesh))
     others = [
         row(f"{name}:{size}", LADDER, model__vocab_size=32_000, mesh__fsdp=-1, mesh__data=1)
