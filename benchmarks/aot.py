@@ -40,7 +40,7 @@ LONG = ("gla:1.3b", "transformer:1.3b")  # of which contexts of 8,192 to 1,048,5
 class Row:
     config: str
     topologies: tuple[str, ...]  # tried in turn until one fits
-    settings: tuple[tuple[str, object], ...] = ()  # the mesh is fsdp over all unless they say
+    settings: tuple[tuple[str, object], ...] = ()
 
     @property
     def name(self) -> str:
@@ -81,12 +81,14 @@ def measure(row: Row) -> dict:
     smaller = {}
     for topology in row.topologies:
         command = [sys.executable, "-m", "benchmarks.aot", f"--one={topology}", *row.name.split()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=os.environ)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-            found = {"topology": topology, "error": said[:300]}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            found = {"topology": topology, "error": f"not compiled within {SECONDS} s"}
         else:
-            found = json.loads(done.stdout.strip().splitlines()[-1])
+            said = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+            failed = {"topology": topology, "error": said[:300]}
+            found = failed if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
         if found.get("fits"):
             break
         smaller[topology] = found.get("statement") or found["error"]

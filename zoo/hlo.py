@@ -76,11 +76,11 @@ class Program:
     entry: str
     devices: int
 
-    def operations(self) -> Iterator["Run"]:
+    def operations(self) -> Iterator[Run]:
         """Every instruction that runs by itself. Fusions are one instruction. All branches of a conditional count."""
         yield from self._run(self.entry, 1, "")
 
-    def _run(self, name: str, times: int, unknown: str) -> Iterator["Run"]:
+    def _run(self, name: str, times: int, unknown: str) -> Iterator[Run]:
         computation = self.computations[name]
         for instruction in computation.values():
             if instruction.opcode == "while":

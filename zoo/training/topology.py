@@ -1,6 +1,7 @@
-"""Accelerators that are not there: libtpu compiles for them on any x86-64 Linux machine.
+"""Accelerators that are not there: compilers work for them on any x86-64 Linux machine.
 
-v5e:4x4   sixteen chips, laid out four by four: a chip of `zoo.chips`, and the sides of its torus
+    v5e:4x4   sixteen TPUs, laid out four by four: a name of `zoo.chips`, and the sides of the torus
+    h200:8    eight GPUs, all in reach of one another
 """
 
 import importlib.util
