@@ -2,6 +2,8 @@
 
     v5e:4x4   sixteen TPUs, laid out four by four: a name of `zoo.chips`, and the sides of the torus
     h200:8    eight GPUs, all in reach of one another
+
+Programs for them are compiled and never run.
 """
 
 import importlib.util
