@@ -62,6 +62,8 @@ def rows() -> list[Row]:
         eight.append(row(config, ["v5p:4x4x4"], mesh__fsdp=32, mesh__tensor=2, **flags))
         eight.append(row(config, ["v5p:8x8x8"], mesh__data=2, mesh__fsdp=32, mesh__tensor=8, **flags))
         eight.append(row(config, ["v5p:8x8x8"], mesh__fsdp=64, mesh__tensor=8, **flags))
+        batch = {"train__batch_size": 512, "train__context_length": 4096}
+        eight.append(row(config, ["v5p:8x8x8"], mesh__data=16, mesh__fsdp=32, **batch, **flags))
     contexts = []
     for config in LONG:
         for context, sequences, axis in ((8192, 64, 1), (32768, 16, 4), (131_072, 4, 16), (1_048_576, 1, 64)):
