@@ -21,7 +21,7 @@ import sys
 
 from benchmarks import record
 from zoo import config as zoo_config
-from zoo import config_files, flops
+from zoo import config_files, flops, roofline
 
 RESULTS = record.RESULTS / "aot.json"
 LADDER = ("v5e:2x2", "v5e:4x4", "v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8")
@@ -115,7 +115,7 @@ def one(topology: str, arguments: list[str]) -> None:
         values |= {"fits": report.fits, "statement": aot.statement(report)}
         if estimate := report.estimate:
             by_compiler = report.by_compiler
-            values |= {"estimate": estimate._asdict(), "step": estimate.step, "bound": estimate.bound()}
+            values |= {"estimate": estimate._asdict(), "step": estimate.step}
             values |= {"mfu": report.mfu(estimate.step), "mfu_by_compiler": by_compiler and report.mfu(by_compiler)}
         values["parameters"] = flops.num_parameters(config.model)
         values["batch"] = [config.train.batch_size, config.train.context_length]
@@ -133,8 +133,9 @@ def table(results: dict[str, dict]):
             yield f"{start} {row.get('statement') or row['error']} | | | | |"
             continue
         memory = f"{row['needed'] / 2**30:.1f} of {row['has'] / 2**30:.1f}" + ("" if row["fits"] else ": too much")
+        bound = roofline.Estimate(**row["estimate"]).bound()
         by_compiler = f"{row['mfu_by_compiler']:.0%}" if row["mfu_by_compiler"] else "-"
-        yield f"{start} {memory} | {1e3 * row['step']:,.0f} | {row['mfu']:.0%} | {by_compiler} | {row['bound']} |"
+        yield f"{start} {memory} | {1e3 * row['step']:,.0f} | {row['mfu']:.0%} | {by_compiler} | {bound} |"
 
 
 def main():

@@ -256,15 +256,25 @@ class Estimate(NamedTuple):
     def step(self) -> float:
         return max(self.operations, self.hidden) + self.exposed
 
-    def bound(self) -> str:
-        """What most of the step is spent on."""
+    def shares(self) -> dict[str, float]:
+        """Of the step, by what binds it, the largest first."""
         parts = {
             "matrix products": self.operations - self.kernels - self.other,
             "kernels": self.kernels,
-            "HBM traffic of elementwise and layout work": self.other,
+            "elementwise and layout work": self.other,
             "interconnect": self.exposed + max(0.0, self.hidden - self.operations),
         }
-        return max(parts, key=parts.get)
+        return {name: parts[name] / self.step for name in sorted(parts, key=parts.get, reverse=True)}
+
+    def bound(self) -> str:
+        """ "matrix products 76%, elementwise and layout work 13%": what half of the step, or more, is spent on."""
+        said, together = [], 0.0
+        for name, share in self.shares().items():
+            said.append(f"{name} {share:.0%}")
+            together += share
+            if together >= 0.5:
+                break
+        return ", ".join(said)
 
 
 def estimate(

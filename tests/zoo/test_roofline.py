@@ -168,9 +168,10 @@ def test_a_step_is_the_sum_of_what_binds_each_operation():
     assert (estimate.hidden, estimate.exposed) == pytest.approx((20e-3, 5e-3))
     assert estimate.step == pytest.approx(estimate.operations + 5e-3)
     assert estimate.compiler == pytest.approx(10 * 4e-3 + 5 * 2.5e-3)
-    assert estimate.bound() == "matrix products"
+    assert estimate.bound() == f"matrix products {30e-3 / estimate.step:.0%}"
+    assert sum(estimate.shares().values()) == pytest.approx(1)
     slow = roofline.estimate(found, [Collective("all-gather", 10**7, 40, (0, 1), True, "")], CHIP, lambda c: 2)
-    assert (slow.step, slow.bound()) == (pytest.approx(2.0), "interconnect")
+    assert (slow.step, slow.bound()) == (pytest.approx(2.0), "interconnect 98%")
 
 
 def test_links_by_where_a_group_lies():
