@@ -1,8 +1,8 @@
 """Config files: those that come with the package, by name, and a user's own, by path.
 
-gla, gla:tiny           a name without a folder and without an ending: configs/gla.py, wherever the package lies
-my/gla.py, gla.py:340m  a Python file with get_config(size)
-runs/gla/config.json    a run's
+    gla, gla:tiny           a name without a folder and without an ending: configs/gla.py, wherever the package lies
+    my/gla.py, gla.py:340m  a Python file with get_config(size)
+    runs/gla/config.json    a run's
 """
 
 import copy
