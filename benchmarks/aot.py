@@ -59,8 +59,8 @@ def rows() -> list[Row]:
     eight = []
     for config, settings in EIGHT_B.items():
         flags = {name.replace(".", "__"): value for name, value in settings.items()}
+        eight.append(row(config, ["v5p:4x4x4"], mesh__fsdp=64, **flags))
         eight.append(row(config, ["v5p:4x4x4"], mesh__fsdp=32, mesh__tensor=2, **flags))
-        eight.append(row(config, ["v5p:8x8x8"], mesh__data=2, mesh__fsdp=32, mesh__tensor=8, **flags))
         eight.append(row(config, ["v5p:8x8x8"], mesh__fsdp=64, mesh__tensor=8, **flags))
         batch = {"train__batch_size": 512, "train__context_length": 4096}
         eight.append(row(config, ["v5p:8x8x8"], mesh__data=16, mesh__fsdp=32, **batch, **flags))
