@@ -56,6 +56,8 @@ def rows() -> list[Row]:
 
     families = config_files.shipped()
     large = [row(f"{name}:1.3b", ["v5e:4x4"], model__vocab_size=32_000, mesh__fsdp=16) for name in families]
+    wide_heads = {"model__vocab_size": 32_000, "model__attention__num_heads": 16, "mesh__fsdp": 16}  # of 128, not 64
+    large.append(row("transformer:1.3b", ["v5e:4x4"], **wide_heads))
     eight = []
     for config, settings in EIGHT_B.items():
         flags = {name.replace(".", "__"): value for name, value in settings.items()}
