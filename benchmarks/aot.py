@@ -26,6 +26,7 @@ from zoo import config_files, flops, roofline
 RESULTS = record.RESULTS / "aot.json"
 LADDER = ("v5e:2x2", "v5e:4x4", "v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8")
 SECONDS = 1800
+IN_COLUMNS = ("mesh.", "train.", "model.vocab_size")  # of the table, or the same for all
 # Families without a preset of 8b: GPT-3's width of 6.7b, four more layers, a larger vocabulary.
 EIGHT = {"model.num_layers": 36, "model.d_model": 4096, "model.vocab_size": 128_000}
 EIGHT_B = {
@@ -130,7 +131,11 @@ def table(results: dict[str, dict]):
     for row in results.values():
         sizes = ", ".join(f"{axis} {size}" for axis, size in row.get("mesh", {}).items() if size > 1)
         tokens = " x ".join(f"{n:,}" for n in row.get("batch", []))
-        start = f"| `{row['config']}` | {row['topology']} | {sizes} | {tokens} |"
+        shown = {name: value for name, value in row["settings"].items() if not name.startswith(IN_COLUMNS)}
+        config = ", ".join(
+            [f"`{row['config']}`", *(f"{name.partition('.')[2]} {value}" for name, value in shown.items())]
+        )
+        start = f"| {config} | {row['topology']} | {sizes} | {tokens} |"
         if "mfu" not in row:
             yield f"{start} {row.get('statement') or row['error']} | | | | |"
             continue
