@@ -16,18 +16,15 @@ JAX_PLATFORMS=cpu in the environment.
 import argparse
 import dataclasses
 import math
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from zoo import config, sharding
 from zoo.settings import argument
-from zoo.training import step
+from zoo.training import step, topology
 
-TARGET = pathlib.Path(__file__).with_name("h200.txtpb")  # what the compiler asks a GPU for
 LAYERS = 6  # more are the same loop; fewer are not one
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
 
@@ -40,12 +37,6 @@ class Kernel:
     result: str
     source: str  # of the operation that gave it its name
     loop: int  # which of the loops over layers
-
-
-def h200(count: int = 1) -> list[jax.Device]:
-    """H200s to compile for."""
-    options = {"target_config": TARGET.read_text(), "topology": f"1x1x{count}"}
-    return list(topologies.get_topology_desc(platform="cuda", topology_name="h200", **options).devices)
 
 
 def compile_step(settings: config.Config, device: jax.Device) -> str:
@@ -128,7 +119,7 @@ def main():
     parser.add_argument("--remat", default="minimal")
     parser.add_argument("--kernels", type=argument(int, at_least=0), default=8)
     flags = parser.parse_args()
-    (device,) = h200()
+    (device,) = topology.devices("h200:1")
     for mixer in flags.mixers.split(","):
         settings = config.preset(flags.size)
         model, train = settings.model, settings.train

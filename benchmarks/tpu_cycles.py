@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -11,11 +10,9 @@ import subprocess
 import sys
 import tempfile
 
-CHIPS = {  # topology; clock in Hz and bfloat16 FLOP/s and HBM bytes/s, from the makers' data sheets
-    "v5e": ("v5e:2x2", 1.5e9, 197e12, 0.82e12),
-    "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2.765e12),
-    "v6e": ("v6e:2x2", 1.75e9, 918e12, 1.64e12),
-}
+from zoo import hlo, pallas_costs
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # of `zoo.chips`, and a topology that has them
 MARK = "STATIC "
 NOTHING = "kernel_that_does_nothing"
 SECONDS = 900
@@ -61,11 +58,13 @@ def count(job: Job) -> None:
         )
         import jax
 
+        from zoo import chips
+
         program, args, op = _program(job)
         units = op.time * op.units
-        _, clock, flops, bandwidth = CHIPS[job.chip]
+        chip = chips.CHIPS[job.chip]
         sharding, in_kernels = jax.tree.leaves(args)[0].sharding, 0
-        for equation, _ in _equations(jax.make_jaxpr(program)(*args).jaxpr):
+        for equation, _ in pallas_costs.equations(jax.make_jaxpr(program)(*args).jaxpr):
             if equation.primitive.name != "pallas_call":
                 continue
             name = equation.params["name"]
@@ -75,12 +74,12 @@ def count(job: Job) -> None:
             operation = max(counted, key=counted.get)  # there is no other but copies
             cycles, bundles = counted[operation], _bundles(pathlib.Path(dump, "text"))[operation]
             in_kernels += cycles
-            costs = _kernel_costs(equation)
+            costs = pallas_costs.kernel(equation)
             row = {
                 "cycles": cycles / units,
-                "matmul_floor": costs["flops"] / (flops / clock) / units,
-                "memory_floor": costs["bytes"] / (bandwidth / clock) / units,
-                "vmem_bytes": costs["vmem"],
+                "matmul_floor": costs.flops / (chip.peak / chip.clock) / units,
+                "memory_floor": costs.bytes / (chip.bandwidth / chip.clock) / units,
+                "vmem_bytes": _vmem(equation),
                 "bundles": bundles,
                 "per": f"token and {op.unit}, of {op.time} tokens",
             }
@@ -145,7 +144,7 @@ def _program(job):
     from benchmarks import tpu_static_ops
     from kernels import dispatch
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip][0]).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip]).devices[0]
     op = tpu_static_ops.SHAPES[job.shape](job.implementation, job.tiles)
 
     def run(arrays, d_out):
@@ -162,24 +161,7 @@ def _program(job):
 
 def _times(program):
     """How often each operation of a compiled program runs: the trip counts of the loops that it is in, multiplied."""
-    operations, loops, limits, computation = {}, {}, {}, None
-    for line in program.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            computation = header[1]
-        elif operation := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
-            operations[operation[1]] = computation
-            if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                loops[loop[2]] = computation, loop[1]
-            if limit := re.search(r" = s32\[\]\S* constant\((\d+)\)", line):
-                limits[computation] = int(limit[1])  # of a condition, that a counter from 0 stays below
-
-    def times(computation):
-        if computation not in loops:
-            return 1
-        outside, condition = loops[computation]
-        return limits[condition] * times(outside)
-
-    return {name: times(computation) for name, computation in operations.items()}
+    return {run.instruction.name: run.times for run in hlo.parse(program).operations()}
 
 
 def _cycles(folder):
@@ -202,40 +184,11 @@ def _bundles(folder):
     return found
 
 
-def _kernel_costs(equation):
-    """Matmul FLOPs, operand bytes and VMEM bytes of a Pallas call."""
-    kernel, mapping = equation.params["jaxpr"], equation.params["grid_mapping"]
-    blocks = [_bytes(ref.aval) for ref in kernel.invars]
+def _vmem(equation):
+    """Bytes of VMEM that the blocks of a Pallas call take."""
+    mapping, blocks = equation.params["grid_mapping"], [_bytes(ref.aval) for ref in equation.params["jaxpr"].invars]
     pipelined = len(mapping.block_mappings)
-    return {
-        "flops": math.prod(mapping.grid) * sum(_dot_flops(inner) * times for inner, times in _equations(kernel)),
-        "bytes": sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars)),
-        "vmem": 2 * sum(blocks[:pipelined]) + sum(blocks[pipelined:]),
-    }
-
-
-def _equations(jaxpr, times=1):
-    """All equations with how often each runs; both sides of a branch."""
-    for equation in jaxpr.eqns:
-        yield equation, times
-        if equation.primitive.name == "pallas_call":
-            continue
-        inner_times = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner, inner_times)
-
-
-def _dot_flops(equation):
-    if equation.primitive.name != "dot_general":
-        return 0
-    ((contracted, _), _), out = equation.params["dimension_numbers"], equation.outvars[0].aval
-    depth = 1
-    for axis in contracted:
-        depth *= equation.invars[0].aval.shape[axis]
-    return 2 * out.size * depth
+    return 2 * sum(blocks[:pipelined]) + sum(blocks[pipelined:])
 
 
 def _bytes(aval):

@@ -36,6 +36,7 @@ def test_the_wheel_claims_zoo_and_kernels_alone_and_has_all_of_them(wheel):
     assert {name.partition("/")[0] for name in names} == {"zoo", "kernels"}
     files = [path for package in ("zoo", "kernels") for path in (ROOT / package).rglob("*.py")]
     expected = {str(path.relative_to(ROOT)) for path in files} | {"zoo/py.typed", "kernels/py.typed"}
+    expected |= {"zoo/training/h200.txtpb"}
     expected |= {f"zoo/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert set(names) == expected
 

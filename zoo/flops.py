@@ -9,22 +9,11 @@ import dataclasses
 import jax
 from flax import nnx
 
+from zoo import chips
 from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
 from zoo.layers import MLPS
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
-
-# Dense bf16 FLOP/s of one chip, from the makers' data sheets, by a part of jax's device_kind.
-PEAK_BF16 = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
 
 
 def forward_flops_per_token(model: ModelConfig, context_length: int) -> float:
@@ -82,5 +71,5 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
 
     float32 on an accelerator is held against the same bf16 rate: its matrix units have no faster way.
     """
-    kind = (device or jax.devices()[0]).device_kind
-    return next((peak for name, peak in PEAK_BF16.items() if name in kind), None)
+    chip = chips.of((device or jax.devices()[0]).device_kind)
+    return chip and chip.peak

@@ -27,10 +27,8 @@ BITS = {
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)(.*)")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
-_MESH = re.compile(
-    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}"
-)
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?\S+)")
 
 
@@ -54,6 +52,15 @@ class Instruction(NamedTuple):
         return match[1] if match else ""
 
 
+class Run(NamedTuple):
+    """An instruction of a step."""
+
+    place: "Computation"
+    instruction: Instruction
+    times: int  # that a step runs it
+    loop: str  # around it, whose turns are not known before it runs, and count as one; "": none
+
+
 class Computation(dict[str, Instruction]):
     """Instructions by name, in the order of the text."""
 
@@ -69,29 +76,25 @@ class Program:
     entry: str
     devices: int
 
-    def operations(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs by itself, with where it stands and how often a step runs it.
+    def operations(self) -> Iterator[Run]:
+        """Every instruction that runs by itself. Fusions are one instruction. All branches of a conditional count."""
+        yield from self._run(self.entry, 1, "")
 
-        Fusions are one instruction. All branches of a conditional count.
-
-        Raises:
-          ValueError: a loop without a known number of turns.
-        """
-        yield from self._run(self.entry, 1)
-
-    def _run(self, name: str, times: int) -> Iterator[tuple[Computation, Instruction, int]]:
+    def _run(self, name: str, times: int, unknown: str) -> Iterator[Run]:
         computation = self.computations[name]
         for instruction in computation.values():
             if instruction.opcode == "while":
-                yield from self._run(instruction.calls()[0], times * self._turns(computation, instruction))
+                turns = self._turns(computation, instruction)
+                unknown_too = instruction.name if turns is None else unknown
+                yield from self._run(instruction.calls()[0], times * (1 if turns is None else turns), unknown_too)
             elif instruction.opcode in ("call", "conditional", "async-start"):
                 for called in instruction.calls():
-                    yield from self._run(called, times)
+                    yield from self._run(called, times, unknown)
             else:
-                yield computation, instruction, times
+                yield Run(computation, instruction, times, unknown)
 
-    def _turns(self, outside: Computation, loop: Instruction) -> int:
-        """From XLA's own note, else from the counter that the condition holds against a constant."""
+    def _turns(self, outside: Computation, loop: Instruction) -> int | None:
+        """From XLA's own note, else from the counter that the condition holds against a constant; None: neither."""
         if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes):
             return int(known[1])
         condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
@@ -104,7 +107,7 @@ class Program:
             else:
                 limit = _constant(condition, operand)
         if compare.opcode != "compare" or limit is None or counter is None:
-            raise ValueError(f"the loop {loop.name} has no known number of turns")
+            return None
         body = self.computations[loop.calls()[0]]
         first = _constant(outside, _element(outside, loop.operands[0], counter)) or 0
         step = _step(body, _element(body, body.root, counter), counter)
@@ -131,14 +134,30 @@ def parse(text: str) -> Program:
     return Program(computations, entry, math.prod(int(count[1]) for count in counts if count))
 
 
-def array_bytes(type_: str, *, on_chip: bool = True) -> int:
-    """Bytes of an array or of all arrays of a tuple. `on_chip` False leaves out those in a TPU's vector memory."""
+def array_bytes(type_: str) -> int:
+    """Bytes of an array, or of all arrays of a tuple."""
+    return sum(_bits(dtype) * math.prod(_numbers(shape)) for dtype, shape, _ in _ARRAY.findall(type_)) // 8
+
+
+def stored_bytes(type_: str, *, on_chip: bool = True) -> int:
+    """`array_bytes` in whole tiles: an array whose last axis is 64 wide takes twice its size where tiles are 8 x 128.
+
+    `on_chip`: False leaves out arrays in a TPU's vector memory.
+    """
     bits = 0
-    for dtype, shape, space in _ARRAY.findall(type_):
-        if on_chip or not space:
-            width = BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
-            bits += width * math.prod(int(size) for size in shape.split(",") if size)
+    for dtype, shape, layout in _ARRAY.findall(type_):
+        if "S(" in layout and not on_chip:
+            continue
+        sizes, order = list(_numbers(shape)), _numbers(layout.partition(":")[0])
+        tile = re.search(r":T\(([\d,]+)\)", layout)
+        for axis, side in zip(order, reversed(_numbers(tile[1]) if tile else ()), strict=False):
+            sizes[axis] = -(-sizes[axis] // side) * side
+        bits += _bits(dtype) * math.prod(sizes)
     return bits // 8
+
+
+def _bits(dtype: str) -> int:
+    return BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
 
 
 def _index(instruction: Instruction) -> int:
@@ -202,14 +221,21 @@ class Collective(NamedTuple):
     source: str
 
 
-def collectives(program: str | Program) -> list[Collective]:
+def collectives(program: str | Program, *, strict: bool = True) -> list[Collective]:
     """All collectives of a compiled program (its text, or `parse` of it), each once.
 
+    `strict`: False takes a loop whose turns are not known to turn once.
+
     Raises:
-      ValueError: a loop without a known number of turns.
+      ValueError: one is in a loop whose turns are not known before it runs.
     """
-    program = parse(program) if isinstance(program, str) else program
-    return [found for operation in program.operations() for found in _of(program, *operation)]
+    program, found = parse(program) if isinstance(program, str) else program, []
+    for run in program.operations():
+        inside = list(_of(program, run.place, run.instruction, run.times))
+        if inside and run.loop and strict:
+            raise ValueError(f"the number of turns of the loop {run.loop} is not known: {inside[0]}")
+        found += inside
+    return found
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
@@ -282,4 +308,4 @@ def _places(tiles: str, order: str | None) -> np.ndarray:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    return tuple(int(number) for number in text.split(",") if number)

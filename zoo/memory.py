@@ -63,20 +63,29 @@ def _forward_bytes(model: ModelConfig) -> int:
     return _BATCH_BYTES + _residual_bytes(model)
 
 
+def floor(config: Config, mesh: Mesh) -> int:
+    """Bytes that training takes at least, of the mesh's devices together."""
+    needed = training(config)
+    return _copies(config, mesh) * (needed.parameters + needed.gradients + needed.optimizer) + needed.activations
+
+
+def _copies(config: Config, mesh: Mesh) -> int:
+    """Of the state. Overrides may spread parameters over any axis."""
+    sizes = dict(mesh.shape)
+    return 1 if config.mesh.overrides else mesh.size // (sizes["fsdp"] * sizes["tensor"])
+
+
 def check_training(config: Config, mesh: Mesh) -> None:
     """UsageError if the run cannot fit into the memory of the mesh's devices, all together."""
-    needed, sizes = training(config), dict(mesh.shape)
-    # Overrides may spread parameters over any axis.
-    copies = 1 if config.mesh.overrides else mesh.size // (sizes["fsdp"] * sizes["tensor"])
-    state = copies * (needed.parameters + needed.gradients + needed.optimizer)
-    if needed.activations > state:
+    needed, copies = training(config), _copies(config, mesh)
+    if needed.activations > floor(config, mesh) - needed.activations:
         advice = "lower train.batch_size or train.context_length, or raise train.accumulate_steps"
     else:
         advice = "lower model.d_model, model.num_layers or model.vocab_size"
     what = f"training {num_parameters(config.model):,} parameters ({needed}"
     what += f"; {copies} copies, which mesh.fsdp spreads instead)" if copies > 1 else ")"
     devices = list(mesh.devices.flat)
-    check(what, state + needed.activations, devices, advice)
+    check(what, floor(config, mesh), devices, advice)
     resident = copies * (needed.parameters + needed.optimizer)
     rows = config.eval.batch_size or config.train.batch_size
     size = resident + rows * config.train.context_length * _forward_bytes(config.model)

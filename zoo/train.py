@@ -8,6 +8,7 @@
     python train.py --list
     python train.py --list --config=gla:340m
     python train.py --dry_run --config=gla:1.3b --config.mesh.fsdp=64 --config.mesh.tensor=4
+    python train.py --aot=v5e:4x4 --config=gla:1.3b --config.mesh.fsdp=16
 
 --config is a name of `--list` with a size, or a file: configs/gla.py:tiny, my/own.py, a run's config.json.
 --config.SECTION.FIELD=VALUE overrides any setting of the config; --list shows them. After an installation
@@ -39,6 +40,9 @@ flags.DEFINE_integer("initialization_timeout", 300, "Seconds within which all pr
 flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process is gone; all end.", lower_bound=2)
 flags.DEFINE_integer("step_timeout", 1800, "Seconds without a step done after which all processes end.", lower_bound=1)
 flags.DEFINE_integer("devices", 0, "Of --dry_run; they need not be there. 0: what mesh.* needs.", lower_bound=0)
+flags.DEFINE_string(
+    "aot", "", "Compile the step for a TPU topology that is not there, as v5e:4x4; show memory, FLOPs, time; and exit."
+)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -73,8 +77,17 @@ def main(argv: list[str]) -> None:
             raise UsageError("--config is missing; for example --config=gla:tiny (see --list)")
         if FLAGS.devices and not FLAGS.dry_run:
             raise UsageError("--devices is for --dry_run; a run uses all devices that it sees")
+        if FLAGS.dry_run and FLAGS.aot:
+            raise UsageError("--dry_run compiles nothing, and --aot does; give one of them")
         if FLAGS.dry_run:
             print(command_line.dry_run(FLAGS.config, FLAGS.workdir, FLAGS.devices))
+            return
+        if FLAGS.aot:
+            quiet_libraries()
+            text, problem = command_line.ahead_of_time(FLAGS.config, FLAGS.workdir, FLAGS.aot)
+            print(text, flush=True)
+            if problem:
+                raise RunError(problem)
             return
         if not FLAGS.workdir:
             raise UsageError("--workdir is missing; for example --workdir=runs/gla")

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from benchmarks import gpu_static
+from zoo.training import topology
 
 
 def h200() -> jax.Device:
@@ -13,4 +13,4 @@ def h200() -> jax.Device:
 
 def h200s(count: int) -> list[jax.Device]:
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin and ptxas: make test-gpu-compile")
-    return gpu_static.h200(count)
+    return topology.devices(f"h200:{count}")

@@ -91,9 +91,12 @@ def test_what_is_in_a_loop_counts_as_often_as_it_turns(text, turns):
     assert hlo.by_kind(hlo.collectives(text)) == {"all-reduce": (turns, turns * 2 * SIZE * 7 // 8)}
 
 
-def test_a_loop_without_an_end_is_an_error():
-    with pytest.raises(ValueError, match="the loop w has no known number of turns"):
-        hlo.collectives(loop(1, 24, 0).replace("constant(24)", "iota()"))
+def test_a_collective_in_a_loop_of_unknown_turns_is_an_error():
+    endless = loop(1, 24, 0).replace("constant(24)", "iota()")
+    with pytest.raises(ValueError, match="turns of the loop w is not known: Collective.*all-reduce"):
+        hlo.collectives(endless)
+    assert hlo.collectives(endless.replace("all-reduce", "negate")) == []
+    assert [found.count for found in hlo.collectives(endless, strict=False)] == [1]
 
 
 def test_a_collective_that_a_chain_of_fusions_carries_counts_once():
@@ -127,7 +130,12 @@ def test_a_tpus_reduce_scatter_is_a_fusion():
 
 
 def test_bytes_of_types():
-    assert hlo.array_bytes("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[5]{0:T(128)S(1)}, pred[])") == 24 + 10 + 1
-    assert hlo.array_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[5]{0:T(8,128)(2,1)S(1)})", on_chip=False) == 24
+    two = "(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[5]{0:T(128)S(1)}, pred[])"
+    assert hlo.array_bytes(two) == 24 + 10 + 1
+    assert hlo.stored_bytes(two) == 8 * 128 * 4 + 128 * 2 + 1
+    assert hlo.stored_bytes(two, on_chip=False) == 8 * 128 * 4 + 1
+    assert hlo.stored_bytes("bf16[16,2048,64]{2,1,0:T(8,128)(2,1)}") == 2 * hlo.array_bytes("bf16[16,2048,64]")
+    assert hlo.stored_bytes("bf16[16,2048,64]{1,2,0:T(8,128)(2,1)}") == hlo.array_bytes("bf16[16,2048,64]")
+    assert hlo.stored_bytes("f32[3,5]{1,0}") == 60  # no tiles
     assert hlo.array_bytes("s4[8,2]{1,0}") == 8
     assert hlo.array_bytes("f8e4m3fn[16]{0}") == 16

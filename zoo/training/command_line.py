@@ -6,6 +6,7 @@ Whatever a user can get wrong here is said in one line, with exit code 2.
 import re
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -15,7 +16,7 @@ from zoo.config import Config, pattern
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
 from zoo.settings import Setting, declarations, shown, suggestions
-from zoo.training import placement
+from zoo.training import aot, placement
 from zoo.training.workdir import settle_vocabulary
 
 
@@ -122,6 +123,19 @@ def dry_run(config: Config, workdir: str = "", devices: int = 0) -> str:
     """How a run lies on its mesh: `zoo.training.placement.dry_run`. `workdir`: as in `config_listing`."""
     zoo_config.validate(config)
     return placement.dry_run(settle_vocabulary(config, workdir or None), devices)
+
+
+def ahead_of_time(config: Config, workdir: str, topology: str) -> tuple[str, str]:
+    """The report of `zoo.training.aot`, and what is wrong where it does not fit. `workdir`: as in `config_listing`.
+
+    Raises:
+      UsageError: a setting that is wrong, a topology that is not known, a mesh that does not fit it.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and an accelerator that is there may be in use
+    zoo_config.validate(config)
+    config = settle_vocabulary(config, workdir or None)
+    report = aot.compile_step(config, topology)
+    return aot.describe(config, report), "" if report.fits else f"{topology}: {aot.statement(report)}"
 
 
 def _row(name: str, value: object, declared: Setting) -> str:

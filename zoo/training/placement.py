@@ -150,7 +150,7 @@ def dry_run(config: Config, devices: int = 0) -> str:
         f"{'':12}{'all':>10}{'a device':>12}",
     ]
     totals = {"parameters": state.params, "gradients": state.params, "optimizer": state.opt}
-    of_all = [_bytes(jax.tree.leaves(tree)) for tree in totals.values()] + [_bytes(x for x, _ in arrays.values())]
+    of_all = [bytes_of(jax.tree.leaves(tree)) for tree in totals.values()] + [bytes_of(x for x, _ in arrays.values())]
     for name, (everywhere, each) in zip([*totals, "batch"], of_all, strict=True):
         lines.append(f"{name:12}{memory.amount(everywhere):>10}{memory.amount(each):>12}")
     each = sum(each for _, each in of_all)
@@ -171,7 +171,7 @@ def _devices(config: Config) -> int:
     return fixed
 
 
-def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> tuple[int, int]:
+def bytes_of(leaves: Iterable[jax.ShapeDtypeStruct]) -> tuple[int, int]:
     """In all, and on a device."""
     leaves = list(leaves)
     each = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -181,7 +181,7 @@ def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> tuple[int, int]:
 def _table(head: str, arrays: Mapping[str, tuple[Any, tuple[str | None, ...]]], sizes: Mapping[str, int]) -> list[str]:
     rows = [(head, "dimensions", "dtype", "all", "a device")]
     for name, (x, axes) in arrays.items():
-        everywhere, each = map(_short, _bytes([x]))
+        everywhere, each = map(_short, bytes_of([x]))
         rows.append((name, _dimensions(x, axes, x.sharding, sizes), x.dtype.name, everywhere, each))
     if len(dtypes := {row[2] for row in rows[1:]}) == 1:  # said once, which leaves room
         rows = [(name, shape, "", *of_bytes) for name, shape, _, *of_bytes in rows]
