@@ -109,9 +109,12 @@ class Program:
         if compare.opcode != "compare" or limit is None or counter is None:
             return None
         body = self.computations[loop.calls()[0]]
-        first = _constant(outside, _element(outside, loop.operands[0], counter)) or 0
+        first = _constant(outside, _element(outside, loop.operands[0], counter))
         step = _step(body, _element(body, body.root, counter), counter)
-        last = limit + 1 if re.search(r"direction=(LE|GE)", compare.attributes) else limit
+        if first is None or step == 0:
+            return None
+        included = re.search(r"direction=(LE|GE)", compare.attributes) is not None
+        last = limit + (1 if step > 0 else -1) * included
         return max(0, -(-(last - first) // step))
 
 
@@ -185,9 +188,10 @@ def _step(body: Computation, name: str, counter: int) -> int:
     while instruction is not None:
         if instruction.opcode == "get-tuple-element" and _index(instruction) == counter:
             return step or 1
-        if instruction.opcode == "add":
+        if instruction.opcode in ("add", "subtract"):
             constants = [_constant(body, operand) for operand in instruction.operands]
-            step += next((value for value in constants if value is not None), 0)
+            sign = 1 if instruction.opcode == "add" else -1
+            step += sign * next((value for value in constants if value is not None), 0)
             others = [name for name, value in zip(instruction.operands, constants, strict=True) if value is None]
             instruction = body.get(others[0]) if others else None
         elif instruction.opcode in ("copy", "bitcast"):

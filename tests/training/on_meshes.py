@@ -98,7 +98,7 @@ def _arrays(params: nnx.State) -> dict[str, np.ndarray]:
 
 def largest(a: Run, b: Run) -> float:
     """Difference of a parameter, relative to the largest entry of its array (or to 0.01, for what starts at 0)."""
-    return max(np.max(np.abs(a.end[name] - p)) / max(np.max(np.abs(p)), 1e-2) for name, p in b.end.items())
+    return np.max([np.max(np.abs(a.end[name] - p)) / max(np.max(np.abs(p)), 1e-2) for name, p in b.end.items()])
 
 
 def ratio(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
@@ -120,7 +120,7 @@ def main(mixer: str, meshes: list[str], implementations: list[str]) -> None:
             there, adam_there = run(c, mesh, DESCENT), run(c, mesh)
             losses = [np.max(np.abs(a.losses / b.losses - 1)) for a, b in ((there, descent), (adam_there, adam))]
             found = {
-                "loss": max(losses),
+                "loss": np.max(losses),  # nan if one is
                 "parameter": largest(there, descent),
                 "adamw": ratio(adam_there.end, adam.end),
                 "moved": ratio(descent.end, descent.start),

@@ -14,7 +14,7 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
     config.data.source, config.train.context_length, config.eval.batches = "associative_recall", 16, 1
     rows = []
     programs = types.SimpleNamespace(
-        evaluate=lambda params, batch: {"nats": 8.0, "tokens": 4.0, "bytes": batch["bytes"].sum()}, put=lambda b: b
+        evaluate=lambda params, batch: {"nats": 8.0, "tokens": 4.0, "bytes": batch["bytes"].sum()}, put=lambda b, _: b
     )
     writer = types.SimpleNamespace(plot=lambda: None)
     loop = types.SimpleNamespace(

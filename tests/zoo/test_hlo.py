@@ -84,6 +84,9 @@ def loop(step, limit, first, note="", direction="LT"):
         (loop(1, 24, 0), 24),
         (loop(2, 9, 1), 4),
         (loop(1, 24, 0, direction="LE"), 25),
+        (loop(-1, 0, 9, direction="GE"), 10),
+        (loop(-2, 0, 9, direction="GT"), 5),
+        (loop(1, 0, 9, direction="GT").replace("add(%i, %one)", "subtract(%i, %one)"), 9),
         (loop(1, 24, 0, note=', backend_config={"known_trip_count":{"n":"7"}}'), 7),
     ],
 )

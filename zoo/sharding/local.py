@@ -43,12 +43,6 @@ def axis_size(logical_axis: str) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def is_spread(logical_axis: str, size: int) -> bool:
-    """Whether a dimension of this name and size is in parts, one for each device of its axes."""
-    devices = axis_size(logical_axis)
-    return devices > 1 and size % devices == 0
-
-
 def on_each_device(
     function: Callable[[dict[str, jax.Array]], Any],
     arrays: Mapping[str, tuple[jax.Array | None, tuple[str | None, ...]]],
