@@ -87,7 +87,7 @@ def cases():
     for taps in (2, 5, 12, 40):  # within a part, all of one, of several, of more than there are
         arrays = (x, draw(2, D, taps), draw(3, D))
         yield f"short_conv {taps}", conv, arrays, (None,)
-        if taps <= 12:
+        if taps <= 5:  # what is given reaches into the first part alone
             yield f"short_conv {taps} state", conv, (*arrays, draw(4, 2, taps - 1, D)), (None,)
     yield "previous", lambda x, h, **given: ops.previous(x, initial_state=h, **given), (x, h), (None,)
 

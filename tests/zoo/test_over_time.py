@@ -52,4 +52,4 @@ def test_what_devices_exchange_does_not_grow_with_the_sequence(family):
     if family != "attention":
         assert short["bytes"] == pytest.approx(long["bytes"], rel=0.01), (short, long)
     else:  # keys and values, and half of the queries
-        assert 7.9 < long["bytes"] / short["bytes"] < 8.1, (short, long)
+        assert 7.5 < long["bytes"] / short["bytes"] < 8, (short, long)
