@@ -91,7 +91,8 @@ def test_processes_meet_or_hear_why_not(says, told):
     parent, end = socket.socketpair()
     with socket.create_server(("localhost", 0)) as listener, parent, end:
         found = []
-        thread = threading.Thread(target=lambda: found.extend(coordinator.meet(listener, 2, 10, parent.fileno())))
+        rest = (2, 10, time.monotonic() + 10, parent.fileno())
+        thread = threading.Thread(target=lambda: found.extend(coordinator.meet(listener, *rest)))
         thread.start()
         with socket.create_connection(listener.getsockname()) as stranger:
             stranger.sendall(b"GET / HTTP/1.1")
@@ -107,6 +108,42 @@ def test_processes_meet_or_hear_why_not(says, told):
         for connection in [*connections, *found[0]]:
             connection.close()
     assert len(found[0]) == 2 and told in found[1] and bool(told) == bool(found[1])
+
+
+def test_the_port_of_the_run_before_is_waited_for(monkeypatch, capfd):
+    """Its service answers nothing that a process understands, and lets go of the port after a while."""
+    monkeypatch.setattr(coordinator, "PATIENCE", 0)
+    before = coordinator.listen(0)
+    port = before.getsockname()[1]
+    parent, end = socket.socketpair()
+    found, heard = [], []
+
+    def coordinate():
+        until = time.monotonic() + 20
+        with coordinator.listen_when_free(port, until, parent.fileno()) as listener:
+            there, wrong = coordinator.meet(listener, 1, 20, until, parent.fileno())
+        for connection in there:
+            connection.sendall(json.dumps({"error": wrong}).encode())
+            connection.close()
+        found.append((len(there), wrong))
+
+    def meet():
+        starting._meet(f"localhost:{port}", 1, 0, 20)
+        heard.append("all are there")
+
+    threads = [threading.Thread(target=f) for f in (coordinate, meet)]
+    with parent, end:
+        for thread in threads:
+            thread.start()
+        with before:
+            for answer in (b"\x00\x00\x12\x04", b""):  # of gRPC, and of one that ends
+                connection, _ = before.accept()
+                with connection:
+                    connection.sendall(answer)
+            time.sleep(0.5)
+        for thread in threads:
+            thread.join()
+    assert found == [(1, "")] and heard and capfd.readouterr().out == f"{coordinator.IN_USE}\n"
 
 
 # --- Watching ---------------------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ a stack trace, before Python can say what happened; so does a process that waits
 meet in plain text on the service's port, where it can be said who is missing; the service begins when all are there. It
 takes its tasks for recoverable, that is, leaves to `zoo.processes.watch` what a death means.
 
-The parent hears a line, what went wrong or nothing, when the port is open. Its end is the end of our stdin.
+The coordinator of a run that has just ended has the port for a while yet; it is waited for. The parent hears a line,
+what went wrong or nothing, when the port is open, and `IN_USE` before it, if that takes long. Its end is that of our
+stdin.
 """
 
+import errno
 import json
 import os
+import select
 import selectors
 import socket
 import sys
@@ -19,6 +23,8 @@ import time
 
 LINGER = 5  # seconds that the service outlives an orderly end: clients are still letting go of it
 LONGEST = 4096  # bytes of a message
+IN_USE = "in use"
+PATIENCE = 3  # seconds after which it is said that the port is in use
 
 
 def of_jax(heartbeat_timeout: int) -> int:
@@ -33,16 +39,34 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def meet(listener: socket.socket, count: int, timeout: float, parent: int) -> tuple[dict[socket.socket, int], str]:
+def listen_when_free(port: int, deadline: float, parent: int) -> socket.socket:
+    """`listen`, once whoever has the port lets go of it. OSError: not until `deadline`, or `parent` has ended."""
+    patient = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return listen(port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            if select.select([parent], [], [], 0.2)[0]:
+                raise
+        if time.monotonic() > patient:
+            print(IN_USE, flush=True)
+            patient = deadline + PATIENCE
+
+
+def meet(
+    listener: socket.socket, count: int, timeout: float, deadline: float, parent: int
+) -> tuple[dict[socket.socket, int], str]:
     """Wait for `count` processes; each says {"process": its id, "of": how many it was told of}.
 
     Args:
+      timeout: seconds that they were given, until `deadline`.
       parent: a file whose end ends the wait.
 
     Returns:
       The id of each that came, and what is wrong, if anything.
     """
-    deadline = time.monotonic() + timeout
     there: dict[socket.socket, int] = {}
     with selectors.DefaultSelector() as selector:
         for file in (listener, parent):
@@ -85,14 +109,14 @@ def _said(connection: socket.socket) -> tuple[int, int] | None:
 
 def main() -> None:
     port, count, timeout, heartbeat = map(int, sys.argv[1:])
-    parent = sys.stdin.fileno()
+    parent, deadline = sys.stdin.fileno(), time.monotonic() + timeout
     try:
-        listener = listen(port)
+        listener = listen_when_free(port, deadline, parent)
     except OSError as error:
         print(error.strerror or error, flush=True)
         return
     print(flush=True)
-    there, wrong = meet(listener, count, timeout, parent)
+    there, wrong = meet(listener, count, timeout, deadline, parent)
     listener.close()
     if not wrong:
         from jaxlib import _jax

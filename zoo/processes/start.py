@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import jax
 from jax._src.clusters import ClusterEnv, K8sCluster
 
-from zoo.errors import RunError, UsageError
+from zoo.errors import RunError, UsageError, warn
 from zoo.processes import coordinator, world
 from zoo.processes.watch import Watch
 
@@ -160,29 +160,42 @@ def _number(variable: str) -> int | None:
 
 
 def _meet(address: str, count: int, index: int, timeout: int) -> None:
-    """Wait until all processes are there."""
+    """Wait until all processes are there. Who answers something else, as the service of the run before, ends soon."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), max(1.0, deadline - time.monotonic()))
+            wrong = _introduce(connection, count, index, max(1.0, deadline - time.monotonic()) + 10)
             break
-        except OSError as error:
+        except _NotAll as error:
+            raise RunError(f"--coordinator={address}: not all processes came within {timeout} s") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
             if time.monotonic() > deadline:
+                reason = (error.strerror or error) if isinstance(error, OSError) else "another program does"
                 raise RunError(
-                    f"--coordinator={address}: nobody answers there within {timeout} s ({error.strerror or error}); "
+                    f"--coordinator={address}: nobody answers there within {timeout} s ({reason}); "
                     "start process 0, on that machine (--initialization_timeout is the time to wait)"
                 ) from error
             time.sleep(0.2)
+    if wrong:
+        raise RunError(f"--coordinator={address}: {wrong}")
+
+
+class _NotAll(Exception):
+    """The coordinator is there, and has no answer yet."""
+
+
+def _introduce(connection: socket.socket, count: int, index: int, timeout: float) -> str:
+    """What the coordinator answers when all are there, or what is wrong. OSError, ValueError, ...: it is none."""
     with connection:
-        connection.settimeout(max(1.0, deadline - time.monotonic()) + 10)
+        connection.settimeout(timeout)
+        connection.sendall(json.dumps({"process": index, "of": count}).encode())
         try:
-            connection.sendall(json.dumps({"process": index, "of": count}).encode())
-            answer = json.loads(connection.recv(coordinator.LONGEST))
-        except (OSError, ValueError) as error:
-            raise RunError(f"--coordinator={address}: process 0 ended while the others came, or is none") from error
-    if answer["error"]:
-        raise RunError(f"--coordinator={address}: {answer['error']}")
+            answer = connection.recv(coordinator.LONGEST)
+        except TimeoutError as error:
+            raise _NotAll from error
+    return json.loads(answer)["error"]
 
 
 class _Coordinator:
@@ -197,6 +210,9 @@ class _Coordinator:
         )  # fmt: skip
         with self._process.stdout as said:
             wrong = said.readline().decode().strip()
+            if wrong == coordinator.IN_USE:
+                warn(f"--coordinator={address}: port {port} is in use, perhaps still by the run before; waiting")
+                wrong = said.readline().decode().strip()
         if wrong:
             self.end(wait=True)
             raise RunError(f"--coordinator={address}: port {port} cannot be opened ({wrong}); choose another")
