@@ -69,8 +69,7 @@ def start(tmp_path):
     def run(config, workdir, *flags, script=ROOT / "train.py", before=(), environment=None):
         saved = tmp_path / f"{len(processes)}.json"
         saved.write_text(zoo_config.to_json(config))
-        # What the compiler does not optimise it compiles three times faster, and these models are tiny.
-        # and with XLA_FLAGS of tests/conftest.py
+        # With the XLA_FLAGS of tests/conftest.py: tiny models compile three times faster where nothing is optimised.
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
         process = subprocess.Popen(
             [sys.executable, str(script), *map(str, before), f"--config={saved}", f"--workdir={workdir}", *flags],

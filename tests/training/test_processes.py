@@ -166,7 +166,7 @@ def test_killed_and_resumed_on_other_processes(start_all, make_config, losses, t
     two[1].kill()
     began = time.monotonic()
     survivor, _ = ends(two, 1, -signal.SIGKILL)
-    assert time.monotonic() - began < 6 + 5
+    assert time.monotonic() - began < 6 + 30
     assert survivor.splitlines()[-1].startswith("error: process 1 is gone, no sign of it for 6 s; repeat")
     assert "Traceback" not in survivor
 

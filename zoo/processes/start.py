@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 
 import jax
+from jax._src import xla_bridge
 from jax._src.clusters import ClusterEnv, K8sCluster
 
 from zoo.errors import RunError, UsageError, warn
@@ -68,7 +69,8 @@ def joined(
       address: HOST:PORT of the coordinator, on process 0's machine.
       initialization_timeout: seconds within which all processes have to come.
       heartbeat_timeout: seconds after which a process that gives no sign is gone.
-      step_timeout: seconds without a finished step, batch of an evaluation or save, after which the run is stuck.
+      step_timeout: seconds without a finished step, batch of an evaluation or save, after which the run is stuck;
+        from the first of these on: tokenizing, restoring and compiling take as long as they take.
 
     Raises:
       UsageError: what is told is wrong, or not all of it.
@@ -80,6 +82,7 @@ def joined(
         yield
         return
     address, num_processes, process_id = place
+    _check_jax()
     service = None
     if process_id == 0:
         service = _Coordinator(address, num_processes, initialization_timeout, heartbeat_timeout)
@@ -91,12 +94,17 @@ def joined(
         raise
     # jax would hear SIGTERM itself, and not end at it.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        address, num_processes, process_id,
-        initialization_timeout=initialization_timeout,
-        heartbeat_timeout_seconds=coordinator.of_jax(heartbeat_timeout),
-        coordinator_bind_address="localhost:0",  # the one that jax insists on, which nobody uses
-    )  # fmt: skip
+    try:
+        jax.distributed.initialize(
+            address, num_processes, process_id,
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=coordinator.of_jax(heartbeat_timeout),
+            coordinator_bind_address="localhost:0",  # the one that jax insists on, which nobody uses
+        )  # fmt: skip
+    except Exception as error:
+        if service:
+            service.end()
+        raise RunError(f"--coordinator={address}: jax could not make the processes one ({error})") from error
     _watch = Watch(heartbeat_timeout, step_timeout)
     try:
         yield
@@ -110,8 +118,19 @@ def joined(
         service.end()
 
 
+def _check_jax() -> None:
+    """What jax would refuse once all processes are there, when its refusal aborts the others."""
+    devices = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
+    if devices and not re.fullmatch("[0-9]+(,[0-9]+)*", devices.replace(" ", "")):
+        raise UsageError(f"JAX_LOCAL_DEVICE_IDS={devices}: expected numbers of devices, as 0,1")
+    if world.client() is not None or xla_bridge.backends_are_initialized():
+        raise UsageError("zoo.processes.joined() comes once, before jax is asked for a device or computes anything")
+
+
 def _place(address: str, count: int | None, index: int | None, timeout: int) -> tuple[str, int, int] | None:
     """Where this process stands; None: alone."""
+    if count == 1 and index is None:  # whatever the environment says
+        return None
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     count = _number("JAX_NUM_PROCESSES") if count is None else count
     index = _number("JAX_PROCESS_ID") if index is None else index
@@ -126,20 +145,30 @@ def _place(address: str, count: int | None, index: int | None, timeout: int) -> 
         except Exception as error:  # of many kinds: what a variable holds, or a server of metadata answers
             raise UsageError(
                 f"what this cluster says of its processes cannot be read ({error}); give --coordinator=HOST:PORT, "
-                "--num_processes and --process_id"
+                "--num_processes and --process_id, or --num_processes=1, if it is alone"
             ) from error
-    if count == 1 or (not address and count is None and index is None):
+    if (count == 1 and not index) or (not address and count is None and index is None):
         return None
+    if count is not None and count < 1:
+        raise UsageError(f"--num_processes={count}: expected at least 1")
+    if count is not None and index is not None and not 0 <= index < count:
+        expected = f"0 to {count - 1}" if count > 1 else "0"
+        raise UsageError(f"--process_id={index}: of {count} processes, expected {expected}")
     flags = {"--coordinator=HOST:PORT": address, "--num_processes": count, "--process_id": index}
     if missing := [name for name, value in flags.items() if value in (None, "")]:
         raise UsageError(f"of several processes: {' and '.join(missing)} missing; {_KNOWN}, else all three are needed")
-    if not re.fullmatch(r".+:[0-9]{1,5}", address) or not 0 < int(address.rpartition(":")[2]) < 65536:
+    if not _is_address(address):
         raise UsageError(f"--coordinator={address}: expected HOST:PORT, as node1:1234, with a port from 1 to 65535")
-    if count < 1:
-        raise UsageError(f"--num_processes={count}: expected at least 1")
-    if not 0 <= index < count:
-        raise UsageError(f"--process_id={index}: of {count} processes, expected 0 to {count - 1}")
     return address, count, index
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    try:
+        host.encode("idna")  # as every look-up of it begins
+    except UnicodeError:
+        return False
+    return bool(host) and re.fullmatch("[0-9]{1,5}", port) is not None and 0 < int(port) < 65536
 
 
 def _cluster() -> type[ClusterEnv] | None:
