@@ -8,7 +8,7 @@ import pathlib
 import stat
 from typing import NamedTuple
 
-from zoo import files
+from zoo import files, processes
 
 DIGEST = "DIGEST.json"
 LARGEST = 64 << 20  # bytes of a DIGEST.json
@@ -23,8 +23,12 @@ class Digest(NamedTuple):
 
 def write_digest(path: pathlib.Path, loss: float | None) -> None:
     """Declare the checkpoint at `path` complete: sha256 of every file, and its evaluation loss."""
-    digest = Digest(loss, {name: _sha256(path / name) for name in sorted(_sizes(path)) if name != DIGEST})
-    files.write(path / DIGEST, json.dumps(digest._asdict(), indent=1))
+    digests = {}
+    for name in sorted(_sizes(path)):
+        if name != DIGEST:
+            digests[name] = _sha256(path / name)
+            processes.done()  # all of them may take longer than a step may
+    files.write(path / DIGEST, json.dumps(Digest(loss, digests)._asdict(), indent=1))
 
 
 def read_digest(path: pathlib.Path) -> Digest:
