@@ -15,6 +15,7 @@
 `sequence-zoo train` is the same command, in any folder.
 """
 
+import inspect
 import logging as python_logging
 import sys
 
@@ -36,9 +37,12 @@ flags.DEFINE_boolean(
 flags.DEFINE_string("coordinator", "", "Of several processes: HOST:PORT, on the machine of process 0.")
 flags.DEFINE_integer("num_processes", None, "Of several processes: how many.", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.", lower_bound=0)
-flags.DEFINE_integer("initialization_timeout", 300, "Seconds within which all processes have to come.", lower_bound=1)
-flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process is gone; all end.", lower_bound=2)
-flags.DEFINE_integer("step_timeout", 1800, "Seconds without a step done after which all processes end.", lower_bound=1)
+# Their defaults are those of `zoo.processes.joined`.
+flags.DEFINE_integer("initialization_timeout", None, "Seconds within which all processes have to come.", lower_bound=1)
+flags.DEFINE_integer("heartbeat_timeout", None, "Seconds after which a silent process is gone; all end.", lower_bound=2)
+flags.DEFINE_integer(
+    "step_timeout", None, "Seconds without a step done, from the first on, after which all processes end.", lower_bound=1
+)
 flags.DEFINE_integer("devices", 0, "Of --dry_run; they need not be there. 0: what mesh.* needs.", lower_bound=0)
 flags.DEFINE_string(
     "aot", "", "Compile the step for a TPU topology that is not there, as v5e:4x4; show memory, FLOPs, time; and exit."
@@ -46,8 +50,12 @@ flags.DEFINE_string(
 
 
 def parse(argv: list[str]) -> list[str]:
+    from zoo import processes
     from zoo.training import command_line
 
+    for name, parameter in inspect.signature(processes.joined).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            FLAGS.set_default(name, parameter.default)
     with exit_with_message():
         if any(argument in ("--help", "-help", "-h", "--helpshort") for argument in argv[1:]):
             print(__doc__, FLAGS.module_help(sys.modules[__name__]), "", command_line.settings_listing(), sep="\n")
@@ -79,6 +87,9 @@ def main(argv: list[str]) -> None:
             raise UsageError("--devices is for --dry_run; a run uses all devices that it sees")
         if FLAGS.dry_run and FLAGS.aot:
             raise UsageError("--dry_run compiles nothing, and --aot does; give one of them")
+        several = [name for name in ("coordinator", "num_processes", "process_id") if FLAGS[name].present]
+        if several and (FLAGS.dry_run or FLAGS.aot):
+            raise UsageError(f"--{several[0]} is for a run; --dry_run and --aot are of one process")
         if FLAGS.dry_run:
             print(command_line.dry_run(FLAGS.config, FLAGS.workdir, FLAGS.devices))
             return

@@ -164,9 +164,18 @@ def test_the_command_refuses_in_a_line():
 
 
 @pytest.mark.slow
-def test_a_dry_run_is_not_compiled():
-    done = run("--aot=v5e:2x2", "--dry_run", "--config=gla:tiny")
-    assert done.returncode == 2 and "give one of them" in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--aot=v5e:2x2", "--dry_run"], "give one of them"),
+        (["--aot=v5e:2x2", "--num_processes=1"], "--num_processes is for a run"),
+        (["--dry_run", "--coordinator=a:1"], "--coordinator is for a run"),
+        (["--dry_run", "--process_id=0"], "--process_id is for a run"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags, said):
+    done = run(*flags, "--config=gla:tiny")
+    assert done.returncode == 2 and said in done.stderr
 
 
 @pytest.mark.slow
