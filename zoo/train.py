@@ -40,9 +40,7 @@ flags.DEFINE_integer("process_id", None, "Of several processes: which one this i
 # Their defaults are those of `zoo.processes.joined`.
 flags.DEFINE_integer("initialization_timeout", None, "Seconds within which all processes have to come.", lower_bound=1)
 flags.DEFINE_integer("heartbeat_timeout", None, "Seconds after which a silent process is gone; all end.", lower_bound=2)
-flags.DEFINE_integer(
-    "step_timeout", None, "Seconds without a step done, from the first on, after which all processes end.", lower_bound=1
-)
+flags.DEFINE_integer("step_timeout", None, "Seconds without a step done, once one is; all end.", lower_bound=1)
 flags.DEFINE_integer("devices", 0, "Of --dry_run; they need not be there. 0: what mesh.* needs.", lower_bound=0)
 flags.DEFINE_string(
     "aot", "", "Compile the step for a TPU topology that is not there, as v5e:4x4; show memory, FLOPs, time; and exit."
