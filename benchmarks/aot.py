@@ -3,7 +3,8 @@ r"""The training step of every family and size, compiled for TPUs that are not t
 Each row is `python train.py --aot=TOPOLOGY --config=...` in a process of its own, with a vocabulary of 32,000 unless
 the config has one. Kept in benchmarks/results/aot.json after each row; rows that stand there are not done again, so a
 command that was stopped goes on. 1.3b is compiled for v5e:4x4, larger ones for v5p; a smaller size is tried on the
-topologies of `LADDER` until it fits. What does not fit is kept too, with the numbers. At the end the table of all rows, as docs/scaling.md has it.
+topologies of `LADDER` until it fits. What does not fit is kept too, with the numbers. At the end the table of all rows,
+as docs/scaling.md has it.
 
     --rows=gla:1.3b,8x8x8   rows whose text contains one of these
     --again                 compile them again
