@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from tests.conftest import XLA_FLAGS
 from tests.training.on_meshes import MESHES
 from zoo.mixers import MIXERS
 
@@ -17,7 +18,8 @@ ALL += [(mixer, "sequence=8", MESHES[-1], "mosaic_tpu") for mixer in ("gla", "ma
 
 def hold(*arguments):
     command = [sys.executable, "-m", "tests.training.on_meshes", *arguments]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "XLA_FLAGS": XLA_FLAGS}  # it compiles more than it runs
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["mesh"] for row in rows] == [argument for argument in arguments if "=" in argument]

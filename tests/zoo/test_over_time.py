@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.conftest import XLA_FLAGS
 from zoo.mixers import MIXERS
 
 # Of each way that something travels one case: a state by its decays of each kind, a halo, keys.
@@ -20,7 +21,8 @@ QUICK = (
 def results(module, *arguments):
     """What a program of this folder prints, one JSON value a line."""
     command = [sys.executable, "-m", f"tests.zoo.{module}", *arguments]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "XLA_FLAGS": XLA_FLAGS}  # they compile more than they run
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
