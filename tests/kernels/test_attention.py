@@ -170,7 +170,7 @@ def test_splash_interpreted_is_the_reference(case):
         assert error_ratio(actual, wanted) < 2e-6
 
 
-@pytest.mark.parametrize("case", ["causal", "window", "packed"])
+@pytest.mark.parametrize("case", ["packed", *(pytest.param(c, marks=pytest.mark.slow) for c in ("causal", "window"))])
 def test_splash_of_a_part_of_the_queries_is_the_reference(case, monkeypatch):
     """At a place that the kernel is made for, and at one that is only known when it runs."""
     monkeypatch.setitem(IMPLEMENTATIONS, "splash", functools.partial(splash, interpret=True))

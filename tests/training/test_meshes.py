@@ -29,7 +29,7 @@ def hold(*arguments):
 
 
 def test_training_a_hybrid_on_eight_devices_is_training_it_on_one():
-    hold("gla,attention", MESHES[-1])
+    hold("gla,attention", MESHES[-1], "descent")
 
 
 MEMORY = """
