@@ -30,6 +30,7 @@ __all__ = [
     "tokens_since_start",
 ]
 
+TILE = 128  # tokens of which a TPU's attention kernel takes a multiple
 OF_TOKENS = ("batch", "time")
 OF_CHANNELS = ("batch", "time", "heads")
 
@@ -198,7 +199,7 @@ def short_conv(x, weight, bias=None, *, initial_state=None, segment_ids=None, **
 
 
 def previous(x, *, initial_state=None, segment_ids=None):
-    """(x_{t-1} at each t, and x_T), of x [B, T, ...]; x_0 is `initial_state` [B, ...], zero by default.
+    """(x_{t-1} at each t, and the last x), of x [B, T, ...]; `initial_state` [B, ...] is before token 0, else zero.
 
     x_{t-1} is zero at a segment's first token; `initial_state` belongs to the segment of token 0.
     """
@@ -343,6 +344,3 @@ def _keys_to_queries(call, *, causal, window):
         return jnp.concatenate([own, sequence.mirrored(others)], axis=1)
 
     return run
-
-
-TILE = 128  # tokens that a TPU's attention kernel takes at a time

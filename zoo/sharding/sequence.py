@@ -115,10 +115,10 @@ def gathered(x: jax.Array) -> jax.Array:
     return lax.all_gather(x, AXIS, axis=1, tiled=True)
 
 
-def mirrored(x: Any) -> Any:
+def mirrored(x: jax.Array) -> jax.Array:
     """What the shard at the same distance from the other end of the sequence holds."""
     shards = lax.axis_size(AXIS)
-    return jax.tree.map(lambda x: lax.ppermute(x, AXIS, [(i, shards - 1 - i) for i in range(shards)]), x)
+    return lax.ppermute(x, AXIS, [(i, shards - 1 - i) for i in range(shards)])
 
 
 def from_last(x: jax.Array) -> jax.Array:
