@@ -5,7 +5,9 @@ Each op's docstring, in its `api.py`, is its definition. Letters in shapes: `ker
 
 from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
+from kernels.delta_rule import delta_rule, delta_rule_step
 from kernels.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
+from kernels.dplr_delta_rule import dplr_delta_rule, dplr_delta_rule_step
 from kernels.fast_weights import fast_weights, fast_weights_step
 from kernels.linear_attention import linear_attention, linear_attention_step
 from kernels.linear_scan import linear_scan, linear_scan_step
@@ -19,10 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "cross_entropy",
-    "fast_weights",
-    "fast_weights_step",
+    "delta_rule",
+    "delta_rule_step",
     "diagonal_ssm",
     "diagonal_ssm_step",
+    "dplr_delta_rule",
+    "dplr_delta_rule_step",
+    "fast_weights",
+    "fast_weights_step",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",

@@ -26,6 +26,14 @@ def check_shape(op: str, name: str, array: Any, *expected: tuple[int, ...], like
         raise ValueError(f"{op}: {name} has shape {array.shape}, expected {wanted} beside {like} of shape {shape}")
 
 
+def check_operands(op: str, q: Any, k: Any, v: Any) -> None:
+    """Raise ValueError unless q, k [..., G, K] and v [..., H, V] fit, G a divisor of H."""
+    check_shape(op, "q", q, (*v.shape[:-2], *q.shape[-2:]), like="v", shape=v.shape)
+    check_shape(op, "k", k, q.shape, like="q", shape=q.shape)
+    if q.shape[-2] == 0 or v.shape[-2] % q.shape[-2]:
+        raise ValueError(f"{op}: q has shape {q.shape}: its heads must divide those of v, of shape {v.shape}")
+
+
 def check_segment_ids(op: str, segment_ids: Any, like: str, shape: tuple[int, ...], name: str = "segment_ids") -> None:
     """Raise ValueError unless ids are None, or integers for each sequence and token of `like`, an array of `shape`."""
     if segment_ids is not None:

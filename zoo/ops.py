@@ -19,7 +19,9 @@ __all__ = [
     "associative_scan",
     "attention",
     "cross_entropy",
+    "delta_rule",
     "diagonal_ssm",
+    "dplr_delta_rule",
     "fast_weights",
     "linear_attention",
     "linear_scan",
@@ -96,6 +98,39 @@ def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None,
         carry,
         options,
     )
+
+
+def delta_rule(q, k, v, beta, log_decay=None, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.delta_rule`, with each device's sequences, heads and part of the time on it; see there.
+
+    A part of the time runs twice: from zero and from the unit matrix, for its map, and from the state that enters it.
+    """
+    groups = q.shape[2]
+    heads = "heads" if groups == 1 or groups % sharding.axis_size("heads") == 0 else None
+    shared = None if groups == 1 else heads
+    of_keys = ("batch", "time", shared, None)
+    arrays = {
+        "q": (q, of_keys),
+        "k": (k, of_keys),
+        "v": (v, ("batch", "time", heads, None)),
+        "beta": (beta, ("batch", "time", heads)),
+        "log_decay": (log_decay, ("batch", "time", heads) + (None,) * (log_decay is not None and log_decay.ndim == 4)),
+        "initial_state": (initial_state, ("batch", heads, None, None)),
+        "segment_ids": (segment_ids, OF_TOKENS),
+    }
+    out_axes = (("batch", "time", heads, None), ("batch", heads, None, None))
+    return _matrix_recurrence(kernels.delta_rule, arrays, out_axes, options)
+
+
+def dplr_delta_rule(q, k, v, a, b, log_decay, *, initial_state=None, segment_ids=None, **options):
+    """`kernels.dplr_delta_rule`, on the mesh as `delta_rule`; see there."""
+    of_heads = ("batch", "time", "heads", None)
+    of_tokens = {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay}
+    arrays = {name: (array, of_heads) for name, array in of_tokens.items()}
+    arrays["initial_state"] = (initial_state, ("batch", "heads", None, None))
+    arrays["segment_ids"] = (segment_ids, OF_TOKENS)
+    out_axes = (of_heads, ("batch", "heads", None, None))
+    return _matrix_recurrence(kernels.dplr_delta_rule, arrays, out_axes, options)
 
 
 def fast_weights(q, k, v, key_log_decay, value_log_decay, *, initial_state=None, segment_ids=None, **options):
@@ -294,6 +329,23 @@ def _recurrence(op, arrays, out_axes, carry, options):
         out_axes,
         over_time=functools.partial(sequence.carried, carry=carry),
     )
+
+
+def _matrix_recurrence(op, arrays, out_axes, options):
+    """A recurrence of states [B, H, K, V] whose transitions are matrices that its own kernel multiplies: values of zero
+    leave A of an initial unit matrix, beside the W that its own values leave of zero."""
+
+    def carry(arrays):
+        k, v = arrays["k"], arrays["v"]
+        (batch, time, heads, value_dim), key_dim = v.shape, k.shape[3]
+        wide = jnp.concatenate([v, jnp.zeros((batch, time, heads, key_dim), v.dtype)], axis=-1)
+        initial = jnp.concatenate([jnp.zeros((key_dim, value_dim)), jnp.eye(key_dim)], axis=-1)
+        initial = jnp.broadcast_to(initial, (batch, heads, *initial.shape))
+        final = op(**arrays | {"v": wide, "initial_state": initial}, **options)[1]
+        return final[..., value_dim:], final[..., :value_dim]
+
+    over_time = functools.partial(sequence.carried, carry=carry, apply=jnp.matmul)
+    return sharding.on_each_device(lambda arrays: op(**arrays, **options), arrays, out_axes, over_time=over_time)
 
 
 def _decays(log_decay, time):

@@ -9,6 +9,7 @@ from kernels.checks import (
     check_dtype,
     check_not_above_zero,
     check_number,
+    check_operands,
     check_rank,
     check_segment_ids,
     check_shape,
@@ -140,14 +141,6 @@ def linear_attention_step(
         scale=K**-0.5 if scale is None else scale,
     )
     return out[:, 0], state
-
-
-def check_operands(op: str, q: Array, k: Array, v: Array) -> None:
-    """Raise ValueError unless q, k [..., G, K] and v [..., H, V] fit, G a divisor of H."""
-    check_shape(op, "q", q, (*v.shape[:-2], *q.shape[-2:]), like="v", shape=v.shape)
-    check_shape(op, "k", k, q.shape, like="q", shape=q.shape)
-    if q.shape[-2] == 0 or v.shape[-2] % q.shape[-2]:
-        raise ValueError(f"{op}: q has shape {q.shape}: its heads must divide those of v, of shape {v.shape}")
 
 
 def check_state_arguments(

@@ -11,9 +11,13 @@ import pytest
 
 from kernels import (
     attention,
+    delta_rule,
+    delta_rule_step,
     diagonal_ssm,
     diagonal_ssm_step,
     dispatch,
+    dplr_delta_rule,
+    dplr_delta_rule_step,
     fast_weights,
     fast_weights_step,
     linear_attention,
@@ -25,7 +29,9 @@ from kernels import (
     short_conv,
     short_conv_step,
 )
+from kernels.delta_rule.api import IMPLEMENTATIONS as DELTA_RULE
 from kernels.diagonal_ssm.api import IMPLEMENTATIONS as DIAGONAL_SSM
+from kernels.dplr_delta_rule.api import IMPLEMENTATIONS as DPLR_DELTA_RULE
 from kernels.fast_weights.api import IMPLEMENTATIONS as FAST_WEIGHTS
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.linear_scan.api import IMPLEMENTATIONS as LINEAR_SCAN
@@ -123,6 +129,71 @@ def _linear_attention(log_decay_dims, *, groups=2, with_bonus=False, heads=2, ke
         state="initial_state",
         step=step,
         float32_inputs=("log_decay", "bonus", "initial_state"),
+    )
+
+
+def unit(rng, *shape):
+    x = normal(rng, *shape)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _delta_rule(log_decay_dims, *, groups=2, heads=2, key_dim=5, value_dim=3):
+    dims = {"H": heads, "K": key_dim, "B": BATCH}
+    gates = ("beta", "log_decay") if log_decay_dims else ("beta",)
+
+    def inputs(rng, length):
+        arrays = {
+            "q": normal(rng, BATCH, length, groups, key_dim),
+            "k": unit(rng, BATCH, length, groups, key_dim),
+            "v": normal(rng, BATCH, length, heads, value_dim),
+            "beta": 2 * jax.nn.sigmoid(normal(rng, BATCH, length, heads)),
+            "initial_state": normal(rng, BATCH, heads, key_dim, value_dim),
+        }
+        if log_decay_dims:
+            arrays["log_decay"] = log_gate(rng, *(length if d == "T" else dims[d] for d in log_decay_dims))
+        return arrays
+
+    def op(inputs, segment_ids, implementation):
+        return delta_rule(**inputs, segment_ids=segment_ids, chunk_size=CHUNK, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        here(DELTA_RULE),
+        over_time=("q", "k", "v", *gates),
+        gates=gates,
+        state="initial_state",
+        step=lambda inputs, state: delta_rule_step(**inputs, state=state),
+        float32_inputs=(*gates, "initial_state"),
+    )
+
+
+def _dplr_delta_rule(heads=2, key_dim=5, value_dim=3):
+    def inputs(rng, length):
+        shape = (BATCH, length, heads, key_dim)
+        kappa, rate = unit(rng, *shape), jax.nn.sigmoid(normal(rng, *shape))
+        return {
+            "q": normal(rng, *shape),
+            "k": normal(rng, *shape),
+            "v": normal(rng, BATCH, length, heads, value_dim),
+            "a": -kappa,
+            "b": kappa * rate,
+            "log_decay": log_gate(rng, *shape),
+            "initial_state": normal(rng, BATCH, heads, key_dim, value_dim),
+        }
+
+    def op(inputs, segment_ids, implementation):
+        return dplr_delta_rule(**inputs, segment_ids=segment_ids, chunk_size=CHUNK, implementation=implementation)
+
+    return Case(
+        op,
+        inputs,
+        here(DPLR_DELTA_RULE),
+        over_time=("q", "k", "v", "a", "b", "log_decay"),
+        gates=("log_decay",),
+        state="initial_state",
+        step=lambda inputs, state: dplr_delta_rule_step(**inputs, state=state),
+        float32_inputs=("log_decay", "initial_state"),
     )
 
 
@@ -273,6 +344,10 @@ CASES = {
     "linear_attention-vector": _linear_attention("BTHK"),
     "linear_attention-scalar-bonus": _linear_attention("BTH", with_bonus=True),
     "linear_attention-vector-bonus": _linear_attention("BTHK", groups=1, with_bonus=True),
+    "delta_rule-scalar": _delta_rule("BTH", groups=1),
+    "delta_rule-no_decay": _delta_rule(""),
+    "delta_rule-vector": _delta_rule("BTHK"),
+    "dplr_delta_rule": _dplr_delta_rule(),
     "fast_weights": _fast_weights(),
     "linear_scan-real": _linear_scan(normal, complex_decay=False, over_time=True),
     "linear_scan-real-chunks": _linear_scan(normal, complex_decay=False, over_time=True, chunk_size=CHUNK),

@@ -34,7 +34,7 @@ def refused(name, inputs, *parts, segment_ids=None):
 @pytest.mark.parametrize("name", OPS.values(), ids=OPS)
 def test_empty_axes(name):
     inputs = CASES[name].make(length=1)
-    first = "v" if name.startswith("linear_attention") else CASES[name].over_time[0]
+    first = "v" if name.startswith(("linear_attention", "delta_rule", "dplr")) else CASES[name].over_time[0]
     for letter, here in (("B", (slice(0, 0),)), ("T", (slice(None), slice(0, 0)))):
         empty = {key: value[here] if key in CASES[name].over_time else value for key, value in inputs.items()}
         refused(name, empty, f"{first} has shape {empty[first].shape}", f"expected at least 1 along {letter}")

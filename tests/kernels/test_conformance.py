@@ -96,9 +96,10 @@ def test_extreme_decays_are_exact(name, implementation, packed):
     inputs = CASES[name].make()
     rng = np.random.default_rng(3)
     for gate in CASES[name].gates:
-        log_decay = inputs[gate]
-        kind = rng.integers(0, 3, log_decay.shape)  # forget all, keep all, or the gate drawn
-        inputs[gate] = jnp.select([kind == 0, kind == 1], [log_decay * 0 - 1e4, log_decay * 0], log_decay)
+        drawn = inputs[gate]
+        kind = rng.integers(0, 3, drawn.shape)  # forget all (correct twice), keep all, or the gate drawn
+        strongest = 2.0 if gate == "beta" else -1e4
+        inputs[gate] = jnp.select([kind == 0, kind == 1], [drawn * 0 + strongest, drawn * 0], drawn)
     segment_ids = random_segments() if packed else None
     actual = results(name, implementation, inputs, segment_ids)
     assert jax.tree.all(jax.tree.map(lambda x: np.isfinite(x).all(), actual))

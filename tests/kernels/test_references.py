@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention, cross_entropy, fast_weights, linear_attention, linear_scan, short_conv
+from kernels import (
+    attention,
+    cross_entropy,
+    delta_rule,
+    dplr_delta_rule,
+    fast_weights,
+    linear_attention,
+    linear_scan,
+    short_conv,
+)
 from kernels.segments import segment_numbers, segment_starts, tokens_since_start
 from tests.kernels.conformance import BATCH, CASES, TIME, error_ratio, random_segments
 
@@ -43,6 +52,38 @@ def test_linear_attention(name):
                 read = before + np.outer(x["bonus"][h] * k, v) if "bonus" in x else state
                 expected[b, t, h] = 0.7 * q @ read
             states[b, h] = state
+    assert error_ratio(out, expected) < 1e-6
+    assert error_ratio(final_state, states) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("delta_rule")])
+def test_delta_rule(name):
+    inputs = CASES[name].make()
+    out, final_state = delta_rule(**inputs, segment_ids=random_segments(), scale=0.7, implementation="reference")
+    x = double(inputs)
+    expected, states = np.zeros(x["v"].shape), x["initial_state"].copy()
+    shared = x["v"].shape[2] // x["q"].shape[2]
+    for b, t, h in np.ndindex(*x["v"].shape[:3]):
+        q, k, beta = x["q"][b, t, h // shared], x["k"][b, t, h // shared], x["beta"][b, t, h]
+        decay = np.exp(x["log_decay"][b, t, h]) * np.ones(len(k)) if "log_decay" in x else np.ones(len(k))
+        before = 0 * states[b, h] if starts(b, t) else states[b, h]
+        transition = (np.eye(len(k)) - beta * np.outer(k, k)) @ np.diag(decay)
+        states[b, h] = transition @ before + beta * np.outer(k, x["v"][b, t, h])
+        expected[b, t, h] = 0.7 * q @ states[b, h]
+    assert error_ratio(out, expected) < 1e-6
+    assert error_ratio(final_state, states) < 1e-6
+
+
+def test_dplr_delta_rule():
+    inputs = CASES["dplr_delta_rule"].make()
+    out, final_state = dplr_delta_rule(**inputs, segment_ids=random_segments(), scale=0.7, implementation="reference")
+    x = double(inputs)
+    expected, states = np.zeros(x["v"].shape), x["initial_state"].copy()
+    for b, t, h in np.ndindex(*x["v"].shape[:3]):
+        q, k, v, read, write, g = (x[name][b, t, h] for name in ("q", "k", "v", "a", "b", "log_decay"))
+        before = 0 * states[b, h] if starts(b, t) else states[b, h]
+        states[b, h] = (np.diag(np.exp(g)) + np.outer(write, read)) @ before + np.outer(k, v)
+        expected[b, t, h] = 0.7 * q @ states[b, h]
     assert error_ratio(out, expected) < 1e-6
     assert error_ratio(final_state, states) < 1e-6
 

@@ -6,7 +6,6 @@ once a process. It prints, for each case, the largest relative error of outputs,
 Heads and channels are spread over the devices that the parts of the time leave.
 """
 
-import functools
 import json
 import re
 import sys
@@ -17,7 +16,6 @@ import numpy as np
 
 from kernels import dispatch, segments
 from zoo import ops, sharding
-from zoo.sharding import sequence
 
 T, H, K, V, D, N = 32, 4, 3, 5, 6, 3
 # Documents that start within a part of the time (of 4 tokens or 8), at its beginning, and in no part but the first.
@@ -30,6 +28,10 @@ def draw(seed, *shape):
 
 def decay(seed, *shape):
     return -jnp.exp(draw(seed, *shape) - 2)
+
+
+def unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def wrap(turns):
@@ -54,6 +56,22 @@ def cases():
         return ops.linear_attention(q, k, v, g, bonus=u, **given)
 
     yield "linear_attention bonus", with_bonus, (q, k, v, decay(4, 2, T, H, K), draw(5, H, K)), kernels
+
+    def delta_rule(q, k, v, beta, g, state, **given):
+        return ops.delta_rule(q, unit(k), v, 2 * jax.nn.sigmoid(beta), g, initial_state=state, **given)
+
+    beta = draw(5, 2, T, H)
+    yield "delta_rule scalar", delta_rule, (q, k, v, beta, decay(4, 2, T, H), state), (None,)
+    yield "delta_rule key", delta_rule, (q, k, v, beta, decay(4, 2, T, H, K), state), (None,)
+    corrected = lambda q, k, v, beta, **given: delta_rule(q, k, v, beta, None, None, **given)  # noqa: E731
+    yield "delta_rule none", corrected, (q[:, :, :2], k[:, :, :2], v, beta), (None,)
+
+    def general(q, k, v, a, rate, g, state, **given):
+        b = unit(a) * jax.nn.sigmoid(rate)
+        return ops.dplr_delta_rule(q, k, v, -unit(a), b, g, initial_state=state, **given)
+
+    arrays = (q, k, v, draw(6, 2, T, H, K), draw(7, 2, T, H, K), decay(4, 2, T, H, K), state)
+    yield "dplr_delta_rule", general, arrays, (None,)
 
     def fast_weights(q, k, v, g, f, state, **given):
         return ops.fast_weights(q, k, v, g, f, initial_state=state, **given)
@@ -95,38 +113,6 @@ def cases():
         return ops.associative_scan(lambda a, b: wrap(a + b), x, first)
 
     yield "associative_scan", running_sum, (0.1 * x, 0.1 * h), (None,)
-
-    def matrices(M, X, state, segment_ids):
-        """S_t = M_t S_{t-1} + X_t: a recurrence whose transitions are matrices."""
-
-        def scan(arrays):
-            starts = segments.segment_starts(arrays.get("segment_ids", jnp.zeros(arrays["M"].shape[:2], jnp.int32)))
-
-            def step(state, inputs):
-                M, X, start = inputs
-                state = M @ jnp.where(start[:, None, None], 0, state) + X
-                return state, state
-
-            inputs = [jnp.swapaxes(x, 0, 1) for x in (arrays["M"], arrays["X"], starts)]
-            state, out = jax.lax.scan(step, arrays["initial_state"], inputs)
-            return jnp.swapaxes(out, 0, 1), state
-
-        def carry(arrays):
-            zero = jnp.zeros_like(arrays["X"][:, 0])
-            one = jnp.broadcast_to(jnp.eye(K), arrays["M"][:, 0].shape)
-            total = scan({"M": arrays["M"], "X": 0 * arrays["M"], "initial_state": one})[1]
-            return total, scan(arrays | {"initial_state": zero})[1]
-
-        of_tokens = ("batch", "time", None, None)
-        arrays = {"M": (M, of_tokens), "X": (X, of_tokens), "initial_state": (state, ("batch", None, None))}
-        return sharding.on_each_device(
-            scan,
-            arrays | {"segment_ids": (segment_ids, ("batch", "time"))},
-            (of_tokens, ("batch", None, None)),
-            over_time=functools.partial(sequence.carried, carry=carry, apply=jnp.matmul),
-        )
-
-    yield "matrices", matrices, (draw(0, 2, T, K, K) / 2, draw(1, 2, T, K, V), draw(2, 2, K, V)), (None,)
 
     groups = draw(0, 2, T, H, 4), draw(1, 2, T, 2, 4), draw(2, 2, T, 2, 4)
     for window in (None, 3, 9, 29, 30):  # keys of one neighbour, of several, of all

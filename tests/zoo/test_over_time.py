@@ -14,7 +14,7 @@ from zoo.mixers import MIXERS
 QUICK = (
     r"^(linear_attention key packed|linear_scan complex packed|selective_scan packed|diagonal_ssm packed|"
     r"short_conv 5 state packed|previous packed|associative_scan packed|attention None packed|attention 3 packed|"
-    r"matrices packed|cross_entropy|cross_entropy half)$"
+    r"delta_rule key packed|cross_entropy|cross_entropy half)$"
 )
 
 

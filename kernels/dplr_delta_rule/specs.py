@@ -1,0 +1,8 @@
+"""Which form of the general delta rule a device runs, and the sizes it runs in."""
+
+from kernels.dispatch import Device
+
+
+def order(device: Device) -> list[str]:
+    """Implementations by preference."""
+    return ["reference"]
