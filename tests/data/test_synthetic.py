@@ -1,6 +1,7 @@
 """The synthetic tasks: their answers by another route, their distributions, and as a source of a run."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -48,6 +49,34 @@ def test_selective_copying_asks_for_the_tokens_in_order():
         assert (tokens[40:] == 15).all() and list(np.flatnonzero(weights)) == [40, 41, 42, 43]
     places = np.flatnonzero((batch["tokens"][:, :40] > 0).any(0))
     assert len(places) == 40
+
+
+def test_states_are_what_the_tokens_so_far_make_of_the_identity():
+    parity, sums = task("parity", vocab_size=2), task("modular_addition", vocab_size=7)
+    for t in (parity, sums):
+        batch = t.batch(t.rows(np.random.default_rng(0), 50), answers_only=False)
+        np.testing.assert_array_equal(batch["targets"], np.cumsum(batch["tokens"], axis=1) % t.vocab_size)
+        assert batch["weights"].all() and set(batch["tokens"].flat) == set(range(t.vocab_size))
+
+
+@pytest.mark.parametrize("name, order", [("S3", 6), ("A5", 60), ("S5", 120)])
+def test_states_of_a_word_problem_are_arrangements(name, order):
+    """Of n things, which each token's permutation puts elsewhere."""
+    size = int(name[1])
+    t = task(f"word_problem:{name}", vocab_size=order)
+    elements = [np.array(each) for each in itertools.permutations(range(size))]
+    if name[0] == "A":
+        elements = [each for each in elements if round(np.linalg.det(np.eye(size)[each])) == 1]
+    assert len(elements) == order
+    batch = t.batch(t.rows(np.random.default_rng(0), 40), answers_only=True)
+    for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+        arranged = np.arange(size)
+        for token, target in zip(tokens, targets, strict=True):
+            arranged = elements[token][arranged]
+            assert (elements[target] == arranged).all()
+    assert (np.flatnonzero(batch["weights"][0]) == 19).all()  # the state after the last
+    counts = np.bincount(t.rows(np.random.default_rng(1), 3000)[:, -1], minlength=order)
+    assert (counts > 0).all() and counts.max() < 3 * 3000 / order
 
 
 def test_a_tests_weights_are_on_the_answer_and_training_may_count_every_token():
@@ -98,6 +127,10 @@ def test_what_cannot_be_is_named():
     with pytest.raises(UsageError, match="needs at least 20"):
         find(small)
     assert find(config_of("stdlib")) is None
+    with pytest.raises(UsageError, match="word_problem:S5: got a vocabulary of 60, expected 120"):
+        task("word_problem:S5", vocab_size=60)
+    with pytest.raises(UsageError, match="unknown synthetic task 'word_problem:S4'; expected one of .*word_problem:A5"):
+        task("word_problem:S4")
 
 
 @pytest.mark.parametrize(("name", "value"), [("validation_source", "other.txt"), ("weights", "1,2")])

@@ -3,15 +3,24 @@
     induction_heads     ... => a ... =>         : a           (Fu et al. 2022, arXiv:2212.14052; Olsson et al. 2022)
     associative_recall  k v k' v' ... => k'     : v'          (the same)
     selective_copying   . a . . b . c . | | |   : a b c       (Gu & Dao 2023, arXiv:2312.00752)
+    parity              0 1 1 0 ...             : 0 1 0 0 ... (Grazzi et al. 2024, arXiv:2411.12537)
+    modular_addition    3 4 0 2 ...             : 3 2 2 4 ... (modulo the vocabulary, 5; the same)
+    word_problem:S3     a b c ...               : a ba cba ... (Merrill et al. 2024, arXiv:2404.08819; A5, S5 as well)
 
 Ids: of a vocabulary of V, induction_heads has V - 2 regular tokens, "=>" is V - 2 (V - 1, an end mark, stays unused as
 in the paper's code); associative_recall has (V - 2) / 2 keys, then as many values, and the same "=>";
 selective_copying has 0 as the blank, 1 ... V - 2 to copy, and V - 1 as the mark that asks.
+
+The last three follow a state: the vocabulary is a group, and the target at each token is the product of all so far, the
+newest on the left. Of permutations token 0 is the identity, the others are in lexicographic order. A model trains on
+every token's state; what is asked for is the one after the last.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -33,41 +42,55 @@ class Task:
     copies: int = 16  # tokens that selective_copying asks for
 
     def __post_init__(self):
-        least = {"induction_heads": 3, "associative_recall": 2, "selective_copying": self.copies}
-        if self.name not in least:
+        if self.name not in TASKS:
             raise UsageError(f"unknown synthetic task {self.name!r}; expected one of {', '.join(TASKS)}")
-        if self.length < least[self.name]:
-            raise UsageError(f"{self.name}: got a length of {self.length}, expected at least {least[self.name]} tokens")
+        kind = TASKS[self.name]
+        least = self.copies if self.name == "selective_copying" else kind.least
+        if self.length < least:
+            raise UsageError(f"{self.name}: got a length of {self.length}, expected at least {least} tokens")
         if self.name == "associative_recall" and (self.length % 2 or self.vocab_size % 2 or self.vocab_size < 4):
             raise UsageError(
                 f"associative_recall: got length {self.length} and vocabulary {self.vocab_size}, expected even "
                 "numbers, the vocabulary at least 4 (keys, values, two marks)"
             )
-        if self.vocab_size < 3:
-            raise UsageError(f"{self.name}: got a vocabulary of {self.vocab_size}, expected at least 3")
+        if kind.fixed and self.vocab_size != kind.vocab_size:
+            raise UsageError(f"{self.name}: got a vocabulary of {self.vocab_size}, expected {kind.vocab_size}")
+        smallest = 2 if kind.follows else 3
+        if self.vocab_size < smallest:
+            raise UsageError(f"{self.name}: got a vocabulary of {self.vocab_size}, expected at least {smallest}")
+
+    @property
+    def follows_a_state(self) -> bool:
+        """Whether every token has a target."""
+        return TASKS[self.name].follows
+
+    @property
+    def asked(self) -> int:
+        """Targets of a row that are asked for, at its end."""
+        return self.copies if self.name == "selective_copying" else 1
 
     @property
     def context_length(self) -> int:
         """Tokens of a row of inputs."""
-        asked = {"induction_heads": 1, "associative_recall": 2, "selective_copying": self.copies}
-        return self.length + asked[self.name]
+        return self.length + (self.copies if self.name == "selective_copying" else TASKS[self.name].question)
 
     def rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Rows with their answers, int32 [count, X]: inputs and answer, or (copying) inputs and the tokens to copy."""
-        return _ROWS[self.name](self, rng, count)
+        """Rows with their answers, int32 [count, X]: inputs and answer, or inputs and the tokens to copy or states."""
+        return TASKS[self.name].rows(self, rng, count)
 
     def batch(self, rows: np.ndarray, *, answers_only: bool) -> Batch:
         """tokens, targets, segment_ids int32 [b, T], weights float32 [b, T]: 1 where the answers are, or everywhere."""
-        if self.name == "selective_copying":
+        if self.follows_a_state:
+            tokens, targets = np.split(rows, 2, axis=1)
+        elif self.name == "selective_copying":
             tokens, copied = rows[:, : self.context_length], rows[:, self.context_length :]
             targets = np.concatenate([np.zeros((len(rows), self.length), np.int32), copied], axis=1)
-            asked = self.copies
             answers_only = True  # nothing else is predictable
         else:
-            tokens, targets, asked = rows[:, :-1], rows[:, 1:], 1
+            tokens, targets = rows[:, :-1], rows[:, 1:]
         weights = np.ones(tokens.shape, np.float32)
         if answers_only:
-            weights[:, : tokens.shape[1] - asked] = 0
+            weights[:, : tokens.shape[1] - self.asked] = 0
         arrays = {"tokens": tokens, "targets": targets, "segment_ids": np.ones_like(tokens)}
         return {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()} | {"weights": weights}
 
@@ -112,15 +135,64 @@ def _selective_copying(task, rng, count):
     return rows
 
 
-_ROWS = {
-    "induction_heads": _induction_heads,
-    "associative_recall": _associative_recall,
-    "selective_copying": _selective_copying,
+def _states(task, rng, count):
+    """Elements of the task's group, and the products of those so far."""
+    tokens = rng.integers(0, task.vocab_size, (count, task.length))
+    product = group(task)
+    states = np.array(list(itertools.accumulate(tokens.T, lambda state, token: product[token, state]))).T
+    return np.concatenate([tokens, states], axis=1).astype(np.int32)
+
+
+def group(task: Task) -> np.ndarray:
+    """product[a, b] of the elements of the task's group: a after b, [V, V]."""
+    if not TASKS[task.name].fixed or task.name == "parity":
+        return np.add.outer(*(np.arange(task.vocab_size),) * 2) % task.vocab_size
+    return _permutations(task.name.rpartition(":")[2])
+
+
+@functools.cache
+def _permutations(name: str) -> np.ndarray:
+    """Of S<n>, all of them, or of A<n>, the even ones, in lexicographic order."""
+    size = int(name[1:])
+    every = list(itertools.permutations(range(size)))
+    inversions = [sum(a > b for a, b in itertools.combinations(each, 2)) for each in every]
+    chosen = [each for each, count in zip(every, inversions, strict=True) if name[0] == "S" or count % 2 == 0]
+    place = {each: index for index, each in enumerate(chosen)}
+    return np.array([[place[tuple(a[i] for i in b)] for b in chosen] for a in chosen])
+
+
+class Kind(NamedTuple):
+    """A task at any size.
+
+    Attributes:
+      rows: see `Task.rows`.
+      vocab_size: as data.source.
+      least: the shortest length.
+      question: tokens of a row after them.
+      follows: whether it has a target at every token, of which the last is asked for.
+      fixed: whether it has no other vocabulary.
+    """
+
+    rows: Callable[[Task, np.random.Generator, int], np.ndarray]
+    vocab_size: int
+    least: int = 1
+    question: int = 0
+    follows: bool = False
+    fixed: bool = False
+
+
+TASKS = {
+    "induction_heads": Kind(_induction_heads, 20, least=3, question=1),
+    "associative_recall": Kind(_associative_recall, 10, least=2, question=2),
+    "selective_copying": Kind(_selective_copying, 16),
+    "parity": Kind(_states, 2, follows=True, fixed=True),
+    "modular_addition": Kind(_states, 5, follows=True),
+    "word_problem:S3": Kind(_states, 6, follows=True, fixed=True),
+    "word_problem:A5": Kind(_states, 60, follows=True, fixed=True),
+    "word_problem:S5": Kind(_states, 120, follows=True, fixed=True),
 }
-TASKS = tuple(_ROWS)
 
 
-VOCABULARIES = {"induction_heads": 20, "associative_recall": 10, "selective_copying": 16}  # as data.source
 VALIDATION_ROWS = 512
 _TRAINING, _VALIDATION = 0, 1  # parts of the seed
 
@@ -137,7 +209,7 @@ def find(config: "Config", source: str | None = None, context_length: int | None
             raise UsageError(f"data.source: got {spec!r}; a synthetic task cannot be mixed with other sources")
         return None
     context = config.train.context_length if context_length is None else context_length
-    vocab_size = VOCABULARIES[spec]
+    vocab_size = TASKS[spec].vocab_size
     asked = Task(spec, vocab_size, length=1 << 20).context_length - (1 << 20)
     length = context - asked
     if spec == "associative_recall" and length % 2:
@@ -149,7 +221,8 @@ def find(config: "Config", source: str | None = None, context_length: int | None
 
 def training_batch(task: Task, config: "Config", step: int) -> Batch:
     """The global batch of a step: a function of the seed and the step."""
-    return task.fresh(_seed(config, _TRAINING), int(step), config.train.batch_size)
+    seed = _seed(config, _TRAINING)
+    return task.fresh(seed, int(step), config.train.batch_size, answers_only=not task.follows_a_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +238,7 @@ class ValidationRows:
 
     @property
     def num_tokens(self) -> int:
-        asked = self.task.copies if self.task.name == "selective_copying" else 1
-        return VALIDATION_ROWS * asked
+        return VALIDATION_ROWS * self.task.asked
 
     @property
     def fingerprint(self) -> str:
