@@ -126,6 +126,8 @@ def test_what_cannot_be_is_named():
     small.model.vocab_size = 16
     with pytest.raises(UsageError, match="needs at least 20"):
         find(small)
+    with pytest.raises(UsageError, match="data.source: unknown synthetic task 'word_problem'; expected .*:S3"):
+        find(config_of("word_problem"))
     assert find(config_of("stdlib")) is None
     with pytest.raises(UsageError, match="word_problem:S5: got a vocabulary of 60, expected 120"):
         task("word_problem:S5", vocab_size=60)

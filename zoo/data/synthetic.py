@@ -207,6 +207,8 @@ def find(config: "Config", source: str | None = None, context_length: int | None
     if spec not in TASKS:
         if any(part.strip() in TASKS for part in spec.split(",")):
             raise UsageError(f"data.source: got {spec!r}; a synthetic task cannot be mixed with other sources")
+        if spec.partition(":")[0] in {name.partition(":")[0] for name in TASKS}:
+            raise UsageError(f"data.source: unknown synthetic task {spec!r}; expected one of {', '.join(TASKS)}")
         return None
     context = config.train.context_length if context_length is None else context_length
     vocab_size = TASKS[spec].vocab_size
