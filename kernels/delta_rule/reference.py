@@ -37,7 +37,7 @@ def reference(
         q, k, v, beta, decay, start = (x.astype(state_dtype) if x.dtype != bool else x for x in xs)
         state = jnp.where(start[:, None, None, None], 0, state) * jnp.exp(decay)[..., None]
         correction = beta[..., None] * (v - read(state, k))
-        state = state + k[..., :, None] * correction[..., None, :]
+        state = state + jnp.einsum("bhk,bhv->bhkv", k, correction, precision="highest")
         return state, scale * read(state, q)
 
     xs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (q, k, v, beta, log_decay, starts))

@@ -30,14 +30,13 @@ def reference(
     def read(state, key):
         return jnp.einsum("bhk,bhkv->bhv", key, state, precision="highest")
 
+    def written(key, value):
+        return jnp.einsum("bhk,bhv->bhkv", key, value, precision="highest")
+
     def step(state, xs):
         q, k, v, a, b, decay, start = (x.astype(state_dtype) if x.dtype != bool else x for x in xs)
         state = jnp.where(start[:, None, None, None], 0, state)
-        state = (
-            jnp.exp(decay)[..., None] * state
-            + b[..., :, None] * read(state, a)[..., None, :]
-            + k[..., :, None] * v[..., None, :]
-        )
+        state = jnp.exp(decay)[..., None] * state + written(b, read(state, a)) + written(k, v)
         return state, scale * read(state, q)
 
     xs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (q, k, v, a, b, log_decay, starts))

@@ -52,11 +52,12 @@ def matrices(**names):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, hidden_size, elementwise_affine=True, eps=EPSILON, **_):
+    def __init__(self, hidden_size, elementwise_affine=True, eps=EPSILON, activation="swish", **_):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size)) if elementwise_affine else None
         self.bias, self.eps = None, eps
+        self.activation = {"swish": F.silu, "sigmoid": torch.sigmoid}[activation]
 
     def forward(self, x, gate=None):
         x = F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return x if gate is None else x * F.silu(gate)
+        return x if gate is None else x * self.activation(gate)

@@ -220,3 +220,62 @@ def rwkv6():
         matrices(key="key.linear", receptance="receptance.linear", value="value")
         | {"key_mix": ("key.mu", same), "receptance_mix": ("receptance.mu", same)},
     )
+
+
+def delta_states(cache, index):
+    entry = cache[index]
+    conv = zip("qkv", entry["conv_state"], strict=True)
+    inputs = {f"mixer.conv.{name}": x[..., 1:].transpose(1, 2) for name, x in conv}
+    return {"mixer.S": entry["recurrent_state"]} | inputs
+
+
+def convolved(order=None):
+    """q, k, v and their convolutions; `order`: of a kernel's columns here, by name."""
+
+    def turned(name):
+        at = (order or {}).get(name, slice(None))
+        return lambda weight: weight[at].T, lambda weight: weight[at][:, 0]
+
+    projections = {f"qkv.{name}.kernel": (f"{name}_proj.weight", turned(name)[0]) for name in "qkv"}
+    return projections | {f"qkv.{name}_conv.weight": (f"{name}_conv1d.weight", turned(name)[1]) for name in "qkv"}
+
+
+def delta_net(**settings):
+    from fla.layers import DeltaNet
+
+    return Family(
+        {"delta_net": {"num_heads": HEADS}},
+        lambda i: DeltaNet(hidden_size=D, num_heads=HEADS, layer_idx=i, **settings),
+        fla_call,
+        convolved() | matrices(beta="b_proj", out="o_proj") | {"norm.scale": ("o_norm.weight", same)},
+        fla_cache,
+        delta_states,
+    )
+
+
+def delta_net_gated():
+    """With an output gate and beta up to 2."""
+    family = delta_net(use_gate=True, allow_neg_eigval=True)
+    family.config["delta_net"] |= {"output_gate": True, "beta_max": 2.0}
+    family.names |= matrices(output_gate="g_proj")
+    return family
+
+
+GATED = matrices(beta="b_proj", decay="a_proj", output_gate="g_proj", out="o_proj") | {
+    "decay_bias": ("dt_bias", same),
+    "A_log": ("A_log", same),
+    "norm.scale": ("o_norm.weight", same),
+}
+
+
+def gated_delta_net():
+    from fla.layers import GatedDeltaNet
+
+    return Family(
+        {"gated_delta_net": {"num_heads": HEADS, "expand_k": 0.75, "expand_v": 1.5}},
+        lambda i: GatedDeltaNet(hidden_size=D, num_heads=HEADS, head_dim=3 * K // 4, layer_idx=i),
+        fla_call,
+        convolved() | GATED,
+        fla_cache,
+        delta_states,
+    )

@@ -16,6 +16,67 @@ class GroupNorm(nn.Module):
         return F.group_norm(x.flatten(0, 1), self.groups, self.weight, self.bias, self.eps).view(x.shape)
 
 
+class ShortConvolution(nn.Conv1d):
+    """With a cache of the last inputs, as many as it has taps."""
+
+    def __init__(self, hidden_size, kernel_size, bias=False, activation=None, **_):
+        super().__init__(hidden_size, hidden_size, kernel_size, groups=hidden_size, bias=bias)
+        self.activation = {"silu": F.silu, None: lambda x: x}[activation]
+
+    def forward(self, x, cache=None, output_final_state=False, **_):
+        taps = self.kernel_size[0]
+        cache = x.new_zeros(x.shape[0], x.shape[2], taps) if cache is None else cache
+        x = torch.cat([cache, x.transpose(1, 2)], 2)
+        y = self.activation(super().forward(x[..., 1:])).transpose(1, 2)
+        return y, x[..., -taps:] if output_final_state else None
+
+
+def patch_delta_rules():
+    import fla.layers.delta_net
+    import fla.layers.gated_deltanet
+    import fla.layers.gated_deltaproduct
+    import fla.layers.kda
+    from fla.ops.delta_rule.naive import delta_rule_recurrence
+    from fla.ops.gated_delta_product.naive import naive_recurrent_gated_delta_product
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+    from fla.ops.kda.gate import naive_kda_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    def unit(x):
+        return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+    def delta_rule(q, k, v, beta, initial_state, output_final_state, **_):
+        arrays = (x.transpose(1, 2) for x in (unit(q), unit(k), v, beta))
+        o, last = delta_rule_recurrence(*arrays, initial_state, output_final_state)
+        return o.transpose(1, 2), last
+
+    def gated(q, k, v, g, beta, A_log=None, dt_bias=None, allow_neg_eigval=False, **kwargs):
+        if A_log is not None:
+            g, beta = -A_log.exp() * F.softplus(g + dt_bias), (1 + allow_neg_eigval) * beta.sigmoid()
+        q, k = (unit(x).repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+        state = {name: kwargs[name] for name in ("initial_state", "output_final_state")}
+        return naive_recurrent_gated_delta_rule(q, k, v, beta, g, **state)
+
+    def product(q, k, v, g, beta, initial_state, output_final_state, num_householder, **_):
+        return naive_recurrent_gated_delta_product(
+            unit(q), unit(k), v, g, beta, q.shape[-1] ** -0.5, None, initial_state, output_final_state, num_householder
+        )
+
+    def kda(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, initial_state, output_final_state, **_):
+        g, beta = naive_kda_gate(g, A_log, dt_bias), (1 + allow_neg_eigval) * beta.sigmoid()
+        return naive_recurrent_kda(unit(q), unit(k), v, g, beta, None, initial_state, output_final_state)
+
+    layers = fla.layers
+    for module in (layers.delta_net, layers.gated_deltanet, layers.gated_deltaproduct, layers.kda):
+        module.ShortConvolution, module.FusedRMSNormGated, module.RMSNorm = ShortConvolution, RMSNorm, RMSNorm
+    layers.delta_net.chunk_delta_rule = layers.delta_net.fused_recurrent_delta_rule = delta_rule
+    layers.gated_deltanet.chunk_gated_delta_rule = layers.gated_deltanet.fused_recurrent_gated_delta_rule = gated
+    layers.gated_deltanet.GatedDeltaNet._use_fused_qkv_conv = lambda *_, **__: False
+    layers.gated_deltaproduct.chunk_gated_delta_product = product
+    layers.gated_deltaproduct.fused_recurrent_gated_delta_rule = gated
+    layers.kda.chunk_kda = layers.kda.fused_recurrent_kda = kda
+
+
 def patch_fla():
     import fla.layers.gla
     import fla.layers.hgrn2
@@ -33,6 +94,7 @@ def patch_fla():
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
     from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 
+    patch_delta_rules()
     state = ("initial_state", "output_final_state")
 
     def only(kwargs, *names):

@@ -42,6 +42,10 @@ FAMILIES = {
         fla_layers.gla,
         fla_layers.hgrn2,
         fla_layers.rwkv6,
+        fla_layers.delta_net,
+        fla_layers.delta_net_gated,
+        fla_layers.gated_delta_net,
+        transformers_layers.gated_delta_net_qwen3_next,
     )
 }
 

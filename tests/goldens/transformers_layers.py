@@ -1,5 +1,7 @@
 """The families whose reference is a layer of transformers."""
 
+import inspect
+
 import torch
 from family import EPSILON, HEADS, LAYERS, D, Family, K, matrices, same
 
@@ -115,4 +117,54 @@ def attention():
         matrices(q="q_proj", k="k_proj", v="v_proj", out="o_proj"),
         lambda: DynamicCache(config=config),
         lambda cache, index: {},
+    )
+
+
+def gated_delta_net_qwen3_next():
+    """Heads of v in groups that share q and k: rows of the projections there are by group, of all that it has."""
+    from transformers import DynamicCache
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn"):
+        setattr(qwen3_next, name, inspect.unwrap(getattr(qwen3_next, name)))  # not the kernels of another package
+    v_heads = 2 * HEADS
+    config = qwen3_next.Qwen3NextConfig(
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        layer_types=["linear_attention"] * LAYERS,
+        linear_num_key_heads=HEADS,
+        linear_num_value_heads=v_heads,
+        linear_key_head_dim=K,
+        linear_value_head_dim=K,
+        rms_norm_eps=EPSILON,
+    )
+
+    def of_groups(start, stop):  # of a group's q, k, two v, two z
+        return lambda weight: weight.view(HEADS, 6 * K, D)[:, start * K : stop * K].reshape(-1, D).T
+
+    def gates(i):
+        return lambda weight: weight.view(HEADS, 2, 2, D)[:, i].reshape(v_heads, D).T
+
+    def taps(start, stop):
+        return lambda weight: weight[start * D : stop * D, 0]
+
+    places = {"q": (0, 1), "k": (1, 2), "v": (2, 4)}
+
+    def states(cache, index):
+        conv, recurrent = cache.get_conv_state(index, state_idx=0), cache.get_recurrent_state(index, state_idx=0)
+        found = {f"mixer.conv.{name}": conv[:, a * D : b * D, -3:].transpose(1, 2) for name, (a, b) in places.items()}
+        return found | {"mixer.S": recurrent}
+
+    return Family(
+        {"gated_delta_net": {"num_heads": HEADS, "num_v_heads": v_heads, "expand_k": 1.0, "expand_v": 2.0}},
+        lambda i: qwen3_next.Qwen3NextGatedDeltaNet(config, i),
+        lambda module, x, cache, index: module(x, cache),
+        {f"qkv.{name}.kernel": ("in_proj_qkvz.weight", of_groups(*place)) for name, place in places.items()}
+        | {f"qkv.{name}_conv.weight": ("conv1d.weight", taps(*place)) for name, place in places.items()}
+        | {"output_gate.kernel": ("in_proj_qkvz.weight", of_groups(4, 6))}
+        | {f"{name}.kernel": ("in_proj_ba.weight", gates(i)) for i, name in enumerate(("beta", "decay"))}
+        | {"decay_bias": ("dt_bias", same), "A_log": ("A_log", same), "norm.scale": ("norm.weight", same)}
+        | matrices(out="out_proj"),
+        lambda: DynamicCache(config=config),
+        states,
     )

@@ -29,6 +29,8 @@ VARIANTS = {
     "h3": [{"head_dim": 4, "state_dim": 8, "shift_width": 3}],
     "mamba": [{"expand": 1, "state_dim": 3, "conv_width": 2, "dt_rank": 5}],
     "mamba2": [{"head_dim": 8, "state_dim": 4, "groups": 2}],
+    "delta_net": [{"num_heads": 2, "expand_v": 2.0, "beta_max": 2.0, "output_gate": True}],
+    "gated_delta_net": [{"num_heads": 2, "num_v_heads": 4, "expand_k": 1.0, "expand_v": 2.0, "conv_width": 2}],
 }
 # Outputs at one place of a linear, time-invariant family see fixed lags, whatever the tokens are: it finds no marker.
 TIME_INVARIANT = ("s4d",)

@@ -119,6 +119,8 @@ SATURATED = {  # every family whose gates see the token; those of s4d and h3 are
     "dfw": ("key_gate.kernel", "value_gate.kernel"),
     "mamba": ("dt_up",),
     "mamba2": ("in_dt.kernel",),
+    "delta_net": ("beta.kernel",),
+    "gated_delta_net": ("beta.kernel", "decay.kernel"),
 }
 
 

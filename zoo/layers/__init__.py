@@ -7,8 +7,9 @@ from zoo.layers.dropout import dropout
 from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
-from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, gated, rms_norm
+from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, gated, rms_norm, unit_length
 from zoo.layers.parameter import parameter, with_axes
+from zoo.layers.qkv import ConvolvedQKV
 from zoo.layers.rotary import rotary
 from zoo.layers.rounded_once import rounded_once
 from zoo.layers.short_conv import ShortConv
@@ -19,6 +20,7 @@ __all__ = [
     "GELU",
     "MLPS",
     "ChannelMixing",
+    "ConvolvedQKV",
     "DiagonalSSM",
     "DiagonalSSMConfig",
     "GatedRMSNorm",
@@ -40,5 +42,6 @@ __all__ = [
     "soft_cap",
     "step_size_bias",
     "token_shift",
+    "unit_length",
     "with_axes",
 ]

@@ -1,4 +1,4 @@
-"""Norms: root-mean-square (Zhang & Sennrich 2019, arXiv:1910.07467) and mean-and-variance a head (2016, 1607.06450)."""
+"""Norms: root-mean-square (Zhang & Sennrich 2019, arXiv:1910.07467), mean-and-variance a head (1607.06450), length."""
 
 from collections.abc import Callable
 
@@ -18,6 +18,11 @@ def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) ->
     """
     scale_init = with_axes(jax.nn.initializers.ones, ("norm",), decay=False)
     return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_init=scale_init, rngs=rngs)
+
+
+def unit_length(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """x / sqrt(sum(x^2) + epsilon) over the last axis, in float32, rounded once: without epsilon, of length 1."""
+    return rounded_once(lambda x: x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + epsilon), x)
 
 
 def gated(norm: Callable, o: jax.Array, gate: jax.Array, activation: Callable) -> jax.Array:

@@ -2,7 +2,9 @@
 
 from zoo.mixers.attention import Attention
 from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.delta_net import DeltaNet
 from zoo.mixers.dfw import DFW
+from zoo.mixers.gated_delta_net import GatedDeltaNet
 from zoo.mixers.gated_retention import GatedRetention
 from zoo.mixers.gateloop import GateLoop
 from zoo.mixers.gla import GLA
@@ -33,6 +35,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "h3": H3,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
 }
 
 __all__ = ["MIXERS", "Mixer", "Sizes"]

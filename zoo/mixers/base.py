@@ -107,8 +107,8 @@ class Mixer(nnx.Module):
     def flops_per_token(config: Any, d_model: int, context_length: int) -> float:
         """Forward floating-point operations a token (multiply and add are two): projections and recurrence.
 
-        The recurrence counts its definition (write k v^T, read q^T S: 4 K V a head), not what a chunked
-        algorithm spends on it; softmax attention counts the whole context for each token.
+        The recurrence counts its definition (write k v^T, read q^T S: 4 K V a head; a delta rule reads k^T S too:
+        6 K V), not what a chunked algorithm spends on it; softmax attention counts the whole context for each token.
         """
         raise NotImplementedError
 
@@ -122,6 +122,12 @@ def positions_or_default(positions: jax.Array | None, x: jax.Array) -> jax.Array
 def heads_or_default(num_heads: int, d_model: int, head_width: int) -> int:
     """`num_heads`, or for 0 a head for each `head_width` of the model's width, at least 4."""
     return num_heads or max(4, d_model // head_width)
+
+
+def heads_at_most(num_heads: int, width: int, head_width: int) -> int:
+    """`num_heads`, or for 0 the fewest, at least 4, that cut `width` into heads of at most `head_width`."""
+    least = max(4, -(-width // head_width))
+    return num_heads or next((heads for heads in range(least, width) if width % heads == 0), max(width, 1))
 
 
 def check_heads(fields: dict[str, int], width_name: str, width: int) -> list[str]:
