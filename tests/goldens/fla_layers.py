@@ -222,15 +222,8 @@ def rwkv6():
     )
 
 
-def delta_states(cache, index):
-    entry = cache[index]
-    conv = zip("qkv", entry["conv_state"], strict=True)
-    inputs = {f"mixer.conv.{name}": x[..., 1:].transpose(1, 2) for name, x in conv}
-    return {"mixer.S": entry["recurrent_state"]} | inputs
-
-
 def convolved(order=None):
-    """q, k, v and their convolutions; `order`: of a kernel's columns here, by name."""
+    """q, k, v and their convolutions; `order`: by name, of a projection's outputs here."""
 
     def turned(name):
         at = (order or {}).get(name, slice(None))
@@ -238,6 +231,17 @@ def convolved(order=None):
 
     projections = {f"qkv.{name}.kernel": (f"{name}_proj.weight", turned(name)[0]) for name in "qkv"}
     return projections | {f"qkv.{name}_conv.weight": (f"{name}_conv1d.weight", turned(name)[1]) for name in "qkv"}
+
+
+def delta_states(order=None):
+    def states(cache, index):
+        found = {"mixer.S": cache[index]["recurrent_state"]}
+        for name, inputs in zip("qkv", cache[index]["conv_state"], strict=True):
+            inputs = inputs[:, (order or {}).get(name, slice(None)), 1:]
+            found[f"mixer.conv.{name}"] = inputs.transpose(1, 2)
+        return found
+
+    return states
 
 
 def delta_net(**settings):
@@ -249,7 +253,7 @@ def delta_net(**settings):
         fla_call,
         convolved() | matrices(beta="b_proj", out="o_proj") | {"norm.scale": ("o_norm.weight", same)},
         fla_cache,
-        delta_states,
+        delta_states(),
     )
 
 
@@ -277,5 +281,43 @@ def gated_delta_net():
         fla_call,
         convolved() | GATED,
         fla_cache,
-        delta_states,
+        delta_states(),
+    )
+
+
+def gated_delta_product():
+    from fla.layers import GatedDeltaProduct
+
+    steps, key_width = 2, 3 * K // 4
+
+    def by_heads(width):  # rows there are by step, then by head
+        return torch.arange(steps * HEADS * width).view(steps, HEADS, width).transpose(0, 1).flatten()
+
+    order = {"k": by_heads(key_width), "v": by_heads(2 * key_width)}
+    return Family(
+        {"gated_delta_product": {"num_householder": steps, "num_heads": HEADS, "expand_k": 0.75, "expand_v": 1.5}},
+        lambda i: GatedDeltaProduct(
+            hidden_size=D, num_heads=HEADS, head_dim=key_width, num_householder=steps, layer_idx=i
+        ),
+        fla_call,
+        convolved(order) | GATED,
+        fla_cache,
+        delta_states(order),
+    )
+
+
+def kda():
+    from fla.layers import KimiDeltaAttention
+
+    return Family(
+        {"kda": {"num_heads": HEADS}},
+        lambda i: KimiDeltaAttention(hidden_size=D, num_heads=HEADS, head_dim=K, layer_idx=i),
+        fla_call,
+        convolved()
+        | matrices(decay_down="f_proj.0", decay_up="f_proj.1", gate_down="g_proj.0", gate_up="g_proj.1")
+        | matrices(beta="b_proj", out="o_proj")
+        | {"gate_up.bias": ("g_proj.1.bias", same), "decay_bias": ("dt_bias", same), "A_log": ("A_log", same)}
+        | {"norm.scale": ("o_norm.weight", same)},
+        fla_cache,
+        delta_states(),
     )

@@ -31,6 +31,7 @@ FAMILIES = {
     function.__name__: function
     for function in (
         transformers_layers.attention,
+        transformers_layers.attention_qwen3_next,
         fla_layers.linear_attention,
         fla_layers.linear_attention_relu,
         fla_layers.linear_attention_taylor2,
@@ -46,6 +47,8 @@ FAMILIES = {
         fla_layers.delta_net_gated,
         fla_layers.gated_delta_net,
         transformers_layers.gated_delta_net_qwen3_next,
+        fla_layers.gated_delta_product,
+        fla_layers.kda,
     )
 }
 

@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from family import EPSILON, HEADS, LAYERS, D, Family, K, matrices, same
+from family import EPSILON, HEADS, LAYERS, D, Family, K, RMSNorm, matrices, same
 
 
 class PlainCache(dict):
@@ -167,4 +167,50 @@ def gated_delta_net_qwen3_next():
         | matrices(out="out_proj"),
         lambda: DynamicCache(config=config),
         states,
+    )
+
+
+def attention_qwen3_next():
+    """With norms on q and k and an output gate, without positions."""
+    from transformers import DynamicCache
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+
+    config = qwen3_next.Qwen3NextConfig(
+        hidden_size=D,
+        num_attention_heads=HEADS,
+        num_key_value_heads=1,
+        num_hidden_layers=LAYERS,
+        layer_types=["full_attention"] * LAYERS,
+        head_dim=K,
+        rms_norm_eps=EPSILON,
+    )
+    config._attn_implementation = "eager"
+
+    def layer(index):
+        module = qwen3_next.Qwen3NextAttention(config, index)
+        module.q_norm, module.k_norm = RMSNorm(K), RMSNorm(K)  # theirs hold the scale less 1
+        return module
+
+    def call(module, x, cache, index):
+        start = 0 if cache is None else cache.get_seq_length(index)
+        places = torch.arange(start + x.shape[1])
+        mask = torch.where(places[None] <= places[start:, None], 0.0, -torch.inf)[None, None]
+        still = torch.ones(1, x.shape[1], K), torch.zeros(1, x.shape[1], K)  # cosines and sines of no turn
+        return module(x, position_embeddings=still, attention_mask=mask, cache=cache)[0]
+
+    def half(i):  # of each head: q, then its gate
+        return lambda weight: weight.view(HEADS, 2, K, D)[:, i].reshape(HEADS * K, D).T
+
+    return Family(
+        {
+            "positions": "none",
+            "attention": {"num_heads": HEADS, "num_kv_heads": 1, "qk_norm": True, "output_gate": True},
+        },
+        layer,
+        call,
+        {"q.kernel": ("q_proj.weight", half(0)), "output_gate.kernel": ("q_proj.weight", half(1))}
+        | {f"{name}_norm.scale": (f"{name}_norm.weight", same) for name in "qk"}
+        | matrices(k="k_proj", v="v_proj", out="o_proj"),
+        lambda: DynamicCache(config=config),
+        lambda cache, index: {},
     )

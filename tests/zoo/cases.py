@@ -12,7 +12,7 @@ from zoo.mixers import MIXERS, Sizes
 
 D_MODEL = 32
 VARIANTS = {
-    "attention": [{"qk_norm": True, "num_kv_heads": 2}, {"window": 5}],
+    "attention": [{"qk_norm": True, "num_kv_heads": 2, "output_gate": True}, {"window": 5}],
     "linear_attention": [
         {"feature_map": "taylor2", "key_width": 4},
         {"feature_map": "identity"},
@@ -31,6 +31,8 @@ VARIANTS = {
     "mamba2": [{"head_dim": 8, "state_dim": 4, "groups": 2}],
     "delta_net": [{"num_heads": 2, "expand_v": 2.0, "beta_max": 2.0, "output_gate": True}],
     "gated_delta_net": [{"num_heads": 2, "num_v_heads": 4, "expand_k": 1.0, "expand_v": 2.0, "conv_width": 2}],
+    "gated_delta_product": [{"num_householder": 3, "num_heads": 2, "expand_v": 0.5}],
+    "kda": [{"num_heads": 2, "expand_v": 0.5, "gate_rank": 3}],
 }
 # Outputs at one place of a linear, time-invariant family see fixed lags, whatever the tokens are: it finds no marker.
 TIME_INVARIANT = ("s4d",)

@@ -121,6 +121,8 @@ SATURATED = {  # every family whose gates see the token; those of s4d and h3 are
     "mamba2": ("in_dt.kernel",),
     "delta_net": ("beta.kernel",),
     "gated_delta_net": ("beta.kernel", "decay.kernel"),
+    "gated_delta_product": ("beta.kernel", "decay.kernel"),
+    "kda": ("beta.kernel", "decay_up.kernel"),
 }
 
 

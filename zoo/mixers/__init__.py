@@ -5,11 +5,13 @@ from zoo.mixers.base import Mixer, Sizes
 from zoo.mixers.delta_net import DeltaNet
 from zoo.mixers.dfw import DFW
 from zoo.mixers.gated_delta_net import GatedDeltaNet
+from zoo.mixers.gated_delta_product import GatedDeltaProduct
 from zoo.mixers.gated_retention import GatedRetention
 from zoo.mixers.gateloop import GateLoop
 from zoo.mixers.gla import GLA
 from zoo.mixers.h3 import H3
 from zoo.mixers.hgrn2 import HGRN2
+from zoo.mixers.kda import KDA
 from zoo.mixers.lightning import Lightning
 from zoo.mixers.linear_attention import LinearAttention
 from zoo.mixers.mamba import Mamba
@@ -37,6 +39,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "gated_delta_product": GatedDeltaProduct,
+    "kda": KDA,
 }
 
 __all__ = ["MIXERS", "Mixer", "Sizes"]

@@ -2,7 +2,8 @@
 
     o_t = sum_s p_ts v_s,   p_ts = softmax over s <= t of (q_t . k_s / sqrt(K)),   y_t = W_o o_t
 
-Optional: a norm on q and k (2302.05442), a sliding window of `window` tokens.
+Optional: a norm on q and k (2302.05442), a sliding window of `window` tokens, a gate on what is read (2505.06708, as in
+Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
 State: the keys and values so far, [batch, max_length, kv_heads, K], the number of tokens in them, and where the
 current segment starts. More than max_length tokens, of all segments and padding together, with a window too, are a
 ValueError where their number is known, else NaN.
@@ -29,6 +30,7 @@ class AttentionConfig:
     rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
     qk_norm: bool = setting(False, "an RMS norm on each head's q and k")
     window: int = setting(0, "tokens a query sees, itself included", unit="token", zero="all before it")
+    output_gate: bool = setting(False, "a sigmoid gate on what is read, for each entry of each head")
 
 
 def _widths(config: AttentionConfig, d_model: int) -> tuple[int, int, int]:
@@ -65,9 +67,9 @@ class Attention(Mixer):
             self.q_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
             self.k_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.qk_norm = config.qk_norm
-        self.out = linear(
-            self.heads * self.head_dim, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs
-        )
+        width = self.heads * self.head_dim
+        self.output_gate = linear(d, width, ("embed", "heads"), dtype=dtype, rngs=rngs) if config.output_gate else None
+        self.out = linear(width, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         batch, time = x.shape[:2]
@@ -91,7 +93,10 @@ class Attention(Mixer):
             o = ops.attention(q, k, v, window=self.window, segment_ids=segment_ids)
         else:
             o, state = self._continue(q, k, v, segment_ids, state)
-        return self.out(o.reshape(batch, time, -1)), state
+        o = o.reshape(batch, time, -1)
+        if self.output_gate is not None:
+            o = rounded_once(lambda o, gate: o * jax.nn.sigmoid(gate), o, self.output_gate(x))
+        return self.out(o), state
 
     def _continue(self, q, k, v, segment_ids, state):
         """Append k and v to the cache and attend to it: entries of the current segment, and those before t here."""
@@ -146,9 +151,11 @@ class Attention(Mixer):
     @staticmethod
     def num_parameters(config, d_model):
         heads, kv_heads, head_dim = _widths(config, d_model)
-        return 2 * d_model * head_dim * (heads + kv_heads) + (2 * head_dim if config.qk_norm else 0)
+        gate = d_model * head_dim * heads if config.output_gate else 0
+        return 2 * d_model * head_dim * (heads + kv_heads) + gate + (2 * head_dim if config.qk_norm else 0)
 
     @staticmethod
     def flops_per_token(config, d_model, context_length):
         heads, kv_heads, head_dim = _widths(config, d_model)
-        return 4 * d_model * head_dim * (heads + kv_heads) + 4 * heads * head_dim * context_length
+        gate = 2 * d_model * head_dim * heads if config.output_gate else 0
+        return 4 * d_model * head_dim * (heads + kv_heads) + gate + 4 * heads * head_dim * context_length

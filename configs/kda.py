@@ -1,0 +1,9 @@
+"""Kimi Delta Attention in every layer. Sizes: configs/kda.py:tiny, 10m, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "kda"
+    return config
