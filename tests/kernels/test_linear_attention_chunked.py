@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kernels import linear_attention
+from kernels.chunks import decay_sums, join
 from kernels.dispatch import Device
 from kernels.linear_attention import specs
-from kernels.linear_attention.chunked import decay_sums, join
 
 chunked_module = importlib.import_module("kernels.linear_attention.chunked")
 
