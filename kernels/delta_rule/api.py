@@ -16,9 +16,10 @@ from kernels.checks import (
     check_shape,
 )
 from kernels.delta_rule import specs
+from kernels.delta_rule.chunked import chunked
 from kernels.delta_rule.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
 OP = "delta_rule"
 
 
