@@ -33,7 +33,7 @@ def evaluate(closed, args, passes):
         if name == "dot_general":
             outputs = [product(*inputs, params, passes)]
         elif name == "scan":
-            outputs = scan(inner(params["jaxpr"]), inputs, params)
+            outputs = scan(inner(params["jaxpr"]), inputs, eqn)
         elif name in INNER:
             outputs = inner(params[INNER[name]])(*inputs)
         else:
@@ -44,15 +44,18 @@ def evaluate(closed, args, passes):
     return [value(var) for var in jaxpr.outvars]
 
 
-def scan(body, inputs, params):
-    consts, carries = params["num_consts"], params["num_carry"]
+def scan(body, inputs, eqn):
+    """What a scan stacks has an axis more outside than in its body."""
+    inside = eqn.params["jaxpr"].jaxpr
+    carries = sum(a.aval.ndim == b.aval.ndim for a, b in zip(inside.outvars, eqn.outvars, strict=True))
+    fixed = sum(a.aval.ndim == b.aval.ndim for a, b in zip(inside.invars, eqn.invars, strict=True))
+    consts, carry, xs = inputs[: fixed - carries], inputs[fixed - carries : fixed], inputs[fixed:]
 
     def step(carry, xs):
-        outputs = body(*inputs[:consts], *carry, *xs)
+        outputs = body(*consts, *carry, *xs)
         return outputs[:carries], outputs[carries:]
 
-    carry = inputs[consts : consts + carries]
-    carry, stacked = lax.scan(step, carry, inputs[consts + carries :], params["length"], params["reverse"])
+    carry, stacked = lax.scan(step, carry, xs, length=eqn.params["length"], reverse=eqn.params["reverse"])
     return [*carry, *stacked]
 
 
