@@ -32,7 +32,7 @@ import zoo.model
 from benchmarks import record
 from kernels import dispatch
 from zoo import ops
-from zoo.config import preset
+from zoo.config_files import family_config
 from zoo.mixers import MIXERS
 
 SEQUENCES, SEEDS = 16, (0, 1)
@@ -106,10 +106,8 @@ def token_errors(value: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def _model(family: str, dtype: str, seed: int):
-    config = preset("tiny").model
-    config.mixer, config.num_layers, config.d_model, config.vocab_size, config.dtype = family, 3, 64, 256, dtype
-    if family == "rwkv6":
-        config.mlp = "channel_mixing"
+    config = family_config(family).model
+    config.num_layers, config.d_model, config.vocab_size, config.dtype = 3, 64, 256, dtype
     return nnx.split(zoo.model.LanguageModel(config, rngs=nnx.Rngs(seed)))
 
 

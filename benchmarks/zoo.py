@@ -13,7 +13,6 @@ A run that was stopped goes on where it was when the command is repeated.
 
 import argparse
 import functools
-import importlib
 import json
 import pathlib
 import statistics
@@ -26,6 +25,7 @@ from flax import nnx
 from benchmarks import record
 from zoo import checkpoints, compile_cache, flops, plots
 from zoo.config import Config, from_json
+from zoo.config_files import family_config
 from zoo.files import expand
 from zoo.mixers import MIXERS
 from zoo.mixers.gla import GATES
@@ -39,8 +39,7 @@ SEEDS = (0, 1, 2)
 
 
 def config_of(family: str, size: str, steps: int) -> Config:
-    name = "transformer" if family == "attention" else family
-    config = importlib.import_module(f"configs.{name}").get_config(size)
+    config = family_config(family, size)
     config.train.steps = steps
     config.eval.every = config.checkpoint.every = steps
     config.eval.final_batches = config.eval.batches

@@ -25,7 +25,10 @@ REMAT = {
     "none": "", "minimal": "elementwise work", "full": "all", "family": "all but what the family's file names",
 }  # fmt: skip
 POSITIONS = {"rope": "rotary, in softmax attention", "learned": "added to the embedding", "none": ""}
-MLP_CHOICES = {"swiglu": "", "gelu": "no gate", "channel_mixing": "RWKV's", "none": "no MLP in a block"}
+MLP_CHOICES = {
+    "swiglu": "", "gelu": "no gate", "channel_mixing": "RWKV-6's", "channel_mixing_ungated": "RWKV-7's",
+    "none": "no MLP in a block",
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = {"adamw": "", "muon": "matrices by Muon, all else by AdamW"}
 SCHEDULES = {"cosine": "", "linear": "", "wsd": "warm-up, stable, decay", "constant": ""}

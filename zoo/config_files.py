@@ -25,6 +25,11 @@ def shipped() -> list[str]:
     return sorted(file.stem for file in _folder().glob("*.py") if file.name != "__init__.py")
 
 
+def family_config(family: str, size: str = "tiny") -> Config:
+    """The config that comes with the package of one family in every layer, with the MLP that belongs to it."""
+    return load_config(f"{'transformer' if family == 'attention' else family}:{size}")
+
+
 def load_config(spec: str) -> Config:
     """The config of NAME, NAME:SIZE, FILE.py, FILE.py:SIZE or FILE.json.
 

@@ -23,7 +23,8 @@ from zoo.mixers import MIXERS, Sizes
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
 UNROLLED_UNITS = 4
 
-# {"position": int32 [B], "layers": {"mixer": ..., "mlp": ...} for each layer of the unit, stacked over units}
+# {"position": int32 [B], "layers": {"mixer": ..., "mlp": ...} for each layer of the unit, stacked over units,
+#  "input": by family, of those that read the model's input in each layer}
 State = Mapping[str, Any]
 
 
@@ -43,14 +44,15 @@ class Block(nnx.Module):
             mlp = MLPS["swiglu" if config.mlp == "none" else config.mlp]
             self.mlp = mlp(config.d_model, d_ff, init_scale=sizes.output_scale, dtype=sizes.dtype, rngs=rngs)
 
-    def __call__(self, x, *, segment_ids, positions, state, dropout_key, depth):
+    def __call__(self, x, *, segment_ids, positions, state, dropout_key, depth, of_input):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         before = {"mixer": None, "mlp": None} if state is None else state
         after = dict(before)
         if self.has_mixer:
-            of_depth = {} if depth is None else {"depth": depth}
+            of_model = {"depth": depth, "of_input": of_input}
+            of_model = {name: value for name, value in of_model.items() if value is not None}
             y, after["mixer"] = self.mixer(
-                self.mixer_norm(x), segment_ids=segment_ids, positions=positions, state=before["mixer"], **of_depth
+                self.mixer_norm(x), segment_ids=segment_ids, positions=positions, state=before["mixer"], **of_model
             )
             x = x + dropout(y, self.dropout, keys[0])
         if self.has_mlp:
@@ -75,11 +77,12 @@ class Unit(nnx.Module):
             for i, layer in enumerate(layers)
         )
 
-    def __call__(self, x, *, segment_ids, positions, states, dropout_key, depths):
+    def __call__(self, x, *, segment_ids, positions, states, dropout_key, depths, of_input):
         new_states = []
-        for i, (block, state, depth) in enumerate(zip(self.blocks, states, depths, strict=True)):
+        for i, (block, state, depth, inputs) in enumerate(zip(self.blocks, states, depths, of_input, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            x, state = block(x, segment_ids=segment_ids, positions=positions, state=state, dropout_key=key, depth=depth)
+            given = {"segment_ids": segment_ids, "positions": positions, "depth": depth, "of_input": inputs}
+            x, state = block(x, state=state, dropout_key=key, **given)
             new_states.append(state)
         return x, new_states
 
@@ -199,21 +202,21 @@ class LanguageModel(nnx.Module):
         x = sharding.constrain(dropout(x, self.dropout, keys[0]), "batch", "time", None)
 
         graphdef, parameters = nnx.split(self.units)
+        of_input, input_state = self._on_input(x, segment_ids, None if state is None else state["input"])
 
         def unit(x, per_unit):
             parameters, index, depths, states = per_unit
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
-            return nnx.merge(graphdef, parameters)(
-                x, segment_ids=segment_ids, positions=positions, states=states, dropout_key=key, depths=depths
-            )
+            given = {"segment_ids": segment_ids, "positions": positions, "depths": depths, "of_input": of_input}
+            return nnx.merge(graphdef, parameters)(x, states=states, dropout_key=key, **given)
 
         layer_states = [None] * len(self.units.blocks) if state is None else state["layers"]
         per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(), layer_states)
         # Unrolled, the compiler would find what is computed again already computed, and keep it.
         unroll = self.num_units if self.num_units <= UNROLLED_UNITS and self.remat == "none" else 1
         x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit, unroll=unroll)
-        new_state = None if state is None else {"position": positions[:, -1] + 1, "layers": layer_states}
-        return self.norm(x), new_state
+        new_state = {"position": positions[:, -1] + 1, "layers": layer_states, "input": input_state}
+        return self.norm(x), None if state is None else new_state
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         """The state before the first token.
@@ -224,7 +227,30 @@ class LanguageModel(nnx.Module):
         dtype = self.embed.dtype
         layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]
         stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_units, *leaf.shape)), layers)
-        return {"position": jnp.zeros((batch_size,), jnp.int32), "layers": stacked}
+        of_input = {
+            family: self.units.blocks[i].mixer.init_input_state(batch_size, dtype)
+            for family, i in self._readers_of_input().items()
+        }
+        return {"position": jnp.zeros((batch_size,), jnp.int32), "layers": stacked, "input": of_input}
+
+    def _readers_of_input(self) -> dict[str, int]:
+        """The families whose layers read the model's input, and the place of the first of them."""
+        families = [family for family in dict.fromkeys(self.pattern) if family != MLP_LAYER]
+        return {family: self.pattern.index(family) for family in families if MIXERS[family].reads_input}
+
+    def _on_input(
+        self, x: jax.Array, segment_ids: jax.Array | None, states: Mapping[str, Any] | None
+    ) -> tuple[list[jax.Array | None], dict[str, Any]]:
+        """What each block gets of the model's input, and the states that it leaves: see `Mixer.on_input`."""
+        found, after = [None] * len(self.pattern), {}
+        for family, i in self._readers_of_input().items():
+            graphdef, parameters = nnx.split(self.units.blocks[i])
+            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], parameters))
+            value, after[family] = block.mixer.on_input(
+                block.mixer_norm(x), segment_ids=segment_ids, state=None if states is None else states[family]
+            )
+            found = [value if layer == family else other for layer, other in zip(self.pattern, found, strict=True)]
+        return found, after
 
     def _over_depth(self) -> list[jax.Array | None]:
         """What the layers of each block get of the whole depth, [units, ...]: see `Mixer.over_depth`."""

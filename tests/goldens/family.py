@@ -20,7 +20,8 @@ class Family:
       config: our settings: of the model, and of the family's section under its name.
       layer: index -> the reference module.
       call: (module, x, cache, index) -> y; `cache` None for a full pass.
-      names: our parameter -> (the reference's, what turns it into ours). A constant stands for one it lacks.
+      names: our parameter -> (the reference's or a list of them, what turns it into ours). A constant stands for one
+        it lacks.
       cache: makes the cache.
       states: (cache, index) -> our state, by its name.
       mlp: index -> the reference's MLP, called as (x, cache); None for SwiGLU.

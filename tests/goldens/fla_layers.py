@@ -321,3 +321,65 @@ def kda():
         fla_cache,
         delta_states(),
     )
+
+
+def rwkv7():
+    from fla.layers.rwkv7 import LoRA, RWKV7Attention
+    from fla.models.rwkv7.modeling_rwkv7 import RWKV7FeedForward
+
+    ranks = {"decay_low_rank_dim": 3, "a_low_rank_dim": 4, "v_low_rank_dim": 5, "gate_low_rank_dim": 6}
+    first = {}
+
+    def layer(index):
+        module = RWKV7Attention(
+            hidden_size=D,
+            head_dim=K,
+            norm_eps=EPSILON,
+            layer_idx=index,
+            num_hidden_layers=LAYERS,
+            fuse_norm=True,
+            **ranks,
+        )
+        if index == 0:  # which has none, and ours one whose gradient is 0
+            module.v_lora = LoRA(D, D, low_rank_dim=5, activation=None)
+        return module
+
+    def call(module, x, cache, index):
+        y, _, _, first["v"] = module(x, past_key_values=cache, use_cache=cache is not None, v_first=first.get("v"))
+        return y + sum(0 * p.sum() for p in module.v_lora.parameters()) if index == 0 else y
+
+    class FeedForward(RWKV7FeedForward):
+        def forward(self, x, cache):
+            if cache is not None and "ffn_state" not in cache[self.layer_idx]:
+                cache[self.layer_idx]["ffn_state"] = None
+            return super().forward(x, state=cache)[0]
+
+    def states(cache, i):
+        entry = cache[i]
+        return {"mixer.S": entry["recurrent_state"], "mixer.last": entry["conv_state"], "mlp": entry["ffn_state"]}
+
+    narrow = {"decay": "w", "rate": "a", "value": "v", "gate": "g"}
+    return Family(
+        {
+            "mlp": "channel_mixing_ungated",
+            "rwkv7": {"num_heads": HEADS, "decay_rank": 3, "rate_rank": 4, "value_rank": 5, "gate_rank": 6},
+        },
+        layer,
+        call,
+        matrices(r="r_proj", k="k_proj", v="v_proj", out="o_proj")
+        | matrices(**{f"{ours}_down": f"{theirs}_lora.lora.0" for ours, theirs in narrow.items()})
+        | matrices(**{f"{ours}_up": f"{theirs}_lora.lora.2" for ours, theirs in narrow.items()})
+        | {f"{ours}_bias": (f"{narrow[ours]}_lora.lora.2.bias", same) for ours in ("decay", "rate", "value")}
+        | {
+            "mix": ([f"x_{z}" for z in "rwkvag"], lambda *mixes: torch.cat(mixes).flatten(1)),
+            "correction_scale": ("k_k", same),
+            "key_rate": ("k_a", same),
+            "bonus": ("r_k", same),
+            "norm.scale": ("g_norm.weight", same),
+            "norm.bias": ("g_norm.bias", same),
+        },
+        fla_cache,
+        states,
+        lambda i: FeedForward(D, intermediate_size=D_FF, layer_idx=i, num_hidden_layers=LAYERS),
+        matrices(key="key", value="value") | {"key_mix": ("x_k", same)},
+    )

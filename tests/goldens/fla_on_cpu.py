@@ -42,9 +42,6 @@ def patch_delta_rules():
     from fla.ops.kda.gate import naive_kda_gate
     from fla.ops.kda.naive import naive_recurrent_kda
 
-    def unit(x):
-        return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
-
     def delta_rule(q, k, v, beta, initial_state, output_final_state, **_):
         arrays = (x.transpose(1, 2) for x in (unit(q), unit(k), v, beta))
         o, last = delta_rule_recurrence(*arrays, initial_state, output_final_state)
@@ -77,6 +74,37 @@ def patch_delta_rules():
     layers.kda.chunk_kda = layers.kda.fused_recurrent_kda = kda
 
 
+def patch_rwkv7():
+    import fla.layers.rwkv7 as layer
+    import fla.models.rwkv7.modeling_rwkv7 as model
+    from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
+    from fla.ops.rwkv7.fused_addcmul import torch_addcmul_rwkv7
+    from fla.ops.rwkv7.fused_k_update import k_update_ref
+    from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
+
+    def chunk(r, w, k, v, a, b, scale, initial_state, output_final_state, **_):
+        arrays = (x.transpose(1, 2) for x in (r * scale * r.shape[-1] ** 0.5, k, v, a, b, w))
+        o, last = dplr_recurrence(*arrays, initial_state, output_final_state)
+        return o.transpose(1, 2), last
+
+    def recurrent(kk, a, **kwargs):
+        return chunk(a=-kk, b=kk * a, **kwargs)
+
+    def token_shift(x, cu_seqlens=None, cache=None, output_cache=False):
+        before = torch.zeros_like(x[:, :1]) if cache is None else cache.view(x.shape[0], 1, -1)
+        return torch.cat([before, x[:, :-1]], 1) - x, x[:, -1]
+
+    layer.chunk_rwkv7, layer.fused_mul_recurrent_rwkv7, layer.GroupNorm = chunk, recurrent, GroupNorm
+    layer.fused_addcmul_rwkv7, layer.fused_k_rwkv7 = torch_addcmul_rwkv7, k_update_ref
+    layer.gate_output_correction, layer.l2_norm = gate_output_correction_ref, unit
+    layer.token_shift = model.token_shift = token_shift
+    model.ACT2FN = {"sqrelu": lambda x: F.relu(x) ** 2}
+
+
+def unit(x):
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
 def patch_fla():
     import fla.layers.gla
     import fla.layers.hgrn2
@@ -95,6 +123,7 @@ def patch_fla():
     from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 
     patch_delta_rules()
+    patch_rwkv7()
     state = ("initial_state", "output_final_state")
 
     def only(kwargs, *names):

@@ -49,6 +49,7 @@ FAMILIES = {
         transformers_layers.gated_delta_net_qwen3_next,
         fla_layers.gated_delta_product,
         fla_layers.kda,
+        fla_layers.rwkv7,
     )
 }
 
@@ -95,7 +96,8 @@ def ours(model: Model, of: Callable) -> dict[str, torch.Tensor]:
         for name, source in names.items():
             if isinstance(source, tuple):
                 theirs, turn = source
-                rows = [turn(of(module.get_parameter(theirs))) for module in modules]
+                theirs = theirs if isinstance(theirs, list) else [theirs]
+                rows = [turn(*(of(module.get_parameter(one)) for one in theirs)) for module in modules]
             elif of(model.norm.weight) is model.norm.weight:
                 rows = [source] * LAYERS
             else:

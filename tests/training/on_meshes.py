@@ -22,6 +22,8 @@ from kernels import dispatch
 from zoo import config, sharding
 from zoo.checkpoints import named_leaves
 from zoo.config import Config, pattern
+from zoo.config_files import family_config
+from zoo.mixers import MIXERS
 from zoo.training import placement, step
 
 MESHES = ("data=8", "fsdp=8", "fsdp=4+tensor=2", "sequence=8", "data=2+sequence=2+tensor=2")
@@ -43,8 +45,8 @@ def make_config(mixer: str) -> Config:
             if hasattr(section, name) and not (family == "attention" and name == "head_dim"):
                 setattr(section, name, value)
     c.model.norm_epsilon = 1e-2
-    if mixer == "rwkv6":
-        c.model.mlp = "channel_mixing"
+    if mixer in MIXERS:
+        c.model.mlp = family_config(mixer).model.mlp
     c.train.batch_size, c.train.context_length, c.train.steps = ROWS, TIME, STEPS
     c.eval.batch_size = ROWS
     c.optimizer.name, c.optimizer.learning_rate, c.optimizer.schedule = "adamw", 1e-3, "constant"

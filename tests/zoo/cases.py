@@ -33,6 +33,7 @@ VARIANTS = {
     "gated_delta_net": [{"num_heads": 2, "num_v_heads": 4, "expand_k": 1.0, "expand_v": 2.0, "conv_width": 2}],
     "gated_delta_product": [{"num_householder": 3, "num_heads": 2, "expand_v": 0.5}],
     "kda": [{"num_heads": 2, "expand_v": 0.5, "gate_rank": 3}],
+    "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "value_rank": 5, "gate_rank": 6}],
 }
 # Outputs at one place of a linear, time-invariant family see fixed lags, whatever the tokens are: it finds no marker.
 TIME_INVARIANT = ("s4d",)

@@ -12,7 +12,7 @@ from tests.zoo.cases import CASES, D_MODEL, build
 
 FACTOR, EXACT = 1.2, 1e-6  # of the ideal's error: met to a percent, to 15 by mamba2, whose norm waits in bfloat16
 # Gates that are computed from rounded features: of a mixture of tokens, of a convolution.
-GATES = {"rwkv6": 2e-4, "mamba": 2e-3}
+GATES = {"rwkv6": 2e-4, "rwkv7": 2e-4, "mamba": 2e-3}
 SHAPE = (8, 13, D_MODEL)  # tokens enough for a median; a row with a start, a middle and no chunk's length
 
 

@@ -123,6 +123,7 @@ SATURATED = {  # every family whose gates see the token; those of s4d and h3 are
     "gated_delta_net": ("beta.kernel", "decay.kernel"),
     "gated_delta_product": ("beta.kernel", "decay.kernel"),
     "kda": ("beta.kernel", "decay_up.kernel"),
+    "rwkv7": ("decay_up.kernel", "decay_bias", "rate_up.kernel", "rate_bias", "value_up.kernel"),
 }
 
 

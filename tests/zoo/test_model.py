@@ -12,6 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from kernels import dispatch
 from tests.zoo.cases import error_ratio
 from zoo.config import preset
+from zoo.config_files import family_config
 from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
 from zoo.layers import GELU, embedding
 from zoo.mixers import MIXERS, Sizes
@@ -50,6 +51,7 @@ PATTERNS = {
     "learned positions": {"mixer": "attention", "positions": "learned", "max_positions": 2 * TIME},
     "an MLP without a gate": {"mixer": "gla", "mlp": "gelu"},
     "channel mixing": {"mixer": "rwkv6", "mlp": "channel_mixing", "d_ff": 32},
+    "values of the model's input": {"mixer": "gla,rwkv7", "mlp": "channel_mixing_ungated", "num_layers": 4, "d_ff": 32},
     "hgrn2 over the depth": {"mixer": "hgrn2,lightning", "num_layers": 4},
     "untied, soft cap": {"tie_embeddings": False, "logit_softcap": 5.0},
 }
@@ -167,8 +169,8 @@ def test_hessian_products_are_differences_of_gradients(tokens):
     "mixer", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS if name != "attention")]
 )
 def test_every_family_has_hessian_products(mixer, tokens):
-    mlp = {"mlp": "channel_mixing", "d_ff": 32} if mixer == "rwkv6" else {}
-    gradient, product, parameters = hessian_product(build(tiny(mixer=mixer, num_layers=1, d_model=64, **mlp)), tokens)
+    settings = {"mlp": family_config(mixer).model.mlp, "num_layers": 1, "d_model": 64}
+    gradient, product, parameters = hessian_product(build(tiny(mixer=mixer, **settings)), tokens)
     twice = jax.grad(lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(p))))
     with dispatch.use_implementation("reference"):
         jax.eval_shape(product, parameters, parameters)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.kernels.tpu import torus
-from zoo.config import preset
+from zoo.config_files import family_config
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
@@ -72,9 +72,8 @@ def test_a_mesh_that_no_torus_side_can_be_split_into_names_one_that_can():
 
 @pytest.mark.parametrize("family", MIXERS)
 def test_every_dimension_of_every_parameter_is_named_in_the_rule_table(family):
-    config = preset("tiny").model
-    config.mixer, config.vocab_size, config.tie_embeddings = family, 64, False
-    config.mlp = "channel_mixing" if family == "rwkv6" else "swiglu"
+    config = family_config(family).model
+    config.vocab_size, config.tie_embeddings = 64, False
     state = jax.eval_shape(lambda: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param))
     names = {name for name, _ in RULES}
     for path, variable in nnx.to_flat_state(state):

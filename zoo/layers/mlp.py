@@ -70,7 +70,7 @@ class GELU(nnx.Module):
 
 
 class ChannelMixing(nnx.Module):
-    """RWKV's channel mixing (Peng et al. 2024, arXiv:2404.05892), with xk and xr between x_t and x_{t-1}:
+    """RWKV-6's channel mixing (Peng et al. 2024, arXiv:2404.05892), with xk and xr between x_t and x_{t-1}:
 
         y = sigmoid(W_r xr) * W_v relu(W_k xk)^2        xk = x_t + mu_k (x_{t-1} - x_t), xr likewise
 
@@ -107,5 +107,43 @@ class ChannelMixing(nnx.Module):
         return (parameters - d_model**2 - 2 * d_model) / (2 * d_model)
 
 
+class UngatedChannelMixing(nnx.Module):
+    """RWKV-7's channel mixing (Peng et al. 2025, arXiv:2503.14456), with xk between x_t and x_{t-1}:
+
+        y = W_v relu(W_k xk)^2        xk = x_t + mu_k (x_{t-1} - x_t)
+
+    x, y: [B, T, d_model]; the inner width is d_ff. State: the last token's x, [batch, d_model].
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, init_scale: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.d_model = d_model
+        self.key_mix = parameter(1.0 - jnp.arange(d_model) / d_model, ("norm",), decay=False)
+        self.key = linear(d_model, d_ff, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.value = linear(d_ff, d_model, ("mlp", "embed"), init_scale=init_scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: jax.Array | None = None):
+        shifted, last = token_shift(x, segment_ids, state)
+        key = self.key(mixture(x, shifted, self.key_mix[...]))
+        inner = rounded_once(lambda key: jnp.square(jax.nn.relu(key)), key)
+        y = self.value(sharding.constrain(inner, "batch", "time", "mlp"))
+        return y, None if state is None else last
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch_size, self.d_model), dtype)
+
+    @staticmethod
+    def num_parameters(d_model: int, d_ff: int) -> int:
+        return 2 * d_model * d_ff + d_model
+
+    @staticmethod
+    def width(d_model: int, parameters: float) -> float:
+        return (parameters - d_model) / (2 * d_model)
+
+
 # `model.mlp`; "none" leaves the block without one
-MLPS = {"swiglu": SwiGLU, "gelu": GELU, "channel_mixing": ChannelMixing}
+MLPS = {
+    "swiglu": SwiGLU,
+    "gelu": GELU,
+    "channel_mixing": ChannelMixing,
+    "channel_mixing_ungated": UngatedChannelMixing,
+}

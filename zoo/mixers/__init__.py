@@ -19,6 +19,7 @@ from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
+from zoo.mixers.rwkv7 import RWKV7
 from zoo.mixers.s4d import S4D
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -41,6 +42,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_product": GatedDeltaProduct,
     "kda": KDA,
+    "rwkv7": RWKV7,
 }
 
 __all__ = ["MIXERS", "Mixer", "Sizes"]

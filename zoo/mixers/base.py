@@ -34,10 +34,12 @@ class Mixer(nnx.Module):
     Attributes:
       config_class: the family's config dataclass.
       saved_names: values tagged by `jax.ad_checkpoint.checkpoint_name` that the remat policy "family" keeps.
+      reads_input: whether the family's layers are handed what `on_input` makes of the model's input.
     """
 
     config_class: ClassVar[type]
     saved_names: ClassVar[tuple[str, ...]] = ()
+    reads_input: ClassVar[bool] = False
 
     def __init__(self, config: Any, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
         """`layer_index` counts from 0 and may be traced (the depth is stacked): use it in initial values only."""
@@ -79,6 +81,26 @@ class Mixer(nnx.Module):
           [N, P, ...]: each layer's entry is handed to its `__call__` as `depth`. A mixer without a model gets none.
         """
         return None
+
+    def on_input(
+        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None, state: State | None = None
+    ) -> tuple[Float[Array, "B T ..."], State]:
+        """What all of the family's layers are handed of the model's input, and the state for the next call.
+
+        Called on the first of them once a forward pass, before the depth is scanned, where `reads_input`.
+
+        Args:
+          x: the embedded tokens, in that layer's norm.
+          state: of `init_input_state` or an earlier call; None: from zero.
+
+        Returns:
+          what each layer's `__call__` gets as `of_input`, and the state. A mixer without a model gets none.
+        """
+        raise NotImplementedError
+
+    def init_input_state(self, batch_size: int, dtype: jnp.dtype) -> State:
+        """The state of `on_input` before the first token."""
+        raise NotImplementedError
 
     def init_state(self, batch_size: int, max_length: int, dtype: jnp.dtype) -> State:
         """The state before the first token. `max_length` (tokens) bounds caches; recurrent states ignore it.
