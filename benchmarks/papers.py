@@ -1,4 +1,4 @@
-"""Published set-ups, run again: `python -m benchmarks.papers h3 | mamba_copying | mamba_induction [--seeds=3]`.
+"""Published set-ups, run again: `python -m benchmarks.papers h3 | mamba_copying | mamba_induction | state_tracking`.
 
 h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training and 500 test rows, 2 layers of width 32,
   400 and 200 epochs, a tenth of them warm-up. As in the released code: LayerNorms, biases, MLPs without a gate (a gate
@@ -8,6 +8,9 @@ h3: H3's two synthetic tasks (arXiv:2212.14052) at full budget: 5,000 training a
 mamba_copying, mamba_induction: Mamba's tasks (arXiv:2312.00752) in reduced forms for a CPU: copying from 128 tokens
   (published: from 4096), 8 of them in width 32, or as published 16 in width 64; induction heads trained at 64 and
   tested up to 4096 (published: 256 and 2^20) in width 64. Fresh data, 2 layers without MLPs.
+state_tracking: parity (arXiv:2411.12537) and word problems of S3, A5 and S5 (arXiv:2502.10297), in reduced forms for
+  a CPU: trained on 32 and 16 tokens (published: up to 40, and 128) and tested there and at 4 times the length, on the
+  state after the last token. One layer of width 64 with an MLP, fresh data, every token's state a target.
 
 The test rows choose nothing: the last step's weights are tested, once. Medians over seeds, with the range.
 
@@ -37,7 +40,8 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import record
 from zoo.config import Config, OptimizerConfig
-from zoo.data.synthetic import Batch, Task
+from zoo.data.synthetic import TASKS, Batch, Task
+from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 from zoo.settings import argument
 from zoo.training.optimizer import make_optimizer
@@ -52,7 +56,7 @@ class Setup:
 
     task: Task
     mixer: str
-    published: str  # accuracy in per cent
+    published: str  # accuracy in per cent, or what was found
     steps: int
     batch_size: int
     optimizer: OptimizerConfig
@@ -65,10 +69,16 @@ class Setup:
     undecayed: tuple[str, ...] = ()  # parameters without weight decay, every other has it; (): the trainer's choice
     test_lengths: tuple[int, ...] = ()  # beside the task's own
     settings: dict = dataclasses.field(default_factory=dict)  # of the mixer
+    model: dict = dataclasses.field(default_factory=dict, repr=False)  # of the model, beside what stands above
     label: str = dataclasses.field(default="", repr=False)  # in the table and of its runs; "": the task's name
 
     def __post_init__(self):
         self.label = self.label or self.task.name
+
+    @property
+    def description(self) -> str:
+        """All that a result depends on."""
+        return repr(self) + (f" {self.model}" if self.model else "")
 
 
 def h3_setups() -> Iterator[Setup]:
@@ -134,7 +144,64 @@ def mamba_induction_setups() -> Iterator[Setup]:
     yield Setup(task, "mamba", "100", 12_000, 8, optimizer, d_model=64, test_lengths=lengths, settings=settings)
 
 
-SETUPS = {"h3": h3_setups, "mamba_copying": mamba_copying_setups, "mamba_induction": mamba_induction_setups}
+def state_tracking_setups() -> Iterator[Setup]:
+    """What a transition can follow: decays and corrections of b up to 1 forget, of b up to 2 they reflect, and n
+    reflections a token make what moves n dimensions.
+    """
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100, final_fraction=0.0)
+    follows, fails = "solved", "not solved"
+    common = {"d_model": 64, "d_ff": 128, "model": {"num_layers": 1, "positions": "none"}}
+    task = Task("parity", vocab_size=2, length=32)
+    to_two = {
+        "delta_net": {"num_heads": 4, "beta_max": 2.0},
+        "gated_delta_net": {"num_heads": 4, "beta_max": 2.0},
+        "kda": {"num_heads": 4, "beta_max": 2.0},
+        "gated_delta_product": {"num_heads": 4, "forget_gate": False},
+    }
+    to_one = {"delta_net": {"num_heads": 4}, "gated_delta_net": {"num_heads": 4}, "kda": {"num_heads": 4}}
+    to_one |= {"gated_delta_product": {"num_heads": 4, "forget_gate": False, "beta_max": 1.0}}
+    for mixer in MIXERS:
+        label = "parity, beta to 1" if mixer in to_one else "parity"
+        setup = Setup(task, mixer, fails, 1000, 32, optimizer, test_lengths=(128,), label=label, **common)
+        setup.settings = to_one.get(mixer, {})
+        if mixer == "attention":
+            setup.model = common["model"] | {"positions": "rope"}
+        yield setup
+    for mixer, settings in to_two.items():
+        label = "parity, beta to 2"
+        yield Setup(
+            task, mixer, follows, 1000, 32, optimizer, test_lengths=(128,), label=label, settings=settings, **common
+        )
+    solved_by = {"S3": 2, "A5": 2, "S5": 4}  # steps a token
+    for group, needed in solved_by.items():
+        task = Task(f"word_problem:{group}", TASKS[f"word_problem:{group}"].vocab_size, length=16)
+        for steps in (1, 2, 4):
+            settings = {"num_heads": 4, "forget_gate": False, "num_householder": steps}
+            published = follows if steps >= needed else fails
+            label = f"{group}, {steps} steps"
+            yield Setup(
+                task,
+                "gated_delta_product",
+                published,
+                6000,
+                64,
+                optimizer,
+                test_lengths=(64,),
+                settings=settings,
+                label=label,
+                **common,
+            )
+        setup = Setup(task, "attention", fails, 6000, 64, optimizer, test_lengths=(64,), label=group, **common)
+        setup.model = common["model"] | {"positions": "rope"}
+        yield setup
+
+
+SETUPS = {
+    "h3": h3_setups,
+    "mamba_copying": mamba_copying_setups,
+    "mamba_induction": mamba_induction_setups,
+    "state_tracking": state_tracking_setups,
+}
 
 
 def make_model(setup: Setup, seed: int) -> LanguageModel:
@@ -145,6 +212,8 @@ def make_model(setup: Setup, seed: int) -> LanguageModel:
     config.positions = "learned" if setup.mixer == "attention" else "none"
     config.max_positions = setup.task.context_length
     config.dropout = setup.embedding_dropout
+    for field, value in setup.model.items():
+        setattr(config, field, value)
     for field, value in setup.settings.items():
         setattr(getattr(config, setup.mixer), field, value)
     model = LanguageModel(config, rngs=nnx.Rngs(seed))
@@ -277,7 +346,7 @@ def stacks(setup: Setup, seed: int, steps: int) -> Iterator[Batch]:
             drawn = rows[rng.permutation(setup.rows)[: steps * setup.batch_size]]
         else:
             drawn = setup.task.rows(rng, steps * setup.batch_size)
-        batch = setup.task.batch(drawn, answers_only=not setup.rows)
+        batch = setup.task.batch(drawn, answers_only=not (setup.rows or setup.task.follows_a_state))
         yield {name: array.reshape(steps, setup.batch_size, -1) for name, array in batch.items()}
 
 
@@ -299,7 +368,7 @@ def kept_runs(paper: str) -> dict[str, dict]:
 
 def run_or_recall(paper: str, setup: Setup, seeds: int, again: bool, partial: bool) -> list[dict]:
     """The runs of seeds 0 ... seeds - 1: kept ones with the same set-up, and new ones as many at once as devices."""
-    keys, description = [f"{setup.label} {setup.mixer} {seed}" for seed in range(seeds)], repr(setup)
+    keys, description = [f"{setup.label} {setup.mixer} {seed}" for seed in range(seeds)], setup.description
     kept = {} if again else kept_runs(paper)
     found = {key: kept[key] for key in keys if key in kept and kept[key]["setup"] == description}
     missing = [seed for seed, key in enumerate(keys) if key not in found]
@@ -327,7 +396,7 @@ def main():
     jax.config.update("jax_num_cpu_devices", cores)
     print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
     columns = f"{'published %':>13}{'median %':>10}{'range':>16}{'seeds':>6}{'seconds':>9}"
-    print(f"{'task':20}{'mixer':12}{'length':>8}{columns}")
+    print(f"{'task':20}{'mixer':20}{'length':>8}{columns}")
     for setup in SETUPS[args.paper]():
         if setup.mixer not in (args.mixers or setup.mixer).split(","):
             continue
@@ -339,7 +408,7 @@ def main():
         for length in (setup.task.length, *setup.test_lengths):
             found = [run[f"accuracy_{length}"] for run in runs]
             median, span = statistics.median(found), f"{min(found):.1f} - {max(found):.1f}"
-            line = f"{setup.label:20}{setup.mixer:12}{length:8}{setup.published:>13}{median:10.1f}{span:>16}"
+            line = f"{setup.label:20}{setup.mixer:20}{length:8}{setup.published:>13}{median:10.1f}{span:>16}"
             print(f"{line}{len(runs):6}{seconds:9.1f}", flush=True)
 
 

@@ -31,7 +31,7 @@ VARIANTS = {
     "mamba2": [{"head_dim": 8, "state_dim": 4, "groups": 2}],
     "delta_net": [{"num_heads": 2, "expand_v": 2.0, "beta_max": 2.0, "output_gate": True}],
     "gated_delta_net": [{"num_heads": 2, "num_v_heads": 4, "expand_k": 1.0, "expand_v": 2.0, "conv_width": 2}],
-    "gated_delta_product": [{"num_householder": 3, "num_heads": 2, "expand_v": 0.5}],
+    "gated_delta_product": [{"num_householder": 3, "num_heads": 2, "expand_v": 0.5, "forget_gate": False}],
     "kda": [{"num_heads": 2, "expand_v": 0.5, "gate_rank": 3}],
     "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "value_rank": 5, "gate_rank": 6}],
 }

@@ -33,6 +33,7 @@ class GatedDeltaProductConfig:
     expand_v: float = setting(1.5, "V * num_heads / d_model", above=0, at_most=64)
     conv_width: int = setting(4, "taps of the convolutions", unit="tap", at_most=1024)
     beta_max: float = setting(2.0, "b_t's bound; above 1 there are negative eigenvalues", above=0, at_most=2)
+    forget_gate: bool = setting(True, "a_t; without it a_t = 1: DeltaProduct")
 
 
 def _widths(config: GatedDeltaProductConfig, d_model: int) -> tuple[int, int, int]:
@@ -69,10 +70,12 @@ class GatedDeltaProduct(Mixer):
         )
         of_gate = {"decay": False, "dtype": dtype, "out_dtype": jnp.float32, "rngs": rngs}
         self.beta = linear(d, self.steps * self.heads, ("embed", "gates"), **of_gate)
-        self.decay = linear(d, self.heads, ("embed", "gates"), **of_gate)
-        self.decay_bias = parameter(step_size_bias(rngs.params(), (self.heads,), 1e-3, 1e-1), ("norm",), decay=False)
-        rate = jax.random.uniform(rngs.params(), (self.heads,), minval=1e-2, maxval=16.0)
-        self.A_log = parameter(jnp.log(rate), ("norm",), decay=False)
+        self.decay = linear(d, self.heads, ("embed", "gates"), **of_gate) if config.forget_gate else None
+        if config.forget_gate:
+            bias = step_size_bias(rngs.params(), (self.heads,), 1e-3, 1e-1)
+            self.decay_bias = parameter(bias, ("norm",), decay=False)
+            rate = jax.random.uniform(rngs.params(), (self.heads,), minval=1e-2, maxval=16.0)
+            self.A_log = parameter(jnp.log(rate), ("norm",), decay=False)
         self.output_gate = linear(d, d_v, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.norm = rms_norm(self.value_width, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         self.out = linear(d_v, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
@@ -82,14 +85,17 @@ class GatedDeltaProduct(Mixer):
         batch, time, n = *x.shape[:2], self.steps
         q, k, v, conv = self.qkv(x, segment_ids=segment_ids, state=before["conv"])
         beta = self.beta_max * jax.nn.sigmoid(self.beta(x)).reshape(batch, time * n, self.heads)
-        log_decay = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.decay(x) + self.decay_bias[...])
-        q, k, v, beta, log_decay = map(checkpoint_name, (q, k, v, beta, log_decay), self.saved_names)
+        q, k, v, beta = map(checkpoint_name, (q, k, v, beta), self.saved_names[:4])
+        log_decay = None
+        if self.decay is not None:
+            log_decay = -jnp.exp(self.A_log[...]) * jax.nn.softplus(self.decay(x) + self.decay_bias[...])
+            log_decay = _among_zeros(checkpoint_name(log_decay, self.saved_names[4]), n, 0)
         o, final_s = ops.delta_rule(
             _among_zeros(q, n, n - 1),
             k,
             v,
             beta,
-            _among_zeros(log_decay, n, 0),
+            log_decay,
             initial_state=before["S"],
             segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1),
         )
@@ -112,14 +118,14 @@ class GatedDeltaProduct(Mixer):
     @staticmethod
     def num_parameters(config, d_model):
         (heads, d_k, d_v), n = _widths(config, d_model), config.num_householder
-        gates = d_model * heads * (n + 1) + 2 * heads
+        gates = d_model * heads * n + config.forget_gate * (d_model + 2) * heads
         read_out = 2 * d_model * d_v + d_v // heads  # output gate, out; norm
         return ConvolvedQKV.num_parameters(d_model, d_k, d_v, config.conv_width, n) + gates + read_out
 
     @staticmethod
     def flops_per_token(config, d_model, context_length):
         (heads, d_k, d_v), n = _widths(config, d_model), config.num_householder
-        projections = 2 * d_model * (heads * (n + 1) + 2 * d_v)
+        projections = 2 * d_model * (heads * (n + config.forget_gate) + 2 * d_v)
         qkv = ConvolvedQKV.flops_per_token(d_model, d_k, d_v, config.conv_width, n)
         return qkv + projections + n * 6 * d_k * d_v / heads
 
