@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels
+from kernels.divisors import largest_divisor
 from kernels.linear_attention import mosaic_tpu, specs
 
 
@@ -39,7 +40,7 @@ def counted(shape: specs.Shape) -> specs.Shape:
     first operands' way and work for both cores of a v5p: what a token and head costs is the same.
     """
     shared = shape.heads // shape.groups
-    groups = specs.largest_divisor(shape.groups, max(2, 8 // shared))
+    groups = largest_divisor(shape.groups, max(2, 8 // shared))
     return dataclasses.replace(shape, groups=groups, heads=groups * shared)
 
 

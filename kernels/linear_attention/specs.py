@@ -7,8 +7,7 @@ from jax import ShapeDtypeStruct
 
 from kernels.array_typing import Array
 from kernels.dispatch import Device
-
-CACHE_FLOATS = 32 * 1024  # of states that a CPU core updates token after token: they stay in its second-level cache
+from kernels.divisors import largest_divisor
 
 
 def order(
@@ -35,16 +34,6 @@ def chunk_size(device: Device, time: int, wanted: int | None) -> int:
     """Tokens a chunk of the chunked form, a power of two: 64 unless asked (128 on TPUs), no more than `time` needs."""
     default = 128 if device.platform == "tpu" else 64
     return 1 << (min(wanted or default, time) - 1).bit_length()
-
-
-def state_block(batch: int, num_heads: int, state_size: int) -> tuple[int, int]:
-    """Batch entries and heads whose states, `state_size` floats each, the recurrent form updates together."""
-    heads = largest_divisor(num_heads, CACHE_FLOATS // state_size)
-    return (largest_divisor(batch, CACHE_FLOATS // (state_size * heads)) if heads == num_heads else 1), heads
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
 
 
 @dataclasses.dataclass(frozen=True)

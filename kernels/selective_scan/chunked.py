@@ -31,6 +31,7 @@ from jax import lax
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
+from kernels.divisors import largest_divisor
 from kernels.segments import segment_starts
 
 
@@ -79,7 +80,7 @@ def chunked(
     batch, time, channels = x.shape
     size = chunk_size or loops.chunk_size
     size = -(-time // -(-time // size))  # as many chunks, all of one size: 65 tokens are 3 of 22, not 3 of 32
-    width = _largest_divisor(channels, loops.state_floats // A.shape[1])
+    width = largest_divisor(channels, loops.state_floats // A.shape[1])
 
     def over_time(array):  # [B, T, X] -> [B, chunks, chunk, X]; steps of size 0 leave the state alone
         array = jnp.pad(array, ((0, 0), (0, -time % size), (0, 0)))
@@ -103,10 +104,6 @@ def chunked(
     )
     y = jnp.moveaxis(y, 1, -2).reshape(batch, -1, channels)[:, :time]
     return y, jnp.moveaxis(state, 1, -2).reshape(batch, -1, channels).mT
-
-
-def _largest_divisor(number, limit):
-    return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -105,16 +105,6 @@ def test_a_cpu_goes_token_by_token_unless_heads_share_keys_and_a_gpu_in_chunks()
     assert specs.order(gpu, v, v, v)[0] == "chunked"
 
 
-@pytest.mark.parametrize(
-    "batch, num_heads, state_size", [(1, 4, 64 * 64), (6, 4, 32 * 64), (7, 3, 16), (2, 16, 128**2)]
-)
-def test_blocks_of_states_divide_the_call_and_fit_the_cache(batch, num_heads, state_size):
-    batch_block, head_block = specs.state_block(batch, num_heads, state_size)
-    assert batch % batch_block == 0 and num_heads % head_block == 0
-    assert batch_block == 1 or head_block == num_heads
-    assert batch_block * head_block * state_size <= specs.CACHE_FLOATS
-
-
 @pytest.mark.parametrize("time, wanted, size", [(1, None, 1), (3, None, 4), (64, None, 64), (50, 10, 16)])
 @pytest.mark.parametrize("platform, largest", [("cpu", 64), ("gpu", 64), ("tpu", 128)])
 def test_chunks_are_powers_of_two_no_longer_than_needed(platform, largest, time, wanted, size):

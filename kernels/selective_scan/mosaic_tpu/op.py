@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
+from kernels.divisors import largest_divisor
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 from kernels.selective_scan.mosaic_tpu import launch
@@ -67,7 +68,7 @@ def mosaic_tpu(
     more_channels, more_state = -channels % LANES, state - numbers
     tiles = (channels + more_channels) // LANES
     groups = 2 if device.kind in TWO_CORES and batch % 2 and tiles % 2 == 0 else 1
-    width = _width.get() or LANES * _largest_divisor(tiles // groups, STEP_FLOATS // (state * LANES))
+    width = _width.get() or LANES * largest_divisor(tiles // groups, STEP_FLOATS // (state * LANES))
     plan = launch.Plan(
         batch=batch,
         time=time,
@@ -99,10 +100,6 @@ def mosaic_tpu(
         starts,
     )
     return y[..., :channels], state[:, :numbers, :channels].mT
-
-
-def _largest_divisor(number, limit):
-    return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
