@@ -17,9 +17,10 @@ from kernels.checks import (
 )
 from kernels.delta_rule import specs
 from kernels.delta_rule.chunked import chunked
+from kernels.delta_rule.recurrent import recurrent
 from kernels.delta_rule.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent, "chunked": chunked}
 OP = "delta_rule"
 
 

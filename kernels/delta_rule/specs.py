@@ -5,7 +5,7 @@ from kernels.dispatch import Device
 
 def order(device: Device) -> list[str]:
     """Implementations by preference."""
-    return ["chunked"]
+    return ["recurrent", "chunked"] if device.platform == "cpu" else ["chunked"]
 
 
 def chunk_size(time: int, wanted: int | None) -> int:

@@ -14,9 +14,10 @@ from kernels.checks import (
     check_shape,
 )
 from kernels.dplr_delta_rule import specs
+from kernels.dplr_delta_rule.recurrent import recurrent
 from kernels.dplr_delta_rule.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent}
 OP = "dplr_delta_rule"
 
 

@@ -5,4 +5,4 @@ from kernels.dispatch import Device
 
 def order(device: Device) -> list[str]:
     """Implementations by preference."""
-    return ["reference"]
+    return ["recurrent"] if device.platform == "cpu" else ["reference"]
