@@ -13,7 +13,7 @@ from kernels.linear_attention import specs
 CHECKED_TIME = 224  # tokens of the comparison with float64: no multiple of a chunk of 64
 CHECKED_HEADS = 2
 CACHE_BYTES = 2**28  # several times the second-level cache of any GPU
-FLOAT32 = ("log_decay", "dt", "A", "D", "bonus")  # operands; the others are bfloat16
+FLOAT32 = ("log_decay", "beta", "dt", "A", "D", "bonus")  # operands; the others are bfloat16
 NEGATIVE_OR_SMALL = {"log_decay": -0.1, "dt": 0.02, "A": -8.0}  # scale of |normal|
 
 
@@ -36,9 +36,13 @@ class Call:
         if self.op == "attention":
             return dict.fromkeys(("q", "k", "v"), (*tokens, *self.shape))
         heads, keys = self.shape.heads, self.shape.key_dim
-        decay = {"fixed": (heads,), "scalar": (*tokens, heads), "vector": (*tokens, heads, keys)}[self.shape.decay]
+        decays = {"fixed": (heads,), "scalar": (*tokens, heads), "vector": (*tokens, heads, keys)}
         q = (*tokens, self.shape.groups, keys)
-        operands = {"q": q, "k": q, "v": (*tokens, heads, self.shape.value_dim), "log_decay": decay}
+        operands = {"q": q, "k": q, "v": (*tokens, heads, self.shape.value_dim)}
+        if self.op == "delta_rule":
+            operands["beta"] = (*tokens, heads)
+        if self.shape.decay != "none":
+            operands["log_decay"] = decays[self.shape.decay]
         return operands | ({"bonus": (heads, keys)} if self.shape.bonus else {})
 
     @property
@@ -53,8 +57,8 @@ class Call:
     def flops(self) -> tuple[float, float]:
         """Forward, forward and backward.
 
-        linear_attention: a chunk algorithm's, chunk 64. attention: causal, a backward pass is 2.5 forward passes.
-        selective_scan: 7 operations a number of the state, 3 times that with the backward pass.
+        linear_attention, delta_rule: a chunk algorithm's, chunk 64. attention: causal, a backward pass is 2.5 forward
+        passes. selective_scan: 7 operations a number of the state, 3 times that with the backward pass.
         """
         tokens = self.batch * self.time
         if self.op == "selective_scan":
@@ -63,7 +67,8 @@ class Call:
         if self.op == "attention":
             forward = 2.0 * tokens * self.time * math.prod(self.shape)  # half of all pairs, two products
             return forward, 3.5 * forward
-        adds = chunk_multiply_adds(self.batch, self.time, self.shape.heads, self.shape.key_dim, self.shape.value_dim)
+        count = delta_multiply_adds if self.op == "delta_rule" else chunk_multiply_adds
+        adds = count(self.batch, self.time, self.shape.heads, self.shape.key_dim, self.shape.value_dim)
         return 2.0 * adds[0], 2.0 * adds[1]
 
     def bytes(self) -> tuple[float, float]:
@@ -88,6 +93,8 @@ class Call:
     def draw(self, normal) -> dict:
         """Operands by name, and the cotangent of the output, from `normal(shape)` of numpy, jax or torch: float32."""
         arrays = {name: normal(shape) for name, shape in (self.operands | {"cotangent": self.out}).items()}
+        if self.op == "delta_rule":
+            arrays["k"] = arrays["k"] / ((arrays["k"] ** 2).sum(-1) ** 0.5)[..., None]
         return {name: scaled(name, array) for name, array in arrays.items()}
 
     def draw_checked(self) -> dict[str, np.ndarray]:
@@ -96,6 +103,8 @@ class Call:
 
 
 def scaled(name, normal):
+    if name == "beta":
+        return 1 + normal / (1 + abs(normal))  # from 0 to 2
     return NEGATIVE_OR_SMALL[name] * abs(normal) if name in NEGATIVE_OR_SMALL else normal
 
 
@@ -117,8 +126,21 @@ def chunk_multiply_adds(batch, time, heads, key_dim, value_dim, chunk=64):
     return batch * time * heads * forward, batch * time * heads * both
 
 
+def delta_multiply_adds(batch, time, heads, key_dim, value_dim, chunk=64):
+    """Forward: scores of q and of k, products with v of the inverse and of the scores; states: update and two reads;
+    the inverse. Backward: scores and states again, and two products for each."""
+    k_term, v_term, state_term = chunk * key_dim, chunk * value_dim, key_dim * value_dim
+    forward = 2 * k_term + 2 * v_term + 3 * state_term + chunk**2 // 3
+    both = 3 * forward + 2 * k_term + state_term
+    return batch * time * heads * forward, batch * time * heads * both
+
+
 CALLS = {  # in the order of what is missed most if the time is over
     **{name: Call("linear_attention", *call) for name, call in specs.CALLS.items()},
+    "delta_fla_none": Call("delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "none")),  # its own benchmark
+    "delta_fla_scalar": Call("delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "scalar")),
+    "delta_fla_per_key": Call("delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "vector")),
+    "delta_qwen3_next": Call("delta_rule", 4, 8192, specs.Shape(16, 32, 128, 128, "scalar")),  # its heads
     "attention_32x128": Call("attention", 8, 8192, (32, 128)),
     "attention_1.3b": Call("attention", 16, 2048, (32, 64)),
     "mamba_1.3b": Call("selective_scan", 16, 2048, (4096, 16)),
@@ -130,6 +152,7 @@ QUICK_CALLS = {
     "quick_scalar": Call("linear_attention", 1, 96, specs.Shape(1, 2, 64, 64, "scalar")),
     "quick_fixed": Call("linear_attention", 1, 96, specs.Shape(2, 2, 64, 64, "fixed")),
     "quick_per_key": Call("linear_attention", 1, 96, specs.Shape(2, 2, 64, 64, "vector")),
+    "quick_delta": Call("delta_rule", 1, 96, specs.Shape(1, 2, 64, 64, "scalar")),
     "quick_attention": Call("attention", 1, 96, (2, 64)),
     "quick_mamba": Call("selective_scan", 1, 96, (128, 16)),
 }

@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.testing
-from fla.ops import chunk_gla, chunk_rwkv6, chunk_simple_gla
+from fla.ops import chunk_delta_rule, chunk_gated_delta_rule, chunk_gla, chunk_kda, chunk_rwkv6, chunk_simple_gla
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
@@ -36,10 +36,16 @@ ROUNDS = 5
 
 
 def function(call, arrays):
-    q, k, v, log_decay = (arrays[name] for name in ("q", "k", "v", "log_decay"))
+    q, k, v = (arrays[name] for name in ("q", "k", "v"))
+    log_decay = arrays.get("log_decay")
     shared = call.shape.heads // call.shape.groups
     if shared > 1:  # these kernels want as many heads of q and k as of v
         q, k = (x.repeat_interleave(shared, dim=2) for x in (q, k))
+    if call.op == "delta_rule" and log_decay is None:
+        return chunk_delta_rule(q, k, v, arrays["beta"])[0]
+    if call.op == "delta_rule":
+        kernel = chunk_kda if call.shape.decay == "vector" else chunk_gated_delta_rule
+        return kernel(q, k, v, log_decay, arrays["beta"])[0]
     if call.shape.bonus:
         return chunk_rwkv6(q, k, v, log_decay, arrays["bonus"])[0]
     if call.shape.decay == "vector":

@@ -37,10 +37,16 @@ from benchmarks import measure
 from benchmarks.kernels_calls import CALLS, FLOAT32, QUICK_CALLS, input_sets
 from kernels import dispatch
 from kernels.attention.api import IMPLEMENTATIONS as ATTENTION
+from kernels.delta_rule.api import IMPLEMENTATIONS as DELTA_RULE
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 
-TABLES = {"linear_attention": LINEAR_ATTENTION, "selective_scan": SELECTIVE_SCAN, "attention": ATTENTION}
+TABLES = {
+    "linear_attention": LINEAR_ATTENTION,
+    "delta_rule": DELTA_RULE,
+    "selective_scan": SELECTIVE_SCAN,
+    "attention": ATTENTION,
+}
 NOT_FOR_GPUS = {"reference", "recurrent", "mosaic_tpu", "splash"}
 RIVALS = ("fla", "jla", "jla, kernels alone")
 HOST_BOUND = 0.9
@@ -249,6 +255,10 @@ def jla_kernels(call, arrays):
     if call.op == "selective_scan":
         kind, operands = "mamba1", [arrays["C"], arrays["B"], arrays["x"]]
         gates = {"dt": arrays["dt"].astype(arrays["x"].dtype), "a": arrays["A"], "d": arrays["D"]}
+    elif call.op == "delta_rule":
+        kind = {"none": "deltanet", "scalar": "gated_deltanet", "vector": "kda"}[call.shape.decay]
+        operands = [arrays[name] for name in ("q", "k", "v")]
+        gates = {"beta": arrays["beta"]} | ({"g": arrays["log_decay"]} if "log_decay" in arrays else {})
     else:
         kind = "gla" if call.shape.decay == "vector" else "simple_gla"
         operands = [arrays[name] for name in ("q", "k", "v")]
@@ -330,9 +340,9 @@ def fla_groups(calls):
     """Names of calls for whose heads flash-linear-attention picks most configurations once: a process each."""
     groups = collections.defaultdict(list)
     for name, call in calls.items():
-        if call.op == "linear_attention":
+        if call.op in ("linear_attention", "delta_rule"):
             shape = call.shape
-            groups[shape.decay, shape.bonus, shape.key_dim, shape.value_dim].append(name)
+            groups[call.op, shape.decay, shape.bonus, shape.key_dim, shape.value_dim].append(name)
     return list(groups.values())
 
 

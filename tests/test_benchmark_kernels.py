@@ -158,9 +158,19 @@ def test_checked_calls_keep_what_decides_about_kernels():
             assert (small.shape.heads > small.shape.groups) == (call.shape.heads > call.shape.groups)
 
 
-def test_attention_and_scans_are_counted():
+def test_keys_that_a_delta_rule_corrects_by_do_not_grow_a_state():
+    drawn = QUICK_CALLS["quick_delta"].draw_checked()
+    np.testing.assert_allclose(np.sum(drawn["k"] ** 2, axis=-1), 1, rtol=1e-5)
+    assert 0 < np.min(drawn["beta"]) < 1 < np.max(drawn["beta"]) < 2
+
+
+def test_attention_and_delta_rules_and_scans_are_counted():
     attention = Call("attention", 2, 10, (3, 4))
     assert attention.flops()[0] == 2 * (2 * 3) * (10 * 10 / 2) * 2 * 4  # multiply and add; pairs; two products
+    delta = Call("delta_rule", 2, 10, Shape(1, 3, 128, 64, "none"))
+    products = 2 * 64 * 128 + 2 * 64 * 64 + 3 * 128 * 64 + 64 * 64 // 3  # scores; with v; of states; the inverse
+    assert delta.flops()[0] == 2 * (2 * 10 * 3) * products
+    assert delta.bytes()[0] == 2 * (2 * 10 * (2 * 128 + 2 * 3 * 64)) + 4 * 2 * 10 * 3  # q, k; v, out; beta
     scan = Call("selective_scan", 2, 10, (5, 3))
     rows, states = 2 * 10 * 5, 2 * 10 * 3
     assert scan.bytes()[0] == 2 * rows + 4 * rows + 2 * 2 * states + 4 * (15 + 5) + 2 * rows  # x, dt; B, C; A, D; y

@@ -367,6 +367,8 @@ CASES = {
 if dispatch.device().is_hopper:  # `mosaic_gpu` has these widths only, and bfloat16 only: the other tests skip it
     CASES["linear_attention-scalar-wide"] = _linear_attention("BTH", groups=1, key_dim=64, value_dim=64)
     CASES["linear_attention-vector-wide"] = _linear_attention("BTHK", key_dim=64, value_dim=128)
+    CASES["delta_rule-scalar-wide"] = _delta_rule("BTH", groups=1, key_dim=64, value_dim=64)
+    CASES["delta_rule-vector-wide"] = _delta_rule("BTHK", key_dim=64, value_dim=128)
 # Forms that no family runs: a bonus beside a decay a head, Mamba without its skip. With the slow tests.
 RARE = {"linear_attention-scalar-bonus", "selective_scan"}
 OPTIONAL = {"jla"}  # not installed everywhere; all others are held to all of their cases

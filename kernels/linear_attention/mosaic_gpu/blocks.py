@@ -31,6 +31,7 @@ class Plan:
     per_key: bool
     parts: int  # of the time, that are swept at once
     interpret: object
+    op: str = "linear_attention"
 
     @property
     def machine(self) -> type:
@@ -176,6 +177,6 @@ def launch(
     name: str,
 ) -> dict[str, Operand]:
     """`mosaic_gpu.launch` over sequences, chunks or parts of the time, and blocks of them."""
-    name = f"linear_attention_{'per_key' if plan.per_key else 'scalar'}_{name}"
+    name = f"{plan.op}_{'per_key' if plan.per_key else 'scalar'}_{name}"
     grid = dict(zip(("sequence", "time", "block"), grid, strict=True))
     return mosaic_gpu.launch(name, body, inputs, outputs, scratch, grid, plan.interpret)

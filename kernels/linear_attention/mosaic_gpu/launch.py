@@ -32,16 +32,16 @@ from kernels.mosaic_gpu import shared_tile
 AHEAD = 3  # chunks that a sweep has fetched or is fetching
 
 
-def _indices(plan, sequence):
+def indices(plan, sequence):
     batch, head = lax.div(sequence, jnp.int32(plan.heads)), lax.rem(sequence, jnp.int32(plan.heads))
     return batch, head, lax.div(head, jnp.int32(plan.heads // plan.groups))
 
 
-def _decay_inputs(plan, decay):
+def decay_inputs(plan, decay):
     return {"high": decay[0], "low": decay[1]} if plan.per_key else {"decay": decay}
 
 
-def _masks(plan):
+def masks(plan):
     return {"masks": shared_tile(2, CHUNK, CHUNK)} if plan.per_key else {}
 
 
@@ -59,7 +59,7 @@ def sweep(
 
     x, y: k, v (or q, do). starts [B H P, K, V] float32: what each part starts with, at its end in reverse.
     """
-    inputs = {"x": x, "y": y, **_decay_inputs(plan, decay), "totals": totals, "starts": starts}
+    inputs = {"x": x, "y": y, **decay_inputs(plan, decay), "totals": totals, "starts": starts}
     outputs = {"ends": (starts.shape, jnp.float32)}
     scratch = {}
     if keep:
@@ -74,10 +74,10 @@ def sweep(
     else:
         fetches.vector("gate")
     fetches.vector("total")
-    scratch |= {"stage": shared_tile(CHUNK, CHUNK), **_masks(plan), **fetches.scratch()}
+    scratch |= {"stage": shared_tile(CHUNK, CHUNK), **masks(plan), **fetches.scratch()}
 
     def body(refs, sequence, part, block):
-        batch, head, group = _indices(plan, sequence)
+        batch, head, group = indices(plan, sequence)
         key_tile, value_block = (f(block, jnp.int32(plan.value_blocks)) for f in (lax.div, lax.rem))
         keys, values = pl.ds(key_tile * CHUNK, CHUNK), pl.ds(value_block * plan.width, plan.width)
         first = part * plan.part_chunks
@@ -136,7 +136,7 @@ def sweep(
 
 def scores(plan: Plan, q: Array, k: Array, decay: tuple[Array, Array]) -> Array:
     """A of decays per key, with the scale in it, [B H, T, 64] bfloat16."""
-    inputs = {"q": q, "k": k, **_decay_inputs(plan, decay)}
+    inputs = {"q": q, "k": k, **decay_inputs(plan, decay)}
     fetches = Fetches(min(2, plan.key_tiles))
     for name in inputs:
         fetches.tile(f"{name}_tile", CHUNK, CHUNK)
@@ -144,7 +144,7 @@ def scores(plan: Plan, q: Array, k: Array, decay: tuple[Array, Array]) -> Array:
 
     def body(refs, sequence, n, block):
         del block
-        batch, head, group = _indices(plan, sequence)
+        batch, head, group = indices(plan, sequence)
         tokens = pl.ds(n * CHUNK, CHUNK)
 
         def fetch(tile):
@@ -153,10 +153,10 @@ def scores(plan: Plan, q: Array, k: Array, decay: tuple[Array, Array]) -> Array:
             fetches.start(refs, tile, {f"{x}_tile": getattr(refs, x).at[batch, tokens, heads[x], keys] for x in inputs})
 
         m, values = plan.machine(refs.stage), None
-        for tile in _turns(plan.key_tiles, fetches, refs, fetch):
+        for tile in turns(plan.key_tiles, fetches, refs, fetch):
             q_tile, k_tile, high, low = (tile[f"{x}_tile"] for x in inputs)
             values = chunk.scores(m, chunk.PerKey(high, low), q_tile, k_tile, values)
-        _store(plan.scale * values, refs.result, refs.scores.at[sequence, tokens])
+        store(plan.scale * values, refs.result, refs.scores.at[sequence, tokens])
         plgpu.wait_smem_to_gmem(0)
 
     outputs = {"scores": ((plan.sequences, plan.time, CHUNK), jnp.bfloat16)}
@@ -167,7 +167,7 @@ def read(
     plan: Plan, reverse: bool, x: Array, y: Array, w: Array, decay: Array | tuple[Array, Array], states: Array
 ) -> Array:
     """out [B, T, H, V] from q, k, v and S; in reverse dv from k, q, do and R. bfloat16. Per key, y is the scores."""
-    inputs = {"x": x, "y": y, "w": w, **_decay_inputs(plan, decay), "states": states}
+    inputs = {"x": x, "y": y, "w": w, **decay_inputs(plan, decay), "states": states}
     tiles = plan.key_tiles
     fetches = Fetches()
     for name in ("x_tiles", *(("high_tiles", "low_tiles") if plan.per_key else ("y_tiles",))):
@@ -178,10 +178,10 @@ def read(
         fetches.tile("scores", CHUNK, CHUNK)
     else:
         fetches.vector("sums", "gate")
-    scratch = {"stage": shared_tile(CHUNK, CHUNK), **_masks(plan), **fetches.scratch()}
+    scratch = {"stage": shared_tile(CHUNK, CHUNK), **masks(plan), **fetches.scratch()}
 
     def body(refs, sequence, n, block):
-        batch, head, group = _indices(plan, sequence)
+        batch, head, group = indices(plan, sequence)
         tokens, values = pl.ds(n * CHUNK, CHUNK), pl.ds(block * plan.width, plan.width)
 
         def fetch(source, name, *index):
@@ -216,7 +216,7 @@ def read(
         else:
             decay = chunk.Scalar(refs.sums.at[0], refs.gate.at[0])
             out = chunk.read(m, decay, reverse, plan.scale, x, of_keys("y_tiles"), w, state)
-        _store(out, w, refs.out.at[batch, tokens, head, values])
+        store(out, w, refs.out.at[batch, tokens, head, values])
         plgpu.wait_smem_to_gmem(0)
 
     outputs = {"out": (w.shape, jnp.bfloat16)}
@@ -226,7 +226,7 @@ def read(
 
 def _sum_products(plan, fetches, refs, sequence, n, block):
     """`chunk.Products` of a chunk and 64 keys, from tiles that `fetches` has room for in two slots."""
-    batch, head, _ = _indices(plan, sequence)
+    batch, head, _ = indices(plan, sequence)
     tokens, rows = pl.ds(n * CHUNK, CHUNK), pl.ds(n * plan.key_dim + block * CHUNK, CHUNK)
 
     def fetch(turn):
@@ -240,7 +240,7 @@ def _sum_products(plan, fetches, refs, sequence, n, block):
         fetches.start(refs, turn, copies)
 
     sums = None
-    for tiles in _turns(plan.value_dim // CHUNK, fetches, refs, fetch):
+    for tiles in turns(plan.value_dim // CHUNK, fetches, refs, fetch):
         sums = chunk.add_products(plan.machine(), sums, *(tiles[name] for name in PRODUCT_TILES))
     return sums
 
@@ -275,7 +275,7 @@ def gradients(
     }
 
     def body(refs, sequence, n, block):
-        batch, head, group = _indices(plan, sequence)
+        batch, head, group = indices(plan, sequence)
         tokens, keys = pl.ds(n * CHUNK, CHUNK), pl.ds(block * CHUNK, CHUNK)
         copies = {"q_tile": refs.q.at[batch, tokens, group, keys], "k_tile": refs.k.at[batch, tokens, group, keys]}
         for i, name in enumerate(("sums", "read_gate", "write_gate")):
@@ -290,12 +290,12 @@ def gradients(
         refs.row_sums[0] = from_here_on
         refs.row_sums[1] = before
         refs.products_sums[...] = products.states
-        _store(dq, refs.result, refs.dq.at[batch, tokens, head, keys])
+        store(dq, refs.result, refs.dq.at[batch, tokens, head, keys])
         plgpu.copy_smem_to_gmem(refs.row_sums.at[0], refs.from_here_on.at[block, sequence, tokens])
         plgpu.copy_smem_to_gmem(refs.row_sums.at[1], refs.before.at[block, sequence, tokens])
         rows = pl.ds(n * plan.key_dim + block * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(refs.products_sums, refs.products.at[sequence, rows])
-        _store(dk, refs.stage, refs.dk.at[batch, tokens, head, keys])
+        store(dk, refs.stage, refs.dk.at[batch, tokens, head, keys])
         plgpu.wait_smem_to_gmem(0)
 
     shape, vectors = (*v.shape[:3], plan.key_dim), (plan.key_tiles, plan.sequences, plan.time)
@@ -321,18 +321,18 @@ def products(plan: Plan, v: Array, d_out: Array, states: Array, d_states: Array)
     }
 
     def body(refs, sequence, n, block):
-        batch, head, _ = _indices(plan, sequence)
+        batch, head, _ = indices(plan, sequence)
         tokens, keys = pl.ds(n * CHUNK, CHUNK), pl.ds(block * CHUNK, CHUNK)
         sums = _sum_products(plan, fetches, refs, sequence, n, block)
         refs.products_sums[...] = sums.states
-        _store(plan.scale * sums.dq, refs.results.at[0], refs.dq.at[batch, tokens, head, keys])
-        _store(sums.dk, refs.results.at[1], refs.dk.at[batch, tokens, head, keys])
+        store(plan.scale * sums.dq, refs.results.at[0], refs.dq.at[batch, tokens, head, keys])
+        store(sums.dk, refs.results.at[1], refs.dk.at[batch, tokens, head, keys])
         rows = pl.ds(n * plan.key_dim + block * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(refs.products_sums, refs.products.at[sequence, rows])
 
         @pl.when(block == 0)  # they are the same for all keys
         def _():
-            _store(plan.scale * sums.pairs, refs.results.at[2], refs.pairs.at[sequence, tokens])
+            store(plan.scale * sums.pairs, refs.results.at[2], refs.pairs.at[sequence, tokens])
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -357,7 +357,7 @@ def key_gradients(
     inputs = {
         "q": q,
         "k": k,
-        **_decay_inputs(plan, decay),
+        **decay_inputs(plan, decay),
         "pairs": pairs,
         "dq_read": dq,
         "dk_written": dk,
@@ -367,10 +367,10 @@ def key_gradients(
     for name in inputs:
         fetches.vector("later_tile") if name == "later" else fetches.tile(f"{name}_tile", CHUNK, CHUNK)
     staged = [f"stage_{i}" for i in range(3)]
-    scratch = {name: shared_tile(CHUNK, CHUNK) for name in staged} | _masks(plan) | fetches.scratch()
+    scratch = {name: shared_tile(CHUNK, CHUNK) for name in staged} | masks(plan) | fetches.scratch()
 
     def body(refs, sequence, n, block):
-        batch, head, group = _indices(plan, sequence)
+        batch, head, group = indices(plan, sequence)
         tokens, keys = pl.ds(n * CHUNK, CHUNK), pl.ds(block * CHUNK, CHUNK)
         copies = {"q_tile": refs.q.at[batch, tokens, group, keys], "k_tile": refs.k.at[batch, tokens, group, keys]}
         for name in ("high", "low", "dq_read", "dk_written"):
@@ -385,8 +385,8 @@ def key_gradients(
             tiles.pairs_tile, tiles.dq_read_tile, tiles.dk_written_tile, tiles.later_tile,
         )  # fmt: skip
         refs.changes[batch, tokens, head, keys] = changes
-        _store(dq, refs.stage_0, refs.dq.at[batch, tokens, head, keys])
-        _store(dk, refs.stage_1, refs.dk.at[batch, tokens, head, keys])
+        store(dq, refs.stage_0, refs.dq.at[batch, tokens, head, keys])
+        store(dk, refs.stage_1, refs.dk.at[batch, tokens, head, keys])
         plgpu.wait_smem_to_gmem(0)
 
     shape = (*dq.shape[:3], plan.key_dim)
@@ -395,7 +395,7 @@ def key_gradients(
     return tuple(launch(plan, body, inputs, outputs, scratch, grid, "dq_dk").values())
 
 
-def _turns(count, fetches, refs, fetch):
+def turns(count, fetches, refs, fetch):
     """The tiles of each turn, once they are there; `fetch(turn)` starts its copies, as many ahead as have slots."""
     for turn in range(min(fetches.slots, count)):
         fetch(turn)
@@ -406,7 +406,7 @@ def _turns(count, fetches, refs, fetch):
             fetch(turn + fetches.slots)
 
 
-def _store(x, shared, target):
+def store(x, shared, target):
     plgpu.commit_smem()  # all warps are done with what was there
     shared[...] = x.astype(shared.dtype)
     plgpu.commit_smem()
