@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from zoo.config import Config
@@ -42,6 +43,12 @@ CASES = {
     for name in MIXERS
     for settings in [{}, *VARIANTS.get(name, [])]
 }
+# Variants that `make test` runs: those that change what is called, or when. The others are with the slow tests.
+QUICK_VARIANTS = ("attention", "mamba2", "gated_delta_net", "gated_delta_product")
+PARAMETERS = [
+    pytest.param(case, marks=[pytest.mark.slow] * bool(settings and name not in QUICK_VARIANTS))
+    for case, (name, settings) in CASES.items()
+]
 
 
 def config_of(case: str):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from benchmarks.bf16 import AS_WRITTEN, observed, rounded_matrices, token_errors, wide
 from kernels import dispatch
-from tests.zoo.cases import CASES, D_MODEL, build
+from tests.zoo.cases import CASES, D_MODEL, PARAMETERS, build
 
 FACTOR, EXACT = 1.2, 1e-6  # of the ideal's error: met to a percent, to 15 by mamba2, whose norm waits in bfloat16
 # Gates that are computed from rounded features: of a mixture of tokens, of a convolution.
@@ -27,7 +27,7 @@ def given_and_result(graphdef, rounding):
     return call
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_loses_no_digits_that_bfloat16_has(case):
     """Of what ops are given and of the output, the bfloat16 mixer is as close to float64 as the ideal is, nearly.
 

@@ -15,10 +15,14 @@ from zoo.config import Config
 from zoo.model import LanguageModel
 
 FILES = {path.stem: path for path in (pathlib.Path(__file__).parents[1] / "goldens").glob("*.npz")}
+# A family's other settings, beside its own file, are with the slow tests.
+VARIANTS = {name for name in FILES if any(name.startswith(f"{family}_") for family in FILES)}
 PREFILL = 20
 
 
-@pytest.fixture(scope="module", params=sorted(FILES))
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in sorted(FILES)]
+)
 def golden(request):
     with np.load(FILES[request.param]) as arrays:
         arrays = dict(arrays)

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from kernels import dispatch
-from tests.zoo.cases import CASES, D_MODEL, TIME_INVARIANT, applied, build, config_of, error_ratio
+from tests.zoo.cases import CASES, D_MODEL, PARAMETERS, TIME_INVARIANT, applied, build, config_of, error_ratio
 from tests.zoo.count_flops import dot_flops
 from zoo.config import Config, from_json, to_json
 from zoo.mixers import MIXERS
 
 # By case, so that its tests follow each other and share its programs.
-pytestmark = pytest.mark.parametrize("case", CASES, scope="module")
+pytestmark = pytest.mark.parametrize("case", PARAMETERS, scope="module")
 BATCH, TIME, CUT = 2, 14, 6  # CUT: where documents, and calls that carry a state, are cut
 
 
