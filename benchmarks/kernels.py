@@ -4,7 +4,8 @@ For each op, kind and shape, in one run with its implementations called in turn:
 of forward and backward (medians; minima in the JSON), bytes allocated at once (the compiler's temporaries and
 outputs, forward and backward), and how many times longer the step-by-step reference and `jax.lax.associative_scan`
 take. `default` is what a call without `implementation` runs. Without --shapes and --quick the rows are also written
-to benchmarks/results/.
+to benchmarks/results/. Where the package jax-linear-attention is installed (Python 3.12, jax 0.11.2: the extra `jla`),
+`package jla` is its op of the same recurrence as it comes, and how many times longer that takes.
 
 linear_attention also has its arithmetic floor: the multiply-adds of the chunk algorithm, chunk 64, what the
 backward pass computes again included, at the rate of a 2048-wide float32 matmul in the same run.
@@ -15,6 +16,7 @@ On a GPU, or with --table=gpu, another table: benchmarks/kernels_gpu.py.
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +63,7 @@ def linear_attention_cases(shape):
         functions = implementations(kernels.linear_attention, "recurrent", "chunked", first_result=True)
         if 4 * batch * time * heads * key_dim * value_dim <= STATES_LIMIT and kind.startswith("per key"):
             functions["associative_scan"] = linear_attention_by_associative_scan
+        functions |= package_jla("gla" if kind.startswith("per key") else "simple_gla", "g")
         yield Case("linear_attention", kind, shape, functions, (q, k, v, *decay), chunk_multiply_adds(*shape))
 
 
@@ -71,6 +74,47 @@ def linear_attention_by_associative_scan(q, k, v, log_decay):
     decay = jnp.exp(log_decay)[..., None]
     _, states = jax.lax.associative_scan(combine, (decay, k[..., :, None] * v[..., None, :]), axis=1)
     return q.shape[-1] ** -0.5 * jnp.einsum("bthk,bthkv->bthv", q, states)
+
+
+def delta_rule_cases(shape):
+    batch, time, heads, key_dim, value_dim = shape
+    q, k, v = (normal(i, *shape[:3], dim) for i, dim in enumerate((key_dim, key_dim, value_dim)))
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    beta = jax.nn.sigmoid(normal(3, *shape[:3]))
+    decays = {
+        "none": ((), "deltanet"),
+        "scalar [B,T,H]": ((-0.1 * jnp.abs(normal(4, *shape[:3])),), "gated_deltanet"),
+        "per key [B,T,H,K]": ((-0.1 * jnp.abs(normal(4, *q.shape)),), "kda"),
+    }
+    for kind, (decay, name) in decays.items():
+        functions = implementations(kernels.delta_rule, "recurrent", "chunked", first_result=True)
+        functions |= package_jla(name, "beta", "g")
+        yield Case("delta_rule", kind, shape, functions, (q, k, v, beta, *decay))
+
+
+def dplr_delta_rule_cases(shape):
+    """RWKV-7's: a = -kappa, b = kappa times a rate."""
+    batch, time, heads, key_dim, value_dim = shape
+    q, k, v = (normal(i, *shape[:3], dim) for i, dim in enumerate((key_dim, key_dim, value_dim)))
+    kappa, rate = normal(3, *q.shape), jax.nn.sigmoid(normal(4, *q.shape))
+    kappa = kappa / jnp.linalg.norm(kappa, axis=-1, keepdims=True)
+    arrays = (q, k, v, -kappa, kappa * rate, -0.1 * jnp.abs(normal(5, *q.shape)))
+    functions = implementations(kernels.dplr_delta_rule, "recurrent", first_result=True)
+    yield Case("dplr_delta_rule", "per key", shape, functions | package_jla("rwkv7", "a", "b", "w"), arrays)
+
+
+def package_jla(kind, *gates):
+    """{name: function of q, k, v and gates}, empty where the package is not installed. A gate that is not given is 0."""
+    if importlib.util.find_spec("jla") is None:
+        return {}
+
+    def run(q, k, v, *given):
+        named = dict(zip(gates, given, strict=False))
+        if kind == "simple_gla":
+            named["g"] = jnp.broadcast_to(named.get("g", 0.0), v.shape[:3])
+        return importlib.import_module("jla.ops").linear_attention(kind, q, k, v, scale=q.shape[-1] ** -0.5, **named)[0]
+
+    return {"package jla": run}
 
 
 def linear_scan_cases(shape):
@@ -176,6 +220,8 @@ def implementations(op, *names, reference=True, first_result=False, **options):
 
 CASES = {
     "linear_attention": linear_attention_cases,
+    "delta_rule": delta_rule_cases,
+    "dplr_delta_rule": dplr_delta_rule_cases,
     "linear_scan": linear_scan_cases,
     "selective_scan": selective_scan_cases,
     "diagonal_ssm": diagonal_ssm_cases,
@@ -224,7 +270,7 @@ def measure_case(case, rounds):
             "tokens_per_second": case.shape[0] * case.shape[1] / (1e-3 * both.median_ms),
             "matmul_gflops": rate / 1e9,
         }
-        for rival in ("reference", "associative_scan"):
+        for rival in ("reference", "associative_scan", "package jla"):
             if rival in case.functions:
                 row[f"{rival}_over_forward"] = times[rival, "forward"].median_ms / forward.median_ms
                 row[f"{rival}_over_both"] = times[rival, "both"].median_ms / both.median_ms
@@ -245,7 +291,7 @@ def linearity_cases():
 
 HEADER = (
     f"{'op':17}{'kind':19}{'B x T x H x K x V':19}{'implementation':17}{'fwd ms':>9}{'f+b ms':>9}{'f+b MB':>9}"
-    f"{'ref/this f':>11}{'f+b':>7}{'assoc/this f':>13}{'f+b':>7}{'f+b/floor':>10}"
+    f"{'ref/this f':>11}{'f+b':>7}{'assoc/this f':>13}{'f+b':>7}{'jla/this f':>11}{'f+b':>7}{'f+b/floor':>10}"
 )
 
 
@@ -260,6 +306,8 @@ def line(row):
         + ratio("reference_over_both", 7)
         + ratio("associative_scan_over_forward", 13)
         + ratio("associative_scan_over_both", 7)
+        + ratio("package jla_over_forward", 11)
+        + ratio("package jla_over_both", 7)
         + ratio("both_over_floor", 10)
     )
 
