@@ -1,7 +1,7 @@
 """What is inside of a chunk of C tokens: the log-decays between two of them, and products of queries and keys with such
 decays. For the chunked forms of linear attention and of the delta rules; the math is in linear_attention/chunked.py.
 
-Arrays are [B, G, R, N, C, X]: G heads of queries and keys, R heads of values to each, N chunks.
+Arrays are [N, B, G, R, C, X]: N chunks, G heads of queries and keys, R heads of values to each.
 """
 
 import dataclasses
@@ -37,22 +37,22 @@ class Layout:
         return -self.time % (self.pieces * self.size)
 
     def chunks(self, x: Array) -> Array:
-        """[B|1, T|1, H|G, X] -> [B|1, G, R, N|1, C|1, X]."""
+        """[B|1, T|1, H|G, X] -> [N|1, B|1, G, R, C|1, X]."""
         batch, time, heads, width = x.shape
         if time == self.time:
             x = jnp.pad(x, ((0, 0), (0, self.padding), (0, 0), (0, 0)))
         x = x.reshape(batch, -1, min(self.size, x.shape[1]), self.groups, heads // self.groups, width)
-        return x.transpose(0, 3, 4, 1, 2, 5)
+        return x.transpose(1, 0, 3, 4, 2, 5)
 
     def starts(self, segment_ids: Array) -> Array:
-        """[B, T] -> [B, G, 1, N, C, 1]: where a segment starts."""
+        """[B, T] -> [N, B, G, 1, C, 1]: where a segment starts."""
         starts = segment_starts(segment_ids)[:, :, None, None]
         return self.chunks(jnp.broadcast_to(starts, (*segment_ids.shape, self.groups, 1)))
 
     def tokens(self, x: Array) -> Array:
-        """[B, G, R, N, C, X] -> [B, T, H, X]."""
-        batch, *_, width = x.shape
-        return x.transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, x.shape[1] * x.shape[2], width)[:, : self.time]
+        """[N, B, G, R, C, X] -> [B, T, H, X]."""
+        _, batch, groups, shared, _, width = x.shape
+        return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, groups * shared, width)[:, : self.time]
 
 
 def in_pieces(
@@ -63,19 +63,16 @@ def in_pieces(
     if pieces == 1:
         return attend(arrays, state)
     leaves, tree = jax.tree.flatten(arrays)
-    cut = [x.shape[3] > 1 for x in leaves]
+    cut = [len(x) > 1 for x in leaves]
 
     def piece(state, own):
         own = iter(own)
         out, state = attend(tree.unflatten(next(own) if x else y for x, y in zip(cut, leaves, strict=True)), state)
         return state, out
 
-    def split(x):  # [..., N, C, X] -> [pieces, ..., N / pieces, C, X]
-        return jnp.moveaxis(x.reshape(*x.shape[:3], pieces, -1, *x.shape[4:]), 3, 0)
-
-    state, out = jax.lax.scan(piece, state, [split(x) for x, whole in zip(leaves, cut, strict=True) if whole])
-    out = jnp.moveaxis(out, 0, 3)
-    return out.reshape(*out.shape[:3], -1, *out.shape[5:]), state
+    own = [x.reshape(pieces, -1, *x.shape[1:]) for x, whole in zip(leaves, cut, strict=True) if whole]
+    state, out = jax.lax.scan(piece, state, own)
+    return out.reshape(-1, *out.shape[2:]), state
 
 
 class DecaySums(NamedTuple):
@@ -167,6 +164,13 @@ def scores(sums: DecaySums, q: Array, k: Array) -> Array:
         q2, k1 = split(q_read, level)[1] * jnp.exp(level[0]), split(k, level)[0] * jnp.exp(level[1])
         blocks.append(dot("...ik,...jk->...ij", q2, k1, like=q))
     return join(blocks)
+
+
+def all_scores(sums: DecaySums, q: Array, k: Array, bonus: Array | None) -> Array:
+    """A with its diagonal."""
+    if bonus is None and sums.pairs is not None:
+        return dot("...ik,...jk->...ij", q, k, like=q) * (sums.pairs + jnp.eye(q.shape[-2], dtype=sums.pairs.dtype))
+    return scores(sums, q, k) + own_scores(q, k, bonus)
 
 
 def own_scores(q: Array, k: Array, bonus: Array | None) -> Array:

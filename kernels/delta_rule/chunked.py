@@ -36,10 +36,10 @@ from kernels.array_typing import Array, Float, Int
 from kernels.chunks import (
     DecaySums,
     Layout,
+    all_scores,
     decay_sums,
     in_pieces,
     log_decay_gradient,
-    own_scores,
     score_gradients,
     scores,
     sum_to,
@@ -89,10 +89,10 @@ def correct(
     initial_state: Array,
     scale: float,
 ) -> tuple[Array, Array]:
-    """q, k [B, G, 1, N, C, K]; v [B, G, R, N, C, V]; beta, g [B, G, R, N, C, 1|K]; initial_state [B, G, R, K, V]."""
+    """q, k [N, B, G, 1, C, K]; v [N, B, G, R, C, V]; beta, g [N, B, G, R, C, 1|K]; initial_state [B, G, R, K, V]."""
     sums, inverse = prepare(k, beta, g, starts)
     u, state, final_state = states(sums, inverse, k, v, beta, initial_state)
-    attention = scores(sums, q, k) + own_scores(q, k, None)
+    attention = all_scores(sums, q, k, None)
     out = dot("...ij,...jv->...iv", attention, u, like=v) + read(jnp.exp(sums.read), q, state, like=v)
     return (scale * out).astype(v.dtype), final_state
 
@@ -109,7 +109,7 @@ def correct_backward(
     d_out, d_final_state = scale * cotangents[0].astype(dtype), cotangents[1].astype(dtype)
     sums, inverse = prepare(k, beta, g, starts)
     u, state, final_state = states(sums, inverse, k, v, beta, initial_state)
-    end = jnp.concatenate([state[:, :, :, 1:], final_state[:, :, :, None]], axis=3)
+    end = jnp.concatenate([state[1:], final_state[None]])
     e, d_end, d_initial_state = state_gradients(sums, inverse, q, k, beta, d_out, d_final_state, like=v)
 
     k32, b, written = k.astype(dtype), beta.astype(dtype), u.astype(v.dtype)
@@ -132,7 +132,7 @@ correct.defvjp(correct_forward, correct_backward)
 
 
 def prepare(k: Array, beta: Array, g: Array | None, starts: Array | None) -> tuple[DecaySums, Array]:
-    """Sums of log-decays, and (I + A)^-1, [B, G, R, N, C, C]."""
+    """Sums of log-decays, and (I + A)^-1, [N, B, G, R, C, C]."""
     dtype = jnp.promote_types(k.dtype, jnp.float32)
     sums = decay_sums(jnp.zeros((*(1,) * 4, *beta.shape[-2:]), dtype) if g is None else g, None, starts)
     a = beta * scores(sums, k.astype(dtype), k)
@@ -156,7 +156,7 @@ def write(gate: Array, k: Array, u: Array, like: Array) -> Array:
 def states(
     sums: DecaySums, inverse: Array, k: Array, v: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Array, Array]:
-    """U, the states at the chunks' starts, [B, G, R, N, K, V], and the last."""
+    """U, the states at the chunks' starts, [N, B, G, R, K, V], and the last."""
 
     def step(state, xs):
         reads, writes, decay, inverse, k, v, beta = xs
@@ -164,16 +164,16 @@ def states(
         u = dot("...ij,...jv->...iv", inverse, beta * error, like=state)
         return decay.mT * state + write(writes, k, u, like=state), (u, state)
 
-    xs = over_chunks((*gates(sums), inverse, k, v, beta), v.shape[3])
+    xs = (*gates(sums, len(v)), inverse, k, v, beta)
     final_state, (u, state) = jax.lax.scan(step, initial_state, xs)
-    return jnp.moveaxis(u, 0, 3), jnp.moveaxis(state, 0, 3), final_state
+    return u, state, final_state
 
 
 def state_gradients(
     sums: DecaySums, inverse: Array, q: Array, k: Array, beta: Array, d_out: Array, d_final_state: Array, like: Array
 ) -> tuple[Array, Array, Array]:
     """E, the gradients of the states at the chunks' ends, and of the initial one."""
-    attention = scores(sums, q, k) + own_scores(q, k, None)
+    attention = all_scores(sums, q, k, None)
     d_u = dot("...ij,...iv->...jv", attention, d_out, like=like)
     d_read = write(jnp.exp(sums.read), q, d_out, like=like)
 
@@ -183,16 +183,11 @@ def state_gradients(
         d_start = decay.mT * d_state + d_read - write(reads, k, beta * e, like=d_state)
         return d_start, (e, d_state)
 
-    xs = over_chunks((*gates(sums), inverse, k, beta, d_u, d_read), d_u.shape[3])
+    xs = (*gates(sums, len(k)), inverse, k, beta, d_u, d_read)
     d_initial_state, (e, d_end) = jax.lax.scan(step, d_final_state, xs, reverse=True)
-    return jnp.moveaxis(e, 0, 3), jnp.moveaxis(d_end, 0, 3), d_initial_state
+    return e, d_end, d_initial_state
 
 
-def gates(sums: DecaySums) -> tuple[Array, Array, Array]:
+def gates(sums: DecaySums, chunks: int) -> list[Array]:
     """How the state at a chunk's start is read, how the one at its end is written, and what it keeps of the first."""
-    return jnp.exp(sums.read), jnp.exp(sums.write), jnp.exp(sums.total)
-
-
-def over_chunks(arrays: Any, chunks: int) -> Any:
-    """The axis of chunks first, for a scan."""
-    return jax.tree.map(lambda x: jnp.moveaxis(jnp.broadcast_to(x, (*x.shape[:3], chunks, *x.shape[4:])), 3, 0), arrays)
+    return [jnp.broadcast_to(jnp.exp(x), (chunks, *x.shape[1:])) for x in (sums.read, sums.write, sums.total)]

@@ -29,14 +29,13 @@ from kernels.array_typing import Array, Float, Int
 from kernels.chunks import (
     DecaySums,
     Layout,
+    all_scores,
     decay_sums,
     in_pieces,
     log_decay_gradient,
-    own_scores,
     read_gate,
     reads,
     score_gradients,
-    scores,
     sum_to,
     writes,
 )
@@ -70,7 +69,7 @@ def chunked(
     g = layout.chunks(log_decay)
     g = jnp.broadcast_to(g, (*g.shape[:4], layout.size, g.shape[5]))
     starts = None if segment_ids is None else layout.starts(segment_ids)
-    u = None if bonus is None else bonus.reshape(groups, -1, 1, 1, key_dim)
+    u = None if bonus is None else bonus.reshape(groups, -1, 1, key_dim)
     state = initial_state.reshape(batch, groups, -1, key_dim, value_dim)
 
     def piece(arrays, state):
@@ -92,10 +91,10 @@ def attend(
     starts: Array | None,
     scale: float,
 ) -> tuple[Array, Array]:
-    """q, k [B, G, 1, N, C, K]; v [B, G, R, N, C, V]; g [B|1, G, R, N|1, C, K|1]; state [B, G, R, K, V]."""
+    """q, k [N, B, G, 1, C, K]; v [N, B, G, R, C, V]; g [N|1, B|1, G, R, C, K|1]; state [B, G, R, K, V]."""
     sums = decay_sums(g, bonus, starts)
     state, final_state = states(sums, k, v, initial_state)
-    attention = scores(sums, q, k) + own_scores(q, k, bonus)
+    attention = all_scores(sums, q, k, bonus)
     out = dot("...ij,...jv->...iv", attention, v, like=v)
     out += dot("...ck,...kv->...cv", reads(sums, q), state, like=v)
     return (scale * out).astype(v.dtype), final_state
@@ -119,7 +118,7 @@ def attend_backward(
     dq, dk = score_gradients(sums, q, k, v, d_out)
     dq += read_gate(sums) * dot("...cv,...kv->...ck", d_out, state, like=v)
     dk += jnp.exp(sums.write) * dot("...cv,...kv->...ck", v, d_end, like=v)
-    attention = scores(sums, q, k) + own_scores(q, k, bonus)
+    attention = all_scores(sums, q, k, bonus)
     dv = dot("...ij,...iv->...jv", attention, d_out, like=v)
     dv += dot("...ck,...kv->...cv", writes(sums, k), d_end, like=v)
 
@@ -136,7 +135,7 @@ attend.defvjp(attend_forward, attend_backward)
 
 
 def states(sums: DecaySums, k: Array, v: Array, initial_state: Array) -> tuple[Array, Array]:
-    """The states at the chunks' starts, [B, G, R, N, K, V], and the last."""
+    """The states at the chunks' starts, [N, B, G, R, K, V], and the last."""
     updates = dot("...ck,...cv->...kv", writes(sums, k), v, like=v)
     return scan_states(sums, updates, initial_state, reverse=False)
 
@@ -148,7 +147,7 @@ def state_gradients(sums: DecaySums, q: Array, d_out: Array, d_final_state: Arra
 
 
 def scan_states(sums: DecaySums, updates: Array, state: Array, reverse: bool) -> tuple[Array, Array]:
-    decay = jnp.broadcast_to(jnp.exp(sums.total).mT, (*updates.shape[:-2], sums.total.shape[-1], 1))
-    xs = jnp.moveaxis(decay, 3, 0), jnp.moveaxis(updates, 3, 0)
+    decay = jnp.exp(sums.total).mT
+    xs = jnp.broadcast_to(decay, (len(updates), *decay.shape[1:])), updates
     last, before = jax.lax.scan(lambda state, x: (x[0] * state + x[1], state), state, xs, reverse=reverse)
-    return jnp.moveaxis(before, 0, 3), last
+    return before, last
