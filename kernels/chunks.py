@@ -82,21 +82,22 @@ class DecaySums(NamedTuple):
     read: Array
     write: Array
     total: Array
-    inside: Array | None  # where a bonus reads the state at all: not at a segment's start
+    inside: Array | None  # where a read before a token's decay finds a state at all: not at a segment's start
     levels: Sequence[tuple[Array, Array]] = ()
     pairs: Array | None = None
 
 
-def decay_sums(g: Array, bonus: Array | None, starts: Array | None) -> DecaySums:
+def decay_sums(g: Array, starts: Array | None, *, before: bool = False) -> DecaySums:
+    """With `before`, a token reads what there is before its own decay (and at a segment's start nothing)."""
     g = jnp.maximum(g.astype(jnp.promote_types(g.dtype, jnp.float32)), NOTHING_LEFT)
     if starts is not None:
         g = jnp.where(starts, NOTHING_LEFT, g)
-    inside = None if bonus is None or starts is None else ~starts
+    inside = None if not before or starts is None else ~starts
     if g.shape[-1] == 1:
-        return scalar_decay_sums(g, bonus, inside)
+        return scalar_decay_sums(g, before, inside)
     total = g[..., None, :]  # blocks of one token: [..., blocks, tokens of a block, K]
     write = jnp.zeros_like(total)
-    read = total if bonus is None else write  # a bonus reads before the token's own decay
+    read = write if before else total
     levels = []
     while total.shape[-3] > 1:
         (read1, read2), (write1, write2), (total1, total2) = halves(read), halves(write), halves(total)
@@ -107,10 +108,10 @@ def decay_sums(g: Array, bonus: Array | None, starts: Array | None) -> DecaySums
     return DecaySums(*(x[..., 0, :, :] for x in (read, write, total)), inside, levels)
 
 
-def scalar_decay_sums(g: Array, bonus: Array | None, inside: Array | None) -> DecaySums:
+def scalar_decay_sums(g: Array, before: bool, inside: Array | None) -> DecaySums:
     """By matmuls with zeros and ones, which add the same log-decays: levels of one number a token are slow on TPUs."""
     i, j = jnp.indices((g.shape[-2],) * 2)
-    after, upto = (j > i), (j <= i if bonus is None else j < i)
+    after, upto = (j > i), (j < i if before else j <= i)
     read, write = (dot("ij,...jk->...ik", ones, g, like=g) for ones in (upto, after))
     between = dot("ij,...jk->...ik", upto, jnp.where(i > j, g, 0), like=g)  # sums over (j, i]
     pairs = jnp.where(i > j, jnp.exp(between), 0)
@@ -152,17 +153,17 @@ def writes(sums: DecaySums, k: Array) -> Array:
     return jnp.exp(sums.write) * k
 
 
-def scores(sums: DecaySums, q: Array, k: Array) -> Array:
+def scores(sums: DecaySums, q: Array, k: Array, like: Array) -> Array:
     """A, strictly below the diagonal."""
     q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
     if sums.pairs is not None:
-        return dot("...ik,...jk->...ij", q_read, k, like=q) * sums.pairs
+        return dot("...ik,...jk->...ij", q_read, k, like=like) * sums.pairs
     if not sums.levels:
         return jnp.zeros((), sums.read.dtype)
     blocks = []
     for level in sums.levels:
         q2, k1 = split(q_read, level)[1] * jnp.exp(level[0]), split(k, level)[0] * jnp.exp(level[1])
-        blocks.append(dot("...ik,...jk->...ij", q2, k1, like=q))
+        blocks.append(dot("...ik,...jk->...ij", q2, k1, like=like))
     return join(blocks)
 
 
@@ -170,7 +171,7 @@ def all_scores(sums: DecaySums, q: Array, k: Array, bonus: Array | None) -> Arra
     """A with its diagonal."""
     if bonus is None and sums.pairs is not None:
         return dot("...ik,...jk->...ij", q, k, like=q) * (sums.pairs + jnp.eye(q.shape[-2], dtype=sums.pairs.dtype))
-    return scores(sums, q, k) + own_scores(q, k, bonus)
+    return scores(sums, q, k, like=q) + own_scores(q, k, bonus)
 
 
 def own_scores(q: Array, k: Array, bonus: Array | None) -> Array:
@@ -201,18 +202,19 @@ def score_gradients(sums: DecaySums, q: Array, k: Array, v: Array, d_out: Array)
     return dq if sums.inside is None else jnp.where(sums.inside, dq, 0), dk
 
 
-def log_decay_gradient(
-    reads: Array, writes: Array, end: Array, bonus: Array | None, starts: Array | None, g: Array
-) -> Array:
-    """As in recurrent.py, a chunk at a time: sum_v S' dS' at its end stands for all later tokens."""
+def log_decay_gradient(reads: Array, writes: Array, end: Array, starts: Array | None, g: Array) -> Array:
+    """As in linear_attention/recurrent.py, a chunk at a time: sum_v S' dS' at its end stands for all later tokens."""
     if g.shape[-1] == 1:
         reads, writes = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, writes))
         end = jnp.sum(end, axis=-2, keepdims=True)
-    if bonus is not None:
-        reads = jnp.pad(reads[..., 1:, :], ((0, 0),) * 4 + ((0, 1), (0, 0)))
     later = jnp.triu(jnp.ones((g.shape[-2],) * 2, reads.dtype))
     sums = dot("ij,...jk->...ik", later, reads - writes, like=reads) + jnp.sum(end, axis=-1)[..., None, :]
     return sum_to(sums if starts is None else jnp.where(starts, 0, sums), g)
+
+
+def of_next_token(x: Array) -> Array:
+    """The rows of [..., C, X] one token earlier: where reads before a token's own decay count."""
+    return jnp.concatenate([x[..., 1:, :], jnp.zeros_like(x[..., :1, :])], axis=-2)
 
 
 def sum_to(x: Array, like: Array) -> Array:

@@ -122,7 +122,7 @@ def correct_backward(
     dk_read = b * dk_read
     d_log_decay = None
     if g is not None:
-        d_log_decay = log_decay_gradient(q * dq + k * dk_read, k * dk_write, end * d_end, None, starts, g)
+        d_log_decay = log_decay_gradient(q * dq + k * dk_read, k * dk_write, end * d_end, starts, g)
     own = jnp.sum(u * d_out, axis=-1, keepdims=True)
     dq, dk = sum_to(dq + k32 * own, q), sum_to(dk_read + dk_write + q * own, k)
     return dq, dk, (b * e).astype(v.dtype), d_beta.astype(beta.dtype), d_log_decay, None, d_initial_state
@@ -134,8 +134,8 @@ correct.defvjp(correct_forward, correct_backward)
 def prepare(k: Array, beta: Array, g: Array | None, starts: Array | None) -> tuple[DecaySums, Array]:
     """Sums of log-decays, and (I + A)^-1, [N, B, G, R, C, C]."""
     dtype = jnp.promote_types(k.dtype, jnp.float32)
-    sums = decay_sums(jnp.zeros((*(1,) * 4, *beta.shape[-2:]), dtype) if g is None else g, None, starts)
-    a = beta * scores(sums, k.astype(dtype), k)
+    sums = decay_sums(jnp.zeros((*(1,) * 4, *beta.shape[-2:]), dtype) if g is None else g, starts)
+    a = beta * scores(sums, k, k, like=sums.read if sums.pairs is None else k)
     return sums, unit_lower_inverse(jnp.broadcast_to(a, (*beta.shape[:-1], beta.shape[-2])))
 
 

@@ -14,10 +14,11 @@ from kernels.checks import (
     check_shape,
 )
 from kernels.dplr_delta_rule import specs
+from kernels.dplr_delta_rule.chunked import chunked
 from kernels.dplr_delta_rule.recurrent import recurrent
 from kernels.dplr_delta_rule.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent}
+IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent, "chunked": chunked}
 OP = "dplr_delta_rule"
 
 

@@ -5,4 +5,4 @@ from kernels.dispatch import Device
 
 def order(device: Device) -> list[str]:
     """Implementations by preference."""
-    return ["recurrent"] if device.platform == "cpu" else ["reference"]
+    return ["recurrent", "chunked"] if device.platform == "cpu" else ["chunked"]

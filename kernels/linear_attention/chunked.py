@@ -33,6 +33,7 @@ from kernels.chunks import (
     decay_sums,
     in_pieces,
     log_decay_gradient,
+    of_next_token,
     read_gate,
     reads,
     score_gradients,
@@ -92,7 +93,7 @@ def attend(
     scale: float,
 ) -> tuple[Array, Array]:
     """q, k [N, B, G, 1, C, K]; v [N, B, G, R, C, V]; g [N|1, B|1, G, R, C, K|1]; state [B, G, R, K, V]."""
-    sums = decay_sums(g, bonus, starts)
+    sums = decay_sums(g, starts, before=bonus is not None)
     state, final_state = states(sums, k, v, initial_state)
     attention = all_scores(sums, q, k, bonus)
     out = dot("...ij,...jv->...iv", attention, v, like=v)
@@ -110,7 +111,7 @@ def attend_backward(
     q, k, v, g, bonus, initial_state, starts = residuals
     dtype = initial_state.dtype
     d_out = scale * cotangents[0].astype(dtype)
-    sums = decay_sums(g, bonus, starts)
+    sums = decay_sums(g, starts, before=bonus is not None)
     state, _ = states(sums, k, v, initial_state)
     d_end, d_initial_state = state_gradients(sums, q, d_out, cotangents[1].astype(dtype), like=v)
     end = jnp.exp(sums.total).mT * state + dot("...ck,...cv->...kv", writes(sums, k), v, like=v)
@@ -123,7 +124,8 @@ def attend_backward(
     dv += dot("...ck,...kv->...cv", writes(sums, k), d_end, like=v)
 
     q, k = q.astype(dtype), k.astype(dtype)
-    d_log_decay = log_decay_gradient(q * dq, k * dk, end * d_end, bonus, starts, g)
+    read = q * dq if bonus is None else of_next_token(q * dq)
+    d_log_decay = log_decay_gradient(read, k * dk, end * d_end, starts, g)
     own = jnp.sum(v.astype(dtype) * d_out, axis=-1, keepdims=True)
     u = jnp.ones((), dtype) if bonus is None else bonus.astype(dtype)
     d_bonus = None if bonus is None else sum_to(q * k * own, bonus)

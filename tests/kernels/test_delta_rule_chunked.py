@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import delta_rule
+from kernels import delta_rule, dplr_delta_rule
 from kernels.delta_rule import specs
 from kernels.delta_rule.inverse import unit_lower_inverse
 from tests.kernels.conformance import error_ratio
@@ -23,7 +23,7 @@ def errors_on_a_tpu(name, decays, passes):
     return jax.tree.leaves(jax.tree.map(error_ratio, results, expected))
 
 
-@pytest.mark.parametrize("decays", ["none", "vector"])
+@pytest.mark.parametrize("decays", [pytest.param("none", marks=pytest.mark.slow), "vector", "general"])
 def test_near_parallel_keys_are_right_on_a_tpu_too(decays):
     assert max(errors_on_a_tpu("near_parallel_keys_beta_2", decays, passes=6)) < 1e-4
 
@@ -62,30 +62,30 @@ def test_backward_memory_is_linear_in_time_and_no_state_per_token_and_less_in_pi
     assert temporary_bytes(1024) < 0.6 * long
 
 
-@pytest.mark.parametrize("decay", ["none", "vector"])
-def test_a_long_sequence_in_pieces_is_the_same_with_states_and_segments(monkeypatch, decay):
+@pytest.mark.parametrize("op", [delta_rule, dplr_delta_rule])
+def test_a_long_sequence_in_pieces_is_the_same_with_states_and_segments(monkeypatch, op):
     random, time = np.random.default_rng(0), 131  # 9 chunks, the last one padded, as 3 pieces
-    q, k = (random.normal(size=(2, time, 1, 8)).astype(np.float32) for _ in range(2))
-    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    q, k, a, b = (random.normal(size=(2, time, 2, 8)).astype(np.float32) / 3 for _ in range(4))
     v = random.normal(size=(2, time, 2, 4)).astype(np.float32)
     beta = random.uniform(0, 2, (2, time, 2)).astype(np.float32)
-    state = random.normal(size=(2, 2, 8, 4)).astype(np.float32)
     log_decay = -np.abs(random.normal(size=(2, time, 2, 8))).astype(np.float32)
+    state = random.normal(size=(2, 2, 8, 4)).astype(np.float32)
     segment_ids = jnp.asarray([[0] * 40 + [1] * 37 + [2] * 54, [0] * 48 + [1] * 83])  # inside a piece, at its start
+    arrays = (q[:, :, :1], k[:, :, :1], v, beta) if op is delta_rule else (q, k, v, a, b, log_decay)
 
     def results():
-        def loss(q, k, v, beta, state, *log_decay):
+        def loss(state, *arrays):
             options = {"initial_state": state, "segment_ids": segment_ids, "chunk_size": 16}
-            out, last = delta_rule(q, k, v, beta, *log_decay, implementation="chunked", **options)
+            out, last = op(*arrays, implementation="chunked", **options)
             return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(last))
 
-        arrays = (q, k, v, beta, state, *((log_decay,) if decay == "vector" else ()))
-        return jax.jit(jax.value_and_grad(loss, argnums=range(len(arrays))))(*arrays)
+        return jax.jit(jax.value_and_grad(loss, argnums=range(1 + len(arrays))))(state, *arrays)
 
     expected = jax.tree.leaves(results())
-    monkeypatch.setattr(chunked_module, "PIECE", 4)
-    for a, b in zip(jax.tree.leaves(results()), expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    for name in ("delta_rule", "dplr_delta_rule"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{name}.chunked"), "PIECE", 4)
+    for actual, wanted in zip(jax.tree.leaves(results()), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("time, wanted, size", [(1, None, 1), (3, None, 4), (64, None, 64), (50, 10, 16)])

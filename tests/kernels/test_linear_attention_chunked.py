@@ -85,7 +85,7 @@ def test_memory_of_a_long_sequence_in_pieces_is_what_goes_in_and_out(monkeypatch
 @pytest.mark.parametrize("keys", [1, 2], ids=["scalar", "per_key"])
 def test_sums_of_log_decays_are_exact_beside_a_decay_that_wipes_the_state(keys):
     g = jnp.array([-0.1, -1e4, -0.2, -0.3, 0.0, -jnp.inf, -0.4, -0.5])
-    sums = decay_sums(jnp.repeat(g[:, None], keys, axis=1), None, None)
+    sums = decay_sums(jnp.repeat(g[:, None], keys, axis=1), None)
     levels = [jnp.exp(read2[..., :1] + write1[..., :1].mT) for read2, write1 in sums.levels]
     pairs = sums.pairs if keys == 1 else join(levels)
     expected = np.zeros((8, 8))
