@@ -88,6 +88,14 @@ BAD = {
         "model.gated_retention.gate_temperature: got 0.0, expected at least 0.001",
     ),
     "mix rank": ({"model.mixer": "rwkv6", "model.rwkv6.mix_rank": 0}, "model.rwkv6.mix_rank: got 0"),
+    "groups of heads": (
+        {"model.mixer": "gated_delta_net", "model.gated_delta_net.num_v_heads": 6},
+        "model.gated_delta_net.num_heads: 4 heads do not divide the number of heads of v = 6; use one of 2, 3, 6",
+    ),
+    "beta's bound": (
+        {"model.mixer": "kda", "model.kda.beta_max": 2.5},
+        "model.kda.beta_max: got 2.5, expected more than 0 and at most 2",
+    ),
     "gate's cap": ({"model.mixer": "mlstm", "model.mlstm.gate_soft_cap": -1.0}, "gate_soft_cap: got -1.0"),
     "sequence length 0": ({"train.context_length": 0}, "train.context_length: got 0, expected at least 1 token"),
     "batch 0": ({"train.batch_size": 0}, "train.batch_size: got 0, expected at least 1 sequence"),
