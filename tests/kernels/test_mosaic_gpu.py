@@ -178,7 +178,7 @@ def test_default_on_hopper_gpus_alone(kind, first):
 
 @pytest.mark.gpu_compile
 @pytest.mark.parametrize("axis", ["data", "sequence"])
-@pytest.mark.parametrize("op", ["linear_attention", "selective_scan"])
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "selective_scan"])
 def test_blocks_on_a_mesh_know_their_sequence(op, axis, monkeypatch, capfd):
     """The index of a grid axis that a mesh around names too would be the device's: each block the first sequence."""
     devices = hopper.h200s(2)
@@ -189,8 +189,9 @@ def test_blocks_on_a_mesh_know_their_sequence(op, axis, monkeypatch, capfd):
     def struct(*shape, dtype=jnp.bfloat16, sharding=split):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    if op == "linear_attention":
+    if op != "selective_scan":
         args = {name: struct(4, 100, 2, 64) for name in "qkv"} | {"log_decay": struct(4, 100, 2, dtype=jnp.float32)}
+        args |= {"beta": args["log_decay"]} if op == "delta_rule" else {}
     else:
         args = {name: struct(4, 100, 128) for name in ("x", "dt")} | {name: struct(4, 100, 16) for name in "BC"}
         args["A"] = struct(128, 16, sharding=NamedSharding(mesh, PartitionSpec()))
