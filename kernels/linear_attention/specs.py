@@ -38,7 +38,8 @@ def chunk_size(device: Device, time: int, wanted: int | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Of the TPU kernels: tokens of a chunk and of a grid step, heads of v of a step, chunks of a turn of its loops."""
+    """Of the TPU kernels: tokens of a chunk and of a grid step, heads of v of a step (those that share lanes are one),
+    chunks of a turn of its loops."""
 
     chunk: int
     block: int
@@ -53,6 +54,18 @@ STEP_TOKENS = 256  # of a step: the states between steps are kept for the backwa
 ONE_CORE = ("lite", "v5e", "v6")  # in the kinds of chips whose steps all run one after the other
 
 
+def heads_per_slot(heads: int, groups: int, key_dim: int, value_dim: int, per_key: bool) -> int:
+    """How many heads of v share 128 lanes in the TPU kernels, and if they have q and k of their own, those too.
+
+    Heads whose decays per key act on shared q and k are padded: each needs a copy of q and k of its own.
+    """
+    own = heads == groups
+    if per_key and not own:
+        return 1
+    width, count = (max(key_dim, value_dim), heads) if own else (value_dim, heads // groups)
+    return next((pack for pack in (4, 2) if pack * width <= 128 and count % pack == 0), 1)
+
+
 def tiles(
     device: Device,
     time: int,
@@ -62,22 +75,27 @@ def tiles(
     value_dim: int,
     dtype: jnp.dtype,
     wanted: int | None = None,
+    pack: int = 1,
 ) -> Tiles:
-    """Tiles of the TPU kernels; K and V padded to multiples of 128. By `python -m benchmarks.tpu_static --sweep`.
+    """Tiles of the TPU kernels, for slots of `pack` heads: heads, groups, K and V are of slots, K and V multiples of
+    128. By `python -m benchmarks.tpu_static --sweep`.
 
     A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere, and for float32, whose matmuls are the
     cost. A step has work for several heads, which hides the latency of one behind the others; where a chip has two
     cores, heads are left for the other. Chunks of 128 go two at a time.
     """
-    native = 256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128
-    chunk = 128 * -(-min(wanted, STEP_TOKENS) // 128) if wanted else min(native, 128 * -(-time // 128))
-    block = max(chunk, min(STEP_TOKENS, 128 * -(-time // 128)) // chunk * chunk)
+    unit = 128 // pack
+    native = (256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128) // pack
+    chunk = unit
+    while chunk < min(wanted or native, time, STEP_TOKENS):
+        chunk *= 2
+    block = max(chunk, min(STEP_TOKENS, unit * -(-time // unit)) // chunk * chunk)
     at_once = max(1, STEP_LANES // max(key_dim, value_dim))
     shared = heads // groups
     if shared == 1 and not any(name in device.kind for name in ONE_CORE):
         at_once = min(at_once, max(1, heads // 2))
     step_heads = largest_divisor(shared if shared > 1 else heads, at_once)
-    unroll = 2 if chunk == 128 else 1
+    unroll = max(1, STEP_TOKENS // chunk)
     return Tiles(chunk, block, step_heads, unroll, unroll)
 
 

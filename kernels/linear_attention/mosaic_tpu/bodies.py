@@ -7,7 +7,7 @@ The backward pass goes from right to left. The states at the starts of the time 
 pass; those of the chunks inside are computed again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,48 +15,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.array_typing import Array
-from kernels.linear_attention.mosaic_tpu import per_key, scalar
+from kernels.linear_attention.mosaic_tpu import lanes, per_key, scalar
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.plan import Plan
 
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
-    dots, block = Dots(plan.dtype), pl.program_id(2)
-    first_head = pl.program_id(3) * plan.tiles.heads
+    dots, block = plan.dots, pl.program_id(2)
+    first = first_slot(plan)
 
     @pl.when((block == 0) & (pl.program_id(3) == 0))
     def _():
         refs.state[...] = refs.initial_state[...]
 
     if hasattr(refs, "kept"):
-        refs.kept[...] = refs.state[pl.ds(first_head, plan.tiles.heads)]
+        refs.kept[...] = refs.state[pl.ds(first, plan.tiles.heads)]
 
-    def body(index):
+    def per_key_body(index):
         chunk = Chunk(plan, refs, index, block)
-        decays = chunk.decays(dots)
-        for group in range(plan.step_groups):
-            q, k = chunk.keys(group, "q", "k")
-            for head in plan.heads_of(group):
-                v = chunk.load("v", head, plan.value_dim)
-                state = refs.state[first_head + head]
-                if plan.per_key:
-                    q32, k32, u = chunk.per_key_operands(q, k, head)
-                    out = per_key.forward(dots, q32, k32, v, u, decays[head], state)
-                    state = per_key.update(dots, k32, v, decays[head], state)
-                else:
-                    out = scalar.forward(dots, q, k, v, decays[head], state, plan.scale)
-                    state = scalar.update(dots, k, v, decays[head], state)
-                chunk.store("out", head, out)
-                refs.state[first_head + head] = state
+        decays = chunk.decays_per_key(dots)
+        for group, slot in slots_of_step(plan):
+            q, k, u = chunk.per_key_operands(group, slot)
+            v, state = chunk.load("v", slot, plan.value_dim), refs.state[first + slot]
+            chunk.store("out", slot, per_key.forward(dots, q, k, v, u, decays[slot], state))
+            refs.state[first + slot] = per_key.update(dots, k, v, decays[slot], state)
 
-    over_chunks(plan, body)
+    def scalar_body(index):
+        chunk = Chunk(plan, refs, index, block)
+        for group, decay in enumerate(chunk.decays(dots)):
+            slots, keys = plan.heads_of(group), chunk.keys(dots, group)
+            v, state = chunk.load("v", slots, plan.value_dim), beside(refs.state, first, slots)
+            chunk.store("out", slots, scalar.forward(dots, keys, v, decay, state, plan.scale))
+            store_beside(refs.state, first, slots, scalar.update(dots, keys.keys, v, decay, state))
+
+    over_chunks(plan, per_key_body if plan.per_key else scalar_body)
 
 
 def backward_kernel(plan: Plan, refs: Any) -> None:
-    dots, tiles = Dots(plan.dtype), plan.tiles
-    block = plan.blocks - 1 - pl.program_id(2)
-    first_head = pl.program_id(3) * tiles.heads
+    dots, block, first = plan.dots, plan.blocks - 1 - pl.program_id(2), first_slot(plan)
 
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _():
@@ -75,25 +72,14 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
 
     def body(index):
         chunk = Chunk(plan, refs, index, block)
-        decays = chunk.decays(dots, sums="load")
-        changes = []
-        for group in range(plan.step_groups):
-            q, k = chunk.keys(group, "q", "k")
-            dq = dk = 0.0
-            for head in plan.heads_of(group):
-                dq_head, dk_head, change = backward_head(
-                    plan, refs, dots, chunk, index, head, first_head, q, k, decays[head]
-                )
-                dq, dk = dq + dq_head, dk + dk_head
-                changes.append(change)
+        gradients = (per_key_gradients if plan.per_key else scalar_gradients)(plan, refs, dots, chunk, first)
+        for group, (dq, dk) in enumerate(gradients):
             if plan.inner > 1:
                 refs.dq_sum[chunk.rows, :] += dq
                 refs.dk_sum[chunk.rows, :] += dk
             else:
                 chunk.store("dq", group, dq)
                 chunk.store("dk", group, dk)
-        if not plan.per_key:
-            chunk.store_changes(changes)
 
     over_chunks(plan, body, reverse=True)
     if plan.inner > 1:
@@ -106,63 +92,99 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
 
 def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> None:
     """The states at the starts of the block's chunks and at its end, into `refs.states`."""
-    for head in range(plan.tiles.heads):
-        refs.states[0, head] = refs.kept[head].astype(plan.dtype)
+    for slot in range(plan.tiles.heads):
+        refs.states[0, slot] = refs.kept[slot].astype(plan.dtype)
     count = plan.tiles.block // plan.tiles.chunk
 
-    def body(index, states):
+    def per_key_body(index, states):
         chunk = Chunk(plan, refs, index, block)
-        decays, new = chunk.decays(dots, sums="keep"), []
-        for group in range(plan.step_groups):
-            (k,) = chunk.keys(group, "k")
-            for head in plan.heads_of(group):
-                v = chunk.load("v", head, plan.value_dim)
-                update = per_key.update if plan.per_key else scalar.update
-                k = k.astype(jnp.float32) if plan.per_key else k
-                new.append(update(dots, k, v, decays[head], states[head]))
-                refs.states[index + 1, head] = new[-1].astype(plan.dtype)
+        decays, new = chunk.decays_per_key(dots, sums="keep"), []
+        for group, slot in slots_of_step(plan):
+            _, k, _ = chunk.per_key_operands(group, slot)
+            new.append(per_key.update(dots, k, chunk.load("v", slot, plan.value_dim), decays[slot], states[slot]))
+            refs.states[index + 1, slot] = new[-1].astype(plan.dtype)
         return tuple(new)
 
-    states = tuple(refs.kept[head] for head in range(plan.tiles.heads))
-    lax.fori_loop(0, count, body, states, unroll=min(plan.tiles.unroll_backward, count))
+    def scalar_body(index, states):
+        chunk, new = Chunk(plan, refs, index, block), []
+        for group, decay in enumerate(chunk.decays(dots)):
+            slots, keys = plan.heads_of(group), dots.stack(chunk.load("k", group, plan.key_dim))
+            new.append(scalar.update(dots, keys, chunk.load("v", slots, plan.value_dim), decay, states[group]))
+            store_beside(refs.states.at[index + 1], 0, slots, new[-1])
+        return tuple(new)
+
+    if plan.per_key:
+        states = tuple(refs.kept[slot] for slot in range(plan.tiles.heads))
+    else:
+        states = tuple(beside(refs.kept, 0, plan.heads_of(group)) for group in range(plan.step_groups))
+    unroll = min(plan.tiles.unroll_backward, count)
+    lax.fori_loop(0, count, per_key_body if plan.per_key else scalar_body, states, unroll=unroll)
 
 
-def backward_head(
-    plan: Plan,
-    refs: Any,
-    dots: Dots,
-    chunk: Chunk,
-    index: int | Array,
-    head: int | Array,
-    first_head: int | Array,
-    q: Array,
-    k: Array,
-    decay: per_key.Decay | scalar.Decay,
-) -> tuple[Array | None, ...]:
-    """dq, dk [C, K], and the terms of the gradient of a scalar decay, [C, 1]; everything else is stored."""
-    v, d_out = (chunk.load(name, head, plan.value_dim) for name in ("v", "d_out"))
-    tiles, d_end = plan.tiles, refs.d_state[first_head + head]
-    state, next_state = refs.states[index, head], refs.states[index + 1, head].astype(jnp.float32)
-    if not plan.per_key:
-        dq, dk, dv, d_state = scalar.backward(dots, q, k, v, d_out, decay, state, d_end, plan.scale)
-        chunk.store("dv", head, dv)
-        refs.d_state[first_head + head] = d_state
+def scalar_gradients(plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int | Array) -> Iterator[tuple]:
+    """dq, dk [C, (h, K)] of each group; everything else is stored."""
+    index, columns, rows = chunk.index, [], []
+    for group, decay in enumerate(chunk.decays(dots)):
+        slots, keys = plan.heads_of(group), chunk.keys(dots, group)
+        v, d_out = (chunk.load(name, slots, plan.value_dim) for name in ("v", "d_out"))
+        state, next_state = (beside(refs.states.at[i], 0, slots) for i in (index, index + 1))
+        d_end = beside(refs.d_state, first, slots)
+        gradients = scalar.backward(dots, keys, v, d_out, decay, state, d_end, plan.scale)
+        chunk.store("dv", slots, gradients.v)
+        store_beside(refs.d_state, first, slots, gradients.state)
         # What later chunks add to every token's sum goes to the last token.
-        last = lax.broadcasted_iota(jnp.int32, (tiles.chunk, 1), 0) == tiles.chunk - 1
-        later = jnp.sum(jnp.sum(next_state * d_end, axis=0, keepdims=True), axis=1, keepdims=True)
-        return dq, dk, jnp.sum(q * dq - k * dk, axis=1, keepdims=True) + jnp.where(last, later, 0.0)
-    q32, k32, u = chunk.per_key_operands(q, k, head)
-    gradients = per_key.backward(dots, q32, k32, v, u, d_out, decay, state, d_end)
-    chunk.store("dv", head, gradients.v)
-    refs.d_state[first_head + head] = gradients.state
-    later = jnp.sum(next_state * d_end, axis=0, keepdims=True)
-    d_decay = per_key.log_decay_gradient(dots, gradients.reads, gradients.writes, later, plan.bonus)
-    if plan.starts:  # nothing flows through the decay of a segment's first token
-        d_decay = jnp.where(refs.starts[:, chunk.rows].T[:, :1] > 0, 0.0, d_decay)
-    chunk.store("d_decay", head, d_decay)
-    if plan.bonus:
-        refs.d_bonus[first_head + head] += gradients.bonus
-    return plan.scale * gradients.q, gradients.k, None
+        last = lax.broadcasted_iota(jnp.int32, (plan.tiles.chunk, 1), 0) == plan.tiles.chunk - 1
+        later = jnp.sum(next_state.astype(jnp.float32) * d_end, axis=0, keepdims=True)
+        for terms, row in zip(gradients.terms, scalar.by_slot(later, len(slots)), strict=True):
+            sums = zip(lanes.head_sums(terms, plan.pack), lanes.head_sums([row], plan.pack), strict=True)
+            columns.append([column + jnp.where(last, more, 0.0) for column, more in sums])
+        rows += gradients.taken
+        yield gradients.q, gradients.k
+    chunk.store_changes(columns, rows)
+
+
+def per_key_gradients(plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int | Array) -> Iterator[tuple]:
+    """dq, dk [C, (h, K)] of each group; everything else is stored."""
+    index, decays = chunk.index, chunk.decays_per_key(dots, sums="load")
+    for group in range(plan.step_groups):
+        dq, dk = [], []
+        for slot in plan.heads_of(group):
+            q, k, u = chunk.per_key_operands(group, slot)
+            v, d_out = (chunk.load(name, slot, plan.value_dim) for name in ("v", "d_out"))
+            state, next_state = refs.states[index, slot], refs.states[index + 1, slot].astype(jnp.float32)
+            d_end = refs.d_state[first + slot]
+            gradients = per_key.backward(dots, q, k, v, u, d_out, decays[slot], state, d_end)
+            chunk.store("dv", slot, gradients.v)
+            refs.d_state[first + slot] = gradients.state
+            later = jnp.sum(next_state * d_end, axis=0, keepdims=True)
+            d_decay = per_key.log_decay_gradient(dots, gradients.reads, gradients.writes, later, plan.bonus)
+            if plan.starts:  # nothing flows through the decay of a segment's first token
+                d_decay = jnp.where(chunk.starts() > 0, 0.0, d_decay)
+            chunk.store("d_decay", slot, d_decay)
+            if plan.bonus:
+                refs.d_bonus[first + slot] += gradients.bonus
+            dq.append(plan.scale * gradients.q)
+            dk.append(gradients.k)
+        yield sum(dq[1:], dq[0]), sum(dk[1:], dk[0])
+
+
+def first_slot(plan: Plan) -> int | Array:
+    """Of the step, among those of the states in VMEM."""
+    return pl.program_id(3) * plan.tiles.heads if plan.inner > 1 else 0
+
+
+def slots_of_step(plan: Plan) -> Iterator[tuple[int, int]]:
+    return ((group, slot) for group in range(plan.step_groups) for slot in plan.heads_of(group))
+
+
+def beside(ref: Any, first: int | Array, slots: range) -> Array:
+    """States [K, (slots, h, V)] of a reference [slots, K, (h, V)], of those from `first` on."""
+    return jnp.concatenate([ref[first + slot] for slot in slots], axis=1)
+
+
+def store_beside(ref: Any, first: int | Array, slots: range, states: Array) -> None:
+    for slot, state in zip(slots, scalar.by_slot(states, len(slots)), strict=True):
+        ref[first + slot] = state.astype(ref.dtype)
 
 
 def over_chunks(plan: Plan, body: Callable, reverse: bool = False) -> None:

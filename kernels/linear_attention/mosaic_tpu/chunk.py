@@ -6,7 +6,8 @@ from jax.experimental import pallas as pl
 
 from kernels.array_typing import Array
 from kernels.linear_attention.mosaic_tpu import per_key, scalar
-from kernels.linear_attention.mosaic_tpu.dots import LANES, Dots
+from kernels.linear_attention.mosaic_tpu.dots import Dots
+from kernels.linear_attention.mosaic_tpu.lanes import LANES
 from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START
 
 
@@ -15,7 +16,7 @@ class Chunk:
 
     Attributes:
       rows: of blocks of tokens.
-      lanes: of rows of sums of scalar decays, which all chunks share where the decay is constant.
+      index: of the chunk in the block.
       valid: [C, 1], which tokens there are, or None: all.
     """
 
@@ -24,56 +25,71 @@ class Chunk:
         chunk = plan.tiles.chunk
         start = index * chunk
         self.rows = pl.ds(start if isinstance(index, int) else pl.multiple_of(start, chunk), chunk)
-        self.lanes = pl.ds(0, chunk) if plan.constant else self.rows
+        self.index = index
         token = block * plan.tiles.block + start + lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
         self.valid = token < plan.time if plan.ragged else None
 
-    def load(self, name: str, head: int | Array, width: int) -> Array:
-        """[C, width] of one head; rows after the last token are zero."""
-        x = getattr(self.refs, name)[self.rows, head * width : (head + 1) * width]
+    def load(self, name: str, slots: int | range, width: int) -> Array:
+        """[C, width] of one slot, or of several beside one another; rows after the last token are zero."""
+        slots = range(slots, slots + 1) if isinstance(slots, int) else slots
+        x = getattr(self.refs, name)[self.rows, slots.start * width : slots.stop * width]
         return x if self.valid is None else jnp.where(self.valid, x, jnp.zeros_like(x))
 
-    def store(self, name: str, head: int | Array, x: Array) -> None:
-        ref, width = getattr(self.refs, name), x.shape[1]
-        ref[self.rows, head * width : (head + 1) * width] = x.astype(ref.dtype)
+    def store(self, name: str, slots: int | range, x: Array) -> None:
+        ref, slots = getattr(self.refs, name), range(slots, slots + 1) if isinstance(slots, int) else slots
+        width = x.shape[1] // len(slots)
+        ref[self.rows, slots.start * width : slots.stop * width] = x.astype(ref.dtype)
 
-    def decays(self, dots: Dots, sums: str = "compute") -> list[per_key.Decay | scalar.Decay]:
-        """Of each head of the step. Sums of decays per key: "compute" them, "keep" them in `refs.sums`, "load" them."""
+    def decays(self, dots: Dots) -> list[scalar.Decay]:
+        """Scalar ones, of the slots of each group of the step."""
+        plan = self.plan
+        rows = self.refs.decay[0 if plan.constant else self.index]
+        columns, groups = rows.T, map(plan.heads_of, range(plan.step_groups))
+        return [scalar.decay(dots, rows, columns, plan.tiles.heads, slots, plan.value_dim) for slots in groups]
+
+    def decays_per_key(self, dots: Dots, sums: str = "compute") -> list[per_key.Decay]:
+        """Of each slot of the step: "compute" their sums, "keep" them in `refs.sums`, or "load" them."""
         plan, refs = self.plan, self.refs
-        if not plan.per_key:
-            return scalar.decays(dots, refs.decay[:, self.lanes], plan.tiles.heads)
         starts = None
         if plan.starts:
-            column = SEGMENT_START * refs.starts[:, self.rows].T[:, :1]
-            starts = jnp.broadcast_to(column, (plan.tiles.chunk, plan.key_dim))
+            starts = jnp.broadcast_to(SEGMENT_START * self.starts(), (plan.tiles.chunk, plan.key_dim))
         result = []
-        for head in range(plan.tiles.heads):
-            g = self.load("decay", head, plan.key_dim).astype(jnp.float32)
+        for slot in range(plan.tiles.heads):
+            g = self.load("decay", slot, plan.key_dim).astype(jnp.float32)
             g = jnp.maximum(g, -1e30 if dots.exact else FASTEST)
             if dots.exact:
                 cumulative = None
             elif sums == "load":
-                cumulative = refs.sums[self.rows, head * plan.key_dim : (head + 1) * plan.key_dim]
+                cumulative = refs.sums[self.rows, slot * plan.key_dim : (slot + 1) * plan.key_dim]
             else:
                 cumulative = per_key.cumulative_sums(dots, g, starts)
                 if sums == "keep":
-                    self.store("sums", head, cumulative)
+                    self.store("sums", slot, cumulative)
             result.append(per_key.decay(dots, g, starts, plan.bonus, cumulative))
         return result
 
-    def keys(self, group: int | Array, *names: str) -> list[Array]:
-        return [self.load(name, group, self.plan.key_dim) for name in names]
+    def starts(self) -> Array:
+        """[C, 1], 1 for the first token of a segment."""
+        return self.refs.starts[self.index].T[: self.plan.tiles.chunk, :1]
 
-    def per_key_operands(self, q: Array, k: Array, head: int | Array) -> tuple[Array | None, ...]:
-        u = self.refs.bonus[head] if self.plan.bonus else None
-        return self.plan.scale * q.astype(jnp.float32), k.astype(jnp.float32), u
+    def keys(self, dots: Dots, group: int) -> scalar.Keys:
+        q, k = (self.load(name, group, self.plan.key_dim) for name in ("q", "k"))
+        return scalar.Keys(q, k, dots.stack(q), dots.stack(k))
 
-    def store_changes(self, columns: list[Array]) -> None:
-        """Columns [C, 1], one a head, as rows of `changes`."""
-        size = columns[0].shape[0]
-        rows = self.refs.changes.shape[0]
-        lane = lax.broadcasted_iota(jnp.int32, (size, LANES), 1)
-        packed = jnp.zeros((size, LANES), jnp.float32)
-        for head, column in enumerate(columns):
-            packed = jnp.where(lane == head, column, packed)
-        self.refs.changes[:, self.rows] = packed.T[:rows]
+    def per_key_operands(self, group: int, slot: int) -> tuple[Array | None, ...]:
+        """Scaled q and k, float32; the bonus."""
+        q, k = (self.load(name, group, self.plan.key_dim).astype(jnp.float32) for name in ("q", "k"))
+        return self.plan.scale * q, k, self.refs.bonus[slot] if self.plan.bonus else None
+
+    def store_changes(self, columns: list[list[Array]], rows: list[Array]) -> None:
+        """Of each slot: columns [C, 1], one a head, and a row [1, (h, C)] that is taken off them, into rows."""
+        plan = self.plan
+        lane = lax.broadcasted_iota(jnp.int32, (plan.pack * plan.tiles.chunk, LANES), 1)
+        packed = jnp.zeros(lane.shape, jnp.float32)
+        for slot, heads in enumerate(columns):
+            packed = jnp.where(lane == slot, jnp.concatenate(heads), packed)
+        changes = packed.T[: self.refs.changes.shape[1]]
+        row = lax.broadcasted_iota(jnp.int32, changes.shape, 0)
+        for slot, x in enumerate(rows):
+            changes = jnp.where(row == slot, changes - x, changes)
+        self.refs.changes[self.index] = changes

@@ -30,7 +30,7 @@ def forward(
     initial_state: Array,
     keep_states: bool,
 ) -> tuple[Array | None, ...]:
-    """out [B, T, H * V]; final state [B, H, ...]; the states at the starts of time blocks [B, N, H, ...] or None."""
+    """out [B, T, H * V]; final state [B, slots, ...]; those at the starts of time blocks [B, N, slots, ...] or None."""
     inputs = _inputs(plan, q=q, k=k, v=v, decay=decay, bonus=bonus, starts=starts, initial_state=initial_state)
     outputs = {
         "out": (v.shape, plan.dtype),
@@ -70,7 +70,8 @@ def backward(
     if plan.per_key:
         outputs["d_decay"] = (decay.shape, jnp.float32)
     else:
-        outputs["changes"] = ((plan.batch, steps, 8 * pl.cdiv(step_heads, 8), plan.blocks * tiles.block), jnp.float32)
+        chunks, rows = plan.blocks * tiles.block // tiles.chunk, 8 * pl.cdiv(step_heads, 8)
+        outputs["changes"] = ((plan.batch, steps, chunks, rows, plan.pack * tiles.chunk), jnp.float32)
     if plan.bonus:
         outputs["d_bonus"] = ((plan.batch, plan.heads, 1, plan.key_dim), jnp.float32)
     scratch = {"states": pltpu.VMEM((tiles.block // tiles.chunk + 1, step_heads, *plan.state_shape), plan.dtype)}
@@ -112,6 +113,7 @@ def _with_names(kernel, plan, names, *refs):
 def _block(plan, name, shape, reverse):
     """The block of an operand that a step sees, by what the operand is."""
     tiles = plan.tiles
+    chunks = tiles.block // tiles.chunk
 
     def time(n):
         return plan.blocks - 1 - n if reverse else n
@@ -127,12 +129,11 @@ def _block(plan, name, shape, reverse):
     if name in ("decay", "changes"):
         batch = (lambda b: b) if shape[0] > 1 else (lambda b: 0)
         if name == "decay" and plan.constant:
-            block = (None, None, shape[2], tiles.chunk)
-            return pl.BlockSpec(block, lambda b, p, n, s: (batch(b), step(p, s), 0, 0))
-        block = (None, None, shape[2], tiles.block)
-        return pl.BlockSpec(block, lambda b, p, n, s: (batch(b), step(p, s), 0, time(n)))
+            return pl.BlockSpec((None, None, *shape[2:]), lambda b, p, n, s: (batch(b), step(p, s), 0, 0, 0))
+        block = (None, None, chunks, *shape[3:])
+        return pl.BlockSpec(block, lambda b, p, n, s: (batch(b), step(p, s), time(n), 0, 0))
     if name == "starts":
-        return pl.BlockSpec((None, 8, tiles.block), lambda b, p, n, s: (b, 0, time(n)))
+        return pl.BlockSpec((None, chunks, *shape[2:]), lambda b, p, n, s: (b, time(n), 0, 0))
     if name == "kept":
         block = (None, None, tiles.heads, *plan.state_shape)
         return pl.BlockSpec(block, lambda b, p, n, s: (b, time(n), step(p, s), 0, 0))

@@ -1,6 +1,7 @@
 """The call around the kernels: layout, sums of scalar log-decays, and the gradient of the decays.
 
-Heads lie in the lanes: [B, T, H, X] is viewed as [B, T, H * X], X padded to a multiple of 128 where it is none. The
+Heads lie in the lanes: [B, T, H, X] is viewed as [B, T, H * X], X padded where several heads do not share 128 lanes
+(`specs.heads_per_slot`) and it is no multiple of those. The
 sums of scalar log-decays within chunks, and the gradient's sums over later tokens, are small (one number a token and
 head) and are matmuls with a triangle of ones in XLA; those of decays per key are made in the kernels.
 """
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
-from kernels.linear_attention.mosaic_tpu import launch, scalar
-from kernels.linear_attention.mosaic_tpu.dots import LANES, Dots
+from kernels.linear_attention.mosaic_tpu import launch
+from kernels.linear_attention.mosaic_tpu.lanes import LANES
 from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START, Plan
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
@@ -48,7 +49,8 @@ def mosaic_tpu(
     scale: float,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Arguments as in `reference`; `chunk_size` is rounded up to a multiple of 128, 256 at most. On a CPU it is
+    """Arguments as in `reference`; `chunk_size` is rounded up to 128 or 256, or to what of it the heads
+    that share lanes leave. On a CPU it is
     interpreted.
 
     Raises:
@@ -64,16 +66,23 @@ def mosaic_tpu(
     # A bonus reads a state before its decay, key by key: so do scalar decays that have one.
     per_key = log_decay.shape[-1] > 1 or bonus is not None
     time_wise = per_key or segment_ids is not None
-    padded = [dim + -dim % LANES for dim in (key_dim, value_dim)]
-    tiles = _tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, chunk_size)
+    pack = specs.heads_per_slot(num_heads, groups, key_dim, value_dim, per_key)
+    key_pack = pack if num_heads == groups else 1
+    key_width, value_width = (
+        dim + -dim % (LANES // packed) for dim, packed in ((key_dim, key_pack), (value_dim, pack))
+    )
+    sizes = num_heads // pack, groups // key_pack, key_pack * key_width, pack * value_width
+    tiles = _tiles.get() or specs.tiles(device, time, *sizes, v.dtype, chunk_size, pack)
     constant = not time_wise and log_decay.shape[1] == 1 and (time % tiles.block == 0)
     plan = Plan(
         batch=batch,
         time=time,
-        groups=groups,
-        heads=num_heads,
-        key_dim=padded[0],
-        value_dim=padded[1],
+        heads=sizes[0],
+        groups=sizes[1],
+        key_dim=sizes[2],
+        value_dim=sizes[3],
+        pack=pack,
+        key_pack=key_pack,
         dtype=v.dtype,
         scale=scale,
         tiles=tiles,
@@ -84,21 +93,21 @@ def mosaic_tpu(
         interpret=how,
     )
 
-    def lanes(x, width):  # [B, T, heads, X] -> [B, T, heads * width]
-        x = jnp.pad(x.astype(v.dtype), ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+    def lanes(x, width, dtype=v.dtype):  # [B, T, heads, X] -> [B, T, heads * width]
+        x = jnp.pad(x.astype(dtype), ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
         return x.reshape(*x.shape[:2], -1)
 
     if per_key:
-        log_decay = jnp.broadcast_to(log_decay, (batch, time, num_heads, key_dim)).astype(jnp.float32)
-        decay = jnp.pad(log_decay, ((0, 0), (0, 0), (0, 0), (0, padded[0] - key_dim))).reshape(batch, time, -1)
+        log_decay = jnp.broadcast_to(log_decay, (batch, time, num_heads, key_dim))
+        decay = lanes(log_decay, key_width, jnp.float32)
     else:
         decay = log_decay[..., 0].astype(jnp.float32)  # [B|1, T|1, H]
     starts = None if segment_ids is None else segment_starts(segment_ids).astype(jnp.float32)
     if bonus is not None:
-        bonus = jnp.pad(bonus.astype(jnp.float32), ((0, 0), (0, padded[0] - key_dim)))[:, None]
-    state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, padded[0] - key_dim), (0, padded[1] - value_dim)))
+        bonus = jnp.pad(bonus.astype(jnp.float32), ((0, 0), (0, key_width - key_dim))).reshape(plan.heads, 1, -1)
+    state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, key_width - key_dim), (0, value_width - value_dim)))
     out, state = attend(
-        plan, lanes(q, padded[0]), lanes(k, padded[0]), lanes(v, padded[1]), decay, bonus, state, starts
+        plan, lanes(q, key_width), lanes(k, key_width), lanes(v, value_width), decay, bonus, state, starts
     )
     out = out.reshape(batch, time, num_heads, -1)[..., :value_dim]
     return out, state[:, :, :key_dim, :value_dim]
@@ -115,15 +124,15 @@ def attend(
     initial_state: Array,
     starts: Array | None,
 ) -> tuple[Array, Array]:
-    """q, k [B, T, G K]; v [B, T, H V]; decay [B, T, H K], or [B|1, T|1, H]; bonus [H, 1, K]; starts [B, T]."""
+    """q, k [B, T, G K]; v [B, T, H V]; decay [B, T, H K], or [B|1, T|1, H]; bonus [slots, 1, ...]; starts [B, T]."""
     return _forward(plan, q, k, v, decay, bonus, initial_state, starts, keep_states=False)[:2]
 
 
 def _forward(plan, q, k, v, decay, bonus, initial_state, starts, keep_states):
-    state = initial_state.mT if plan.per_key else initial_state
+    state = to_slots(plan, initial_state)
     sums = decay if plan.per_key else decay_sums(plan, decay, starts)
     out, state, kept = launch.forward(plan, q, k, v, sums, bonus, start_rows(plan, starts), state, keep_states)
-    return out, state.mT if plan.per_key else state, kept
+    return out, from_slots(plan, state), kept
 
 
 def attend_forward(plan: Plan, *args: Any) -> tuple[Any, ...]:
@@ -137,46 +146,73 @@ def attend_backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Ar
     d_out, d_final_state = cotangents[0].astype(plan.dtype), cotangents[1].astype(jnp.float32)
     sums = decay if plan.per_key else decay_sums(plan, decay, starts)
     gradients = launch.backward(
-        plan, q, k, v, sums, bonus, start_rows(plan, starts), kept, d_out,
-        d_final_state.mT if plan.per_key else d_final_state,
-    )  # fmt: skip
+        plan, q, k, v, sums, bonus, start_rows(plan, starts), kept, d_out, to_slots(plan, d_final_state)
+    )
     if plan.per_key:
-        d_decay, d_state = gradients["d_decay"], gradients["d_state"].mT
+        d_decay = gradients["d_decay"]
     else:
-        d_decay, d_state = scalar_decay_gradient(plan, gradients["changes"], starts, decay), gradients["d_state"]
+        d_decay = scalar_decay_gradient(plan, gradients["changes"], starts, decay)
     d_bonus = None if bonus is None else jnp.sum(gradients["d_bonus"], axis=0)
+    d_state = from_slots(plan, gradients["d_state"])
     return gradients["dq"], gradients["dk"], gradients["dv"], d_decay, d_bonus, d_state, None
 
 
 attend.defvjp(attend_forward, attend_backward)
 
 
+def to_slots(plan: Plan, state: Array) -> Array:
+    """[B, H, K, V] -> [B, slots, K, (h, V)], or of decays per key [B, slots, V, (h, K)]."""
+    state = state.mT if plan.per_key else state
+    state = state.reshape(plan.batch, plan.heads, plan.pack, *state.shape[2:]).swapaxes(2, 3)
+    return state.reshape(plan.batch, plan.heads, *plan.state_shape)
+
+
+def from_slots(plan: Plan, state: Array) -> Array:
+    """The inverse of `to_slots`."""
+    rows = state.shape[2]
+    state = state.reshape(plan.batch, plan.heads, rows, plan.pack, -1).swapaxes(2, 3)
+    state = state.reshape(plan.batch, plan.heads * plan.pack, rows, -1)
+    return state.mT if plan.per_key else state
+
+
 def start_rows(plan: Plan, starts: Array | None) -> Array | None:
-    """[B, 8, T padded], for decays per key."""
+    """[B, chunks, 8, C or 128], for decays per key."""
     if not plan.starts:
         return None
-    starts = jnp.pad(starts, ((0, 0), (0, -plan.time % plan.tiles.block)))
-    return jnp.broadcast_to(starts[:, None], (plan.batch, 8, starts.shape[1]))
+    chunk = plan.tiles.chunk
+    starts = jnp.pad(starts, ((0, 0), (0, -plan.time % plan.tiles.block))).reshape(plan.batch, -1, 1, chunk)
+    starts = jnp.pad(starts, ((0, 0), (0, 0), (0, 0), (0, -chunk % LANES)))
+    return jnp.broadcast_to(starts, (*starts.shape[:2], 8, starts.shape[3]))
 
 
 def decay_sums(plan: Plan, decay: Array, starts: Array | None) -> Array:
-    """Sums of scalar log-decays within each chunk, [B|1, steps, rows, T padded | chunk]: see `scalar.decays`."""
-    tiles, exact = plan.tiles, Dots(plan.dtype).exact
+    """Sums of scalar log-decays within each chunk, [B|1, steps, chunks, rows, (h, C)]: see `scalar.decays`."""
+    tiles, exact = plan.tiles, plan.dots.exact
+    num_heads = plan.heads * plan.pack
     decay = jnp.maximum(decay, -1e30 if exact else FASTEST)
     if plan.constant:
-        decay = jnp.broadcast_to(decay, (1, tiles.chunk, plan.heads))
+        decay = jnp.broadcast_to(decay, (1, tiles.chunk, num_heads))
     else:
-        decay = jnp.broadcast_to(decay, (decay.shape[0], plan.time, plan.heads))
+        decay = jnp.broadcast_to(decay, (decay.shape[0], plan.time, num_heads))
         if starts is not None:
             decay = decay + SEGMENT_START * starts[..., None]
         decay = jnp.pad(decay, ((0, 0), (0, plan.blocks * tiles.block - plan.time), (0, 0)))
-    g = decay.transpose(0, 2, 1).reshape(decay.shape[0], plan.outer * plan.inner, tiles.heads, -1, tiles.chunk)
-    upto = jnp.triu(jnp.ones((tiles.chunk, tiles.chunk), jnp.float32))
+    batch, steps = decay.shape[0], plan.outer * plan.inner
+    g = decay.reshape(batch, -1, tiles.chunk, steps, tiles.heads, plan.pack).transpose(0, 3, 1, 4, 5, 2)
+    g = g.reshape(*g.shape[:4], plan.pack * tiles.chunk)
+    upto, after = chunk_triangles(plan)
     rows = [_matmul(g, upto)]
     if exact:
-        rows += [_matmul(g, 1 - upto), g]
-    rows = jnp.concatenate(rows, axis=2).reshape(*g.shape[:2], scalar.rows_per_head(Dots(plan.dtype)) * tiles.heads, -1)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 8), (0, 0)))
+        rows += [_matmul(g, after), g]
+    rows = jnp.concatenate(rows, axis=3)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, -rows.shape[3] % 8), (0, 0)))
+
+
+def chunk_triangles(plan: Plan) -> tuple[Array, Array]:
+    """Of a row [(h, C)] they make the sums up to a token of a chunk, and the sums after it."""
+    upto = jnp.triu(jnp.ones((plan.tiles.chunk, plan.tiles.chunk), jnp.float32))
+    own = jnp.eye(plan.pack, dtype=jnp.float32)
+    return jnp.kron(own, upto), jnp.kron(own, 1 - upto)
 
 
 def scalar_decay_gradient(plan: Plan, changes: Array, starts: Array | None, decay: Array) -> Array:
@@ -184,10 +220,11 @@ def scalar_decay_gradient(plan: Plan, changes: Array, starts: Array | None, deca
 
     A chunk's last token stands for all later ones, by sum(S' dS') at its end: roundings do not add up over chunks.
     """
-    batch, _, _, length = changes.shape
-    changes = changes[:, :, : plan.tiles.heads].reshape(batch, plan.heads, -1, plan.tiles.chunk)
-    sums = _matmul(changes, jnp.tril(jnp.ones((plan.tiles.chunk, plan.tiles.chunk), jnp.float32)))
-    sums = sums.reshape(batch, plan.heads, length)[:, :, : plan.time].transpose(0, 2, 1)
+    batch, steps, chunks = changes.shape[:3]
+    upto, _ = chunk_triangles(plan)
+    sums = _matmul(changes[:, :, :, : plan.tiles.heads], upto.T)
+    sums = sums.reshape(batch, steps, chunks, plan.tiles.heads, plan.pack, plan.tiles.chunk)
+    sums = sums.transpose(0, 2, 5, 1, 3, 4).reshape(batch, chunks * plan.tiles.chunk, -1)[:, : plan.time]
     if starts is not None:
         sums = jnp.where(starts[..., None] > 0, 0.0, sums)
     axes = tuple(axis for axis in (0, 1) if decay.shape[axis] == 1 != sums.shape[axis])

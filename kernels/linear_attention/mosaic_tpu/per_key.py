@@ -1,4 +1,4 @@
-"""A chunk of C tokens of one head whose state decays by one number a key: values in, values out.
+"""A chunk of C tokens of a slot of heads whose states decay by one number a key: values in, values out.
 
 With q scaled, b the cumulative sum of g, and r_i the part of it that q_i sees (b_i, or b_i - g_i with a bonus):
 
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from kernels.linear_attention.mosaic_tpu import lanes
 from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
 
 SUBLANES = 8
@@ -38,8 +39,7 @@ class Decay(NamedTuple):
 
 def cumulative_sums(dots: Dots, g: Array, starts: Array | None) -> Array:
     """b [C, K]; arguments as in `decay`."""
-    i, j = grid_index(g.shape[0])
-    return dots.count((j <= i).astype(dots.dtype), g if starts is None else g + starts)
+    return dots.count(lambda i, j: j <= i, g if starts is None else g + starts)
 
 
 def decay(dots: Dots, g: Array, starts: Array | None, bonus: bool, sums: Array | None) -> Decay:
@@ -99,13 +99,21 @@ def at_middle(sums: Array, row: Array, level: int) -> Array:
     return jnp.broadcast_to(middle, blocks.shape).reshape(size, width)
 
 
-def own_scores(q: Array, k: Array, u: Array | None) -> Array:
-    return jnp.sum(q * k if u is None else q * (u * k), axis=1, keepdims=True)
+def own_scores(dots: Dots, q: Array, k: Array, u: Array | None) -> Array:
+    return head_products(dots, q, k if u is None else u * k)
+
+
+def head_products(dots: Dots, x: Array, y: Array) -> Array:
+    """x . y of each head, [C, 1], or on all of its lanes, [C, (h, X)]."""
+    sums = lanes.head_sums([x * y], dots.pack)
+    if dots.pack == 1:
+        return sums[0]
+    return lanes.over_lanes([jnp.broadcast_to(x, (x.shape[0], lanes.LANES)) for x in sums], lanes.LANES // dots.pack)
 
 
 def scores(dots: Dots, levels: dict[int, Array], q: Array, k: Array) -> Array:
-    """A [C, C], strictly below the diagonal."""
-    i, j = grid_index(q.shape[0])
+    """A [C, (h, C)], strictly below the diagonal."""
+    i, j = grid_index(q.shape[0], dots.pack)
     bits = i ^ j
     result = jnp.zeros(bits.shape, jnp.float32)
     for level, e in levels.items():
@@ -114,10 +122,10 @@ def scores(dots: Dots, levels: dict[int, Array], q: Array, k: Array) -> Array:
 
 
 def level_scores(dots: Dots, level: int, e: Array, q: Array, k: Array) -> Array:
-    """[C, C], of which the pairs of this level are scores."""
+    """[C, (h, C)], of which the pairs of this level are scores."""
     if level < COMPACT:
-        return dots.nt(q * e, k * e)
-    rows = dots.nt(second(q, level) * second(e, level), k * e)
+        return dots.nt(q * e, dots.spread(k * e))
+    rows = dots.nt(second(q, level) * second(e, level), dots.spread(k * e))
     return interleave(rows, rows, level)
 
 
@@ -137,23 +145,23 @@ def interleave(x1: Array, x2: Array, level: int) -> Array:
 
 
 def update(dots: Dots, k: Array, v: Array, decay: Decay, state: Array) -> Array:
-    """S'^T [V, K] from S^T."""
-    return decay.total * state + dots.tn(v, k * decay.write)
+    """S'^T [V, (h, K)] from S^T."""
+    return decay.total * state + lanes.blocks(dots.tn(dots.spread(v), dots.spread(k * decay.write)), dots.pack)
 
 
 def forward(dots: Dots, q: Array, k: Array, v: Array, u: Array | None, decay: Decay, state: Array) -> Array:
-    """out [C, V], float32. q, k float32, q scaled; u [1, K] or None."""
-    out = dots.nn(scores(dots, decay.levels, q, k), v) + dots.nt(q * decay.read, state)
-    return out + own_scores(q, k, u) * v.astype(jnp.float32)
+    """out [C, (h, V)], float32. q, k float32, q scaled; u [1, (h, K)] or None."""
+    within = dots.nn(scores(dots, decay.levels, q, k), dots.spread(v))
+    return within + dots.nt(q * decay.read, dots.state(state)) + own_scores(dots, q, k, u) * v.astype(jnp.float32)
 
 
 class Gradients(NamedTuple):
-    q: Array  # of the scaled q, [C, K]
-    k: Array  # [C, K]
-    v: Array  # [C, V]
-    reads: Array  # q . dq without the token's own key, [C, K]
+    q: Array  # of the scaled q, [C, (h, K)]
+    k: Array  # [C, (h, K)]
+    v: Array  # [C, (h, V)]
+    reads: Array  # q . dq without the token's own key, [C, (h, K)]
     writes: Array  # k . dk likewise
-    bonus: Array | None  # [1, K]
+    bonus: Array | None  # [1, (h, K)]
     state: Array  # of S^T
 
 
@@ -161,30 +169,32 @@ def backward(
     dots: Dots, q: Array, k: Array, v: Array, u: Array | None, d_out: Array, decay: Decay, state: Array, d_end: Array
 ) -> Gradients:
     """state: S^T at the start; d_end: the gradient of S'^T; all float32 but v and d_out."""
-    i, j = grid_index(q.shape[0])
-    bits = jnp.where(i > j, i ^ j, 0)
-    d_scores = dots.nt(d_out, v)
+    i, j = grid_index(q.shape[0], dots.pack)
+    bits, bits_of_keys = jnp.where(i > j, i ^ j, 0), jnp.where(i < j, i ^ j, 0)
+    d_out_spread, d_end_spread = dots.spread(d_out), dots.state(d_end)
+    d_scores = dots.nt(d_out, dots.spread(v))
+    d_scores_of_keys = dots.nt(v, d_out_spread)  # [j, (h, i)]
     attention = jnp.zeros_like(d_scores)
-    dq = decay.read * dots.nn(d_out, state)
-    dk = decay.write * dots.nn(v, d_end)
+    dq = decay.read * dots.nn(d_out, dots.state(state))
+    dk = decay.write * dots.nn(v, d_end_spread)
     for level, e in decay.levels.items():
-        here = (bits >= level) & (bits < 2 * level)
+        here, here_of_keys = ((x >= level) & (x < 2 * level) for x in (bits, bits_of_keys))
         attention = jnp.where(here, level_scores(dots, level, e, q, k), attention)
         d_level = d_scores * jnp.where(here, 1.0, 0.0)
+        d_level_of_keys = d_scores_of_keys * jnp.where(here_of_keys, 1.0, 0.0)
+        queries, keys = dots.spread(q * e), dots.spread(k * e)
         if level < COMPACT:
-            dq += e * dots.nn(d_level, k * e)
-            dk += e * dots.tn(d_level, q * e)
+            dq += e * dots.nn(d_level, keys)
+            dk += e * dots.nn(d_level_of_keys, queries)
             continue
-        e1, e2 = first(e, level), second(e, level)
-        d_level = second(d_level, level).astype(dots.dtype)
-        dq2 = e2 * dots.nn(d_level, k * e)
-        dk1 = e1 * dots.nn(first(d_level.T, level), second(q, level) * e2)
+        dq2 = second(e, level) * dots.nn(second(d_level, level), keys)
+        dk1 = first(e, level) * dots.nn(first(d_level_of_keys, level), queries)
         dq = interleave(first(dq, level), second(dq, level) + dq2, level)
         dk = interleave(first(dk, level) + dk1, second(dk, level), level)
     d_out32, v32 = d_out.astype(jnp.float32), v.astype(jnp.float32)
-    own, d_own = own_scores(q, k, u), jnp.sum(v32 * d_out32, axis=1, keepdims=True)
-    dv = dots.tn(attention, d_out) + dots.nt(k * decay.write, d_end) + own * d_out32
-    d_state = decay.total * d_end + dots.tn(d_out, q * decay.read)
+    own, d_own = own_scores(dots, q, k, u), head_products(dots, v32, d_out32)
+    dv = dots.of_keys(attention, d_out_spread) + dots.nt(k * decay.write, d_end_spread) + own * d_out32
+    d_state = decay.total * d_end + lanes.blocks(dots.tn(d_out_spread, dots.spread(q * decay.read)), dots.pack)
     reads, writes = q * dq, k * dk
     uk, uq = (k, q) if u is None else (u * k, u * q)
     d_bonus = None if u is None else jnp.sum(q * k * d_own, axis=0, keepdims=True)
@@ -192,9 +202,7 @@ def backward(
 
 
 def log_decay_gradient(dots: Dots, reads: Array, writes: Array, later: Array, bonus: bool) -> Array:
-    """dg_t = sum_{s >= t} (reads_s - writes_s) + later, [C, K]; with a bonus s > t for the reads."""
-    i, j = grid_index(reads.shape[0])
-    inclusive = (j >= i).astype(dots.dtype)
+    """dg_t = sum_{s >= t} (reads_s - writes_s) + later, [C, (h, K)]; with a bonus s > t for the reads."""
     if not bonus:
-        return dots.count(inclusive, reads - writes) + later
-    return dots.count((j > i).astype(dots.dtype), reads) - dots.count(inclusive, writes) + later
+        return dots.count(lambda i, j: j >= i, reads - writes) + later
+    return dots.count(lambda i, j: j > i, reads) - dots.count(lambda i, j: j >= i, writes) + later

@@ -1,7 +1,8 @@
 """What a call of the kernels is: its padded sizes, its tiles, and the grid that follows from them.
 
 The grid is (batch, head blocks that share no q and k, time blocks, head blocks that share them), the last two in
-order. Heads of v that share q and k are in the last axis, so that q and k are loaded once.
+order. Heads of v that share q and k are in the last axis, so that q and k are loaded once. What is counted as a head is
+a slot of lanes, in which several narrow heads may lie side by side (`lanes.py`).
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.specs import Tiles
 
 FASTEST = -50.0  # log-decays of bfloat16 calls: e^-50 leaves nothing, and sums of more extreme ones lose digits
@@ -17,14 +19,16 @@ SEGMENT_START = -128.0  # exp of it is 0 in float32
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One call: padded sizes, tiles, and what it has. `tiles.heads` of v are computed in a step."""
+    """One call: padded sizes, tiles, and what it has. `tiles.heads` slots of v are computed in a step."""
 
     batch: int
     time: int
-    groups: int
-    heads: int
-    key_dim: int
+    groups: int  # slots of q and k
+    heads: int  # slots of v
+    key_dim: int  # lanes of a slot
     value_dim: int
+    pack: int  # heads of v in a slot
+    key_pack: int  # heads of q and k in a slot: `pack`, or 1 where those of v share them
     dtype: jnp.dtype
     scale: float
     tiles: Tiles
@@ -59,8 +63,13 @@ class Plan:
         return self.time % self.tiles.block != 0
 
     @property
-    def state_shape(self) -> tuple[int, int]:  # of one head
-        return (self.value_dim, self.key_dim) if self.per_key else (self.key_dim, self.value_dim)
+    def state_shape(self) -> tuple[int, int]:  # of one slot
+        rows, lanes = (self.value_dim, self.key_dim) if self.per_key else (self.key_dim, self.value_dim)
+        return rows // self.key_pack, lanes
+
+    @property
+    def dots(self) -> Dots:
+        return Dots(self.dtype, self.pack, self.key_pack)
 
     def heads_of(self, group: int) -> range:  # of v, of a step, that read head `group` of its q and k
         count = self.tiles.heads // self.step_groups

@@ -1,14 +1,20 @@
-"""A chunk of C tokens of one head whose state decays by one number a token: values in, values out.
+"""A chunk of C tokens of the slots that share q and k, whose states decay by one number a head and token: values in,
+values out.
 
     out = scale (P o q k^T) v + scale read o (q S)          P_ij = exp(sum of g over (j, i]), 0 above the diagonal
     S'  = total S + k^T (write o v)                         read_i, write_j, total: up to i, after j, of all tokens
 
-The decays act on rows of v and out, so that heads of v may share q and k. With dS' the gradient of S':
+The decays act on rows of v and out. With dS' the gradient of S':
 
     dA = scale P o (dout v^T)      dq = dA k + (scale read o dout) S^T      dk = dA^T q + (write o v) dS'^T
     A  = scale P o (q k^T)         dv = A^T dout + write o (k dS')          dS = total dS' + q^T (scale read o dout)
 
-The gradient of g is a sum over later tokens of q . dq - k . dk (../recurrent.py), added up by the caller.
+dA is added up over the heads before it is multiplied with q and k, and the states lie side by side, [K, (slots, h, V)],
+so that there is one matmul with q and k for all. The gradient of g is a sum over later tokens of q . dq - k . dk of the
+head alone (../recurrent.py), added up by the caller:
+
+    q_i . dq_i = sum_j dA_ij q_i k_j + (scale read o dout)_i . (q S)_i
+    k_j . dk_j = sum_i dA_ij q_i k_j + (write o v)_j . (k dS')_j
 
 For bfloat16 inputs the exponents are differences of cumulative sums; for float32 ones they are sums of the very
 log-decays between two tokens, by a matmul with a matrix of ones, which takes no digits from a mild decay after a
@@ -20,67 +26,123 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.linear_attention.mosaic_tpu.dots import LANES, Dots, grid_index, over_lanes
+from kernels.linear_attention.mosaic_tpu import lanes
+from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
 
 
 class Decay(NamedTuple):
-    pairs: Array  # P, [C, C]
-    read: Array  # [C, 128], equal lanes
-    write: Array  # [C, 128], equal lanes
-    total: Array  # [1, 1]
+    pairs: list[Array]  # P of each slot, [i, (h, j)]
+    pairs_of_keys: list[Array]  # P^T, [j, (h, i)]
+    read: Array  # [C, (slots, h, V)]
+    write: Array  # [C, (slots, h, V)]
+    total: Array  # [1, (slots, h, V)]
 
 
-def rows_per_head(dots: Dots) -> int:
-    """Rows of [., C] that the caller prepares for `decays`: sums up to a token; if exact, after it, and g itself."""
+def rows_per_slot(dots: Dots) -> int:
+    """Rows [., (h, C)] that the caller prepares for `decay`: sums up to a token; if exact, after it, and g itself."""
     return 3 if dots.exact else 1
 
 
-def decays(dots: Dots, rows: Array, num_heads: int) -> list[Decay]:
-    """One a head. rows [., C]: `num_heads` of each of `rows_per_head`."""
-    size = rows.shape[1]
-    columns = rows.T
-    i, j = grid_index(size)
-    result = []
-    for head in range(num_heads):
-        row = rows[head : head + 1]
-        last = row[:, size - 1 :]
-        column = lane_broadcast(columns, head)
+def decay(dots: Dots, rows: Array, columns: Array, num_slots: int, slots: range, width: int) -> Decay:
+    """Of some of `num_slots` slots, for v [C, width] of each. rows [., (h, C)]: one a slot of each of `rows_per_slot`;
+    columns: their transpose."""
+    size, width = rows.shape[1] // dots.pack, width // dots.pack
+    i, j = grid_index(size, dots.pack)
+
+    def over_lanes(row, width):  # a row [1, (h, C)] as columns, each head's on `width` lanes
+        heads = [columns[head * size : (head + 1) * size, row : row + 1] for head in range(dots.pack)]
+        return lanes.over_lanes([jnp.broadcast_to(x, (size, lanes.LANES)) for x in heads], width)
+
+    between, between_of_keys, sums, write, last = [], [], [], [], []
+    for slot in slots:
+        row = rows[slot : slot + 1]
+        ends = [row[:, end - 1 : end] for end in range(size, row.shape[1] + 1, size)]
+        last.append(lanes.over_lanes([jnp.broadcast_to(x, (1, lanes.LANES)) for x in ends], width))
+        sums.append(over_lanes(slot, width))
         if dots.exact:
-            write = lane_broadcast(columns, num_heads + head)
-            log_decay = over_lanes(lane_broadcast(columns, 2 * num_heads + head), size)
-            between = dots.nn((j <= i).astype(jnp.float32), jnp.where(i > j, log_decay, 0.0))
+            write.append(over_lanes(num_slots + slot, width))
+            log_decay = over_lanes(2 * num_slots + slot, size)
+            row, column = grid_index(size)
+            upto, after = (x.astype(jnp.float32) for x in (column <= row, column > row))
+            between.append(dots.nn(upto, jnp.where(i > j, log_decay, 0.0)))
+            between_of_keys.append(dots.nn(after, jnp.where(i <= j, log_decay, 0.0)))
         else:
-            write = last - column
-            between = over_lanes(column, size) - row
-        pairs = jnp.where(i >= j, jnp.exp(jnp.minimum(between, 0.0)), 0.0)
-        result.append(Decay(pairs, jnp.exp(column), jnp.exp(write), jnp.exp(last)))
-    return result
+            write.append(last[-1] - sums[-1])
+            between.append(over_lanes(slot, size) - row)
+            between_of_keys.append(-between[-1])
+    pairs = [jnp.where(i >= j, jnp.exp(x), 0.0) for x in between]
+    pairs_of_keys = [jnp.where(i <= j, jnp.exp(x), 0.0) for x in between_of_keys]
+    read, write, total = (jnp.exp(jnp.concatenate(x, axis=1)) for x in (sums, write, last))
+    return Decay(pairs, pairs_of_keys, read, write, total)
 
 
-def lane_broadcast(columns: Array, index: int | Array) -> Array:
-    return jnp.broadcast_to(columns[:, index : index + 1], (columns.shape[0], LANES))
+class Keys(NamedTuple):
+    """q and k [C, (h, K)] of the slots that share them, and as `Dots.stack` has them, [(h, C), (h, K)]."""
+
+    q: Array
+    k: Array
+    queries: Array
+    keys: Array
 
 
-def update(dots: Dots, k: Array, v: Array, decay: Decay, state: Array) -> Array:
-    """S' [K, V] from S."""
-    return decay.total * state + dots.tn(k, over_lanes(decay.write, v.shape[1]) * v)
+def update(dots: Dots, keys: Array, v: Array, decay: Decay, state: Array) -> Array:
+    """S' [K, (slots, h, V)] from S; keys: k as `Dots.stack` has it."""
+    return decay.total * state + lanes.blocks(dots.tn(keys, dots.spread(decay.write * v)), dots.key_pack)
 
 
-def forward(dots: Dots, q: Array, k: Array, v: Array, decay: Decay, state: Array, scale: float) -> Array:
-    """out [C, V], float32."""
-    within = dots.nn(dots.nt(q, k) * decay.pairs, v)
-    return scale * (within + over_lanes(decay.read, v.shape[1]) * dots.nn(q, state))
+def by_slot(x: Array, count: int) -> list[Array]:
+    width = x.shape[1] // count
+    return [x[:, start : start + width] for start in range(0, x.shape[1], width)]
+
+
+def forward(dots: Dots, keys: Keys, v: Array, decay: Decay, state: Array, scale: float) -> Array:
+    """out [C, (slots, h, V)], float32."""
+    products = dots.nt(keys.q, keys.keys)
+    within = [
+        dots.nn(products * decay.pairs[slot], dots.spread(values))
+        for slot, values in enumerate(by_slot(v, len(decay.pairs)))
+    ]
+    return scale * (jnp.concatenate(within, axis=1) + decay.read * dots.nn(keys.q, dots.state(state)))
+
+
+class Gradients(NamedTuple):
+    q: Array  # [C, (h, K)]
+    k: Array
+    v: Array  # [C, (slots, h, V)]
+    state: Array
+    terms: list[list[Array]]  # of each slot, [C, (h, .)]: their sums over a head's lanes are q . dq - k . dk, and
+    taken: list[Array]  # what is still to be taken off, [1, (h, C)]
 
 
 def backward(
-    dots: Dots, q: Array, k: Array, v: Array, d_out: Array, decay: Decay, state: Array, d_end: Array, scale: float
-) -> tuple[Array, Array, Array, Array]:
-    """dq, dk [C, K], dv [C, V] and the gradient of S, all float32. state: S; d_end: dS'."""
-    pairs = scale * decay.pairs
-    write = over_lanes(decay.write, v.shape[1])
-    d_out_read = (scale * over_lanes(decay.read, v.shape[1]) * d_out).astype(dots.dtype)
-    d_scores = (dots.nt(d_out, v) * pairs).astype(dots.dtype)
-    dq = dots.nn(d_scores, k) + dots.nt(d_out_read, state)
-    dk = dots.tn(d_scores, q) + dots.nt(write * v, d_end)
-    dv = dots.tn(dots.nt(q, k) * pairs, d_out) + write * dots.nn(k, d_end)
-    return dq, dk, dv, decay.total * d_end + dots.tn(q, d_out_read)
+    dots: Dots, keys: Keys, v: Array, d_out: Array, decay: Decay, state: Array, d_end: Array, scale: float
+) -> Gradients:
+    """All float32. state: S; d_end: dS'."""
+    count, shared = len(decay.pairs), dots.key_pack < dots.pack or len(decay.pairs) > 1
+    products = dots.nt(keys.q, keys.keys)
+    products_of_keys = dots.nt(keys.k, keys.queries) if shared else None
+    state, d_end_spread = dots.state(state), dots.state(d_end)
+    d_out_read, written = scale * decay.read * d_out, decay.write * v
+    d_written = dots.nn(keys.k, d_end_spread)
+    within, pairs, d_scores = [], [], []
+    for slot, (values, d_out_slot) in enumerate(zip(by_slot(v, count), by_slot(d_out, count), strict=True)):
+        weights = scale * decay.pairs[slot]
+        d_slot = dots.nt(d_out_slot, dots.spread(values)) * weights
+        d_out_spread = dots.spread(d_out_slot)
+        if shared:
+            within.append(dots.nn(scale * products_of_keys * decay.pairs_of_keys[slot], d_out_spread))
+        else:
+            within.append(dots.of_keys(products * weights, d_out_spread))
+        pairs.append(d_slot * products)
+        d_scores.append(d_slot)
+    d_scores = sum(d_scores[1:], d_scores[0])
+    dq = dots.nt(d_out_read, state) + dots.nn(d_scores, keys.keys)
+    dk = dots.nt(written, d_end_spread) + dots.of_keys(d_scores, keys.queries)
+    dv = jnp.concatenate(within, axis=1) + decay.write * d_written
+    d_state = decay.total * d_end + lanes.blocks(dots.tn(keys.queries, dots.spread(d_out_read)), dots.key_pack)
+    if not shared:
+        return Gradients(dq, dk, dv, d_state, [[keys.q * dq - keys.k * dk]], [])
+    # What the heads' own dq and dk would give.
+    ends = d_out_read * dots.nn(keys.q, state) - written * d_written
+    terms = [list(x) for x in zip(pairs, by_slot(ends, count), strict=True)]
+    return Gradients(dq, dk, dv, d_state, terms, [jnp.sum(x, axis=0, keepdims=True) for x in pairs])
