@@ -104,7 +104,7 @@ def dplr_delta_rule_cases(shape):
 
 
 def package_jla(kind, *gates):
-    """{name: function of q, k, v and gates}, empty where the package is not installed. A gate that is not given is 0."""
+    """{name: function of q, k, v and gates}, empty where the package is not installed. A gate not given is 0."""
     if importlib.util.find_spec("jla") is None:
         return {}
 
