@@ -67,7 +67,7 @@ def in_pieces(
 
     def piece(state, own):
         own = iter(own)
-        out, state = attend(tree.unflatten(next(own) if x else y for x, y in zip(cut, leaves, strict=True)), state)
+        out, state = attend(tree.unflatten([next(own) if x else y for x, y in zip(cut, leaves, strict=True)]), state)
         return state, out
 
     own = [x.reshape(pieces, -1, *x.shape[1:]) for x, whole in zip(leaves, cut, strict=True) if whole]
@@ -196,7 +196,8 @@ def score_gradients(sums: DecaySums, q: Array, k: Array, v: Array, d_out: Array)
             d_scores = dot("...iv,...jv->...ij", split(d_out, level)[1], split(v, level)[0], like=v)
             (dq1, dq2), (dk1, dk2) = halves(dq), halves(dk)
             dq2 += read * dot("...ij,...jk->...ik", d_scores, split(k, level)[0] * write, like=v)
-            dk1 += write * dot("...ij,...ik->...jk", d_scores, split(q_read, level)[1] * read, like=v)
+            q2 = split(jnp.broadcast_to(q_read, shape), level)[1] * read  # XLA on CPUs has no such product of groups
+            dk1 += write * dot("...ij,...ik->...jk", d_scores, q2, like=v)
             dq, dk = jnp.concatenate([dq1, dq2], axis=-2), jnp.concatenate([dk1, dk2], axis=-2)
         dq, dk = dq[..., 0, :, :], dk[..., 0, :, :]
     return dq if sums.inside is None else jnp.where(sums.inside, dq, 0), dk

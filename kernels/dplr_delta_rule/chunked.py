@@ -88,8 +88,8 @@ def correct(
     """q, k, a, b, g [N, B, H, 1, C, K]; v [N, B, H, 1, C, V]; initial_state [B, H, 1, K, V]."""
     chunk = prepare(q, k, v, a, b, g, starts)
     u, state, final_state = states(chunk, k, v, a, b, initial_state)
-    out = dot("y...ij,y...jv->...iv", chunk.attention, jnp.stack([u, v.astype(u.dtype)]), like=v)
-    out += dot("...ck,...kv->...cv", reads(chunk.sums, chunk.q), state, like=v)
+    out = dot("...ij,...jv->...iv", chunk.attention, pair(u, v), like=v)
+    out = jnp.sum(out, axis=3, keepdims=True) + dot("...ck,...kv->...cv", reads(chunk.sums, chunk.q), state, like=v)
     return (scale * out).astype(v.dtype), final_state
 
 
@@ -106,22 +106,24 @@ def correct_backward(
     chunk = prepare(q, k, v, a, b, g, starts)
     u, state, final_state = states(chunk, k, v, a, b, initial_state)
     end = jnp.concatenate([state[1:], final_state[None]])
-    from_out = dot("y...ij,...iv->y...jv", chunk.attention, d_out, like=v)
-    e, d_end, d_initial_state = state_gradients(chunk, a, b, from_out[0], d_out, d_final_state, like=v)
+    from_out = dot("...ij,...iv->...jv", chunk.attention, d_out, like=v)
+    e, d_end, d_initial_state = state_gradients(chunk, a, b, from_out[:, :, :, :1], d_out, d_final_state, like=v)
 
-    sums, reading = chunk.sums, jnp.stack([a.astype(dtype), chunk.q.astype(dtype)])
-    written, values, d_read = (jnp.stack(pair) for pair in ((b, k), (u, v.astype(dtype)), (e, d_out)))
-    d_reads, d_writes = score_gradients(sums, reading[:, None], written, values.astype(v.dtype), d_read[:, None])
-    da, dq = jnp.sum(d_reads, axis=1) + read_gate(sums) * dot("...cv,...kv->...ck", d_read, state, like=v)
-    d_writes = jnp.sum(d_writes, axis=0) + jnp.exp(sums.write) * dot("...cv,...kv->...ck", values, d_end, like=v)
-    dv = from_out[1] + dot("...ij,...iv->...jv", chunk.a_k, e, like=v)
+    sums, written, values = chunk.sums, pair(b, k), pair(u, v)
+    da, d_writes = score_gradients(sums, a, written, values.astype(v.dtype), e)
+    dq, more = score_gradients(sums, chunk.q, written, values.astype(v.dtype), d_out)
+    da, dq = (jnp.sum(x, axis=3, keepdims=True) for x in (da, dq))
+    da += read_gate(sums) * dot("...cv,...kv->...ck", e, state, like=v)
+    dq += read_gate(sums) * dot("...cv,...kv->...ck", d_out, state, like=v)
+    d_writes += more + jnp.exp(sums.write) * dot("...cv,...kv->...ck", values, d_end, like=v)
+    dv = from_out[:, :, :, 1:] + dot("...ij,...iv->...jv", chunk.a_k, e, like=v)
     dv += dot("...ck,...kv->...cv", writes(sums, k), d_end, like=v)
 
-    read, write = chunk.q * dq + of_next_token(a * da), jnp.sum(written * d_writes, axis=0)
+    read, write = chunk.q * dq + of_next_token(a * da), jnp.sum(written * d_writes, axis=3, keepdims=True)
     d_log_decay = log_decay_gradient(read, write, end * d_end, starts, g)
-    own_u, own_v = own = jnp.sum(values * d_out, axis=-1, keepdims=True)
-    dq = jnp.exp(g.astype(dtype)) * dq + own_u * b + own_v * k
-    db, dk = d_writes + own * q
+    own = jnp.sum(values * d_out, axis=-1, keepdims=True)
+    dq = jnp.exp(g.astype(dtype)) * dq + jnp.sum(own * written, axis=3, keepdims=True)
+    db, dk = jnp.split(d_writes + own * q, 2, axis=3)
     gradients = (x.astype(y.dtype) for x, y in zip((dq, dk, dv, da, db), residuals, strict=False))
     return *gradients, d_log_decay, None, d_initial_state
 
@@ -139,13 +141,18 @@ class Chunk(NamedTuple):
     inverse: Array
 
 
+def pair(x: Array, y: Array) -> Array:
+    """Two that a token writes, as a group of two heads that one key reads: [N, B, H, 2, C, X] of x's dtype."""
+    return jnp.concatenate([x, y.astype(x.dtype)], axis=3)
+
+
 def prepare(q: Array, k: Array, v: Array, a: Array, b: Array, g: Array, starts: Array | None) -> Chunk:
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     sums = decay_sums(g, starts, before=True)
     decayed = jnp.exp(g.astype(dtype)) * q
-    written = jnp.stack([b, k])
+    written = pair(b, k)
     attention = scores(sums, decayed, written, like=v) + own_scores(q, written, None)
-    a_b, a_k = jnp.broadcast_to(scores(sums, a, written, like=sums.read), attention.shape)
+    a_b, a_k = jnp.split(jnp.broadcast_to(scores(sums, a, written, like=sums.read), attention.shape), 2, axis=3)
     return Chunk(sums, decayed, attention, a_k, unit_lower_inverse(-a_b))
 
 
