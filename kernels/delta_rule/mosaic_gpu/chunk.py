@@ -14,6 +14,7 @@ dU that of U from all that reads it, linear attention's dv, and dY = (I + A)^-T 
     of what linear attention's dg_t sums over t' >= t:    beta sum_K k C - sum_K k ((beta E)^T k)
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -42,8 +43,7 @@ class Inverse(NamedTuple):
     def apply(self, m: Any, x: Operand, transpose: bool = False) -> Operand:
         """Times x [64, n], which is staged."""
         a, b = (m.transposed(each) for each in self) if transpose else self
-        high, low = stage_halves(m, x)
-        return m.dots(None, (a, high), (a, low), (b, high))
+        return product(m, None, (a, b), stage_halves(m, x))
 
 
 def stage_halves(m: Any, x: Operand) -> tuple[Operand, Operand]:
@@ -52,37 +52,43 @@ def stage_halves(m: Any, x: Operand) -> tuple[Operand, Operand]:
     return high, low
 
 
+def sum_halves(m: Any, halves: Sequence[Operand]) -> Operand:
+    high, low = halves
+    return m.load(high) + m.load(low)
+
+
 def rest(m: Any, x: Operand) -> Operand:
     return x - m.half(x).astype(jnp.float32)
 
 
-def product(m: Any, start: Operand | None, x: Operand, y: Operand) -> Operand:
-    """start + x y, to about 2^-16 of the sum of its terms' sizes."""
-    a, b = m.half(x), m.half(rest(m, x))
-    high, low = stage_halves(m, y)
-    return m.dots(start, (a, high), (a, low), (b, high))
+def product(m: Any, start: Operand | None, x: Sequence[Operand], y: Sequence[Operand]) -> Operand:
+    """start + x y of halves, to about 2^-16 of the sum of its terms' sizes."""
+    return m.dots(start, (x[0], y[0]), (x[0], y[1]), (x[1], y[0]))
 
 
-def invert(m: Any, a: Operand) -> Operand:
-    """(I + a)^-1 of a strictly lower triangular matrix, [64, 64] float32.
+def invert(m: Any, other: Any, a: Sequence[Operand]) -> Operand:
+    """(I + a)^-1 of a strictly lower triangular matrix, [64, 64] float32; a: halves in shared memory.
 
     From the inverses of diagonal blocks of n rows those of 2 n: a block between two, C, becomes -D^-1 C A^-1. So no
-    power of `a` is ever formed, which would reach 1e17 for repeated keys.
+    power of `a` is ever formed, which would reach 1e17 for repeated keys. `m` and `other` stage in different tiles.
     """
-    inverse = jnp.where(m.index(0) == m.index(1), 1.0, 0.0) - jnp.where(pairs_of_level(m, jnp.int32(0)), a, 0.0)
+    identity = jnp.where(m.index(0) == m.index(1), 1.0, 0.0)
+    inverse = identity - jnp.where(pairs_of_level(m, jnp.int32(0)), sum_halves(m, a), 0.0)
 
     def double(level, inverse):
-        between = jnp.where(pairs_of_level(m, level), a, 0.0)
-        return product(m, inverse, inverse, -product(m, None, between, inverse))
+        halves = stage_halves(m, inverse)
+        between = [m.half(jnp.where(pairs_of_level(m, level), m.load(half), 0.0)) for half in a]
+        added = stage_halves(other, -product(m, None, between, halves))
+        return product(m, sum_halves(m, halves), halves, added)
 
     return lax.fori_loop(1, LEVELS, double, inverse)
 
 
-def inverse(m: Any, decay: Scalar | None, beta: Operand, pairs: Operand) -> Operand:
-    """(I + A)^-1; pairs: k k^T, [64, 64], with a decay that is per key in it."""
+def corrections(m: Any, decay: Scalar | None, beta: Operand, pairs: Operand) -> Operand:
+    """A, [64, 64] float32; pairs: k k^T, with a decay that is per key in it."""
     if decay is not None:
         pairs = pairs * scalar_pairs(m, decay, reverse=False)
-    return invert(m, before(m, m.rows(beta, CHUNK) * pairs))
+    return before(m, m.rows(beta, CHUNK) * pairs)
 
 
 def before(m: Any, pairs: Operand) -> Operand:
@@ -100,9 +106,9 @@ def add_pairs_per_key(m: Any, decay: PerKey, k: Operand, earlier: Operand | None
 
     def add_level(level, pairs):
         left = m.load(k) * decay.level(m, level)
-        a, b = m.half(left), m.half(rest(m, left))
-        high, low = (m.transposed(half) for half in stage_halves(m, left))
-        return pairs + jnp.where(pairs_of_level(m, level), m.dots(None, (a, high), (a, low), (b, high)), 0.0)
+        halves = [m.half(left), m.half(rest(m, left))]
+        products = product(m, None, halves, [m.transposed(half) for half in stage_halves(m, left)])
+        return pairs + jnp.where(pairs_of_level(m, level), products, 0.0)
 
     return over_levels(add_level, earlier)
 

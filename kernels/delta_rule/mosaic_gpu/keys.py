@@ -38,7 +38,7 @@ def inverse(plan: Plan, k: Array, beta: Array, decay: Array | tuple[Array, Array
     for name in of_keys:
         fetches.tile(f"{name}_tile", CHUNK, CHUNK)
     once.vector("beta_rows", *(() if plan.per_key else ("sums",)))
-    scratch = stages(2) | fetches.scratch() | once.scratch()
+    scratch = stages(6) | fetches.scratch() | once.scratch()
 
     def body(refs, sequence, n, block):
         del block
@@ -63,7 +63,10 @@ def inverse(plan: Plan, k: Array, beta: Array, decay: Array | tuple[Array, Array
                 pairs = m.dots(pairs, (k, m.transposed(k)))
         vectors = once.wait(refs, 0)
         decay = None if plan.per_key else Scalar(vectors["sums"], None)
-        result = chunk.inverse(m, decay, vectors["beta_rows"], pairs)
+        a = chunk.corrections(m, decay, vectors["beta_rows"], pairs)
+        tiles = staged(refs, 6)
+        halves = chunk.stage_halves(plan.machine(*tiles[4:]), a)  # so that registers are left for other blocks
+        result = chunk.invert(m, plan.machine(*tiles[2:4]), halves)
         for i, half in enumerate(chunk.stage_halves(m, result)):
             plgpu.copy_smem_to_gmem(half, refs.inverses.at[i, sequence, tokens])
         plgpu.wait_smem_to_gmem(0)
