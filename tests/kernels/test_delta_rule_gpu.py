@@ -116,7 +116,7 @@ def test_extreme_decays_in_packed_rows(decay):
 @pytest.mark.parametrize("beta, times", [(1.0, 1), (2.0, 4)])
 def test_near_parallel_keys(beta, times):
     """With beta at 2 corrections of alternating sign, and so their roundings, add up: four times the bounds. With an
-    inverse of one bfloat16 it would be forty times."""
+    inverse of one bfloat16 it would be up to twenty-four times."""
     arguments, cotangents = make("none", time=200, key_dim=128, keys=near_parallel)
     arguments["beta"] = jnp.full_like(arguments["beta"], beta)
     assert_close(arguments, cotangents, times=times)

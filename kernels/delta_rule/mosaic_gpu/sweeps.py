@@ -126,13 +126,12 @@ def sweep(
     read, write = ("k_read", "k_write") if plan.per_key else ("k", "k")
     inputs = {**keys, "v": v, "beta": beta, "totals": totals, "inverses": inverses, "start": start}
     inputs |= {} if plan.per_key else {"decay": decay}
-    chunks = _Chunks(plan, tuple(keys), ("v_tile",), others=2)
+    chunks = _Chunks(plan, tuple(keys), ("v_tile",), others=1)
 
     def body(refs, sequence, part, block):
         del part
         batch, head, _ = indices(plan, sequence)
         values = pl.ds(block * CHUNK, CHUNK)
-        m = plan.machine(*staged(refs, 2))
 
         def tokens(n):
             return batch, pl.ds(n * CHUNK, CHUNK), head, values
@@ -141,8 +140,10 @@ def sweep(
             chunks.fetch(refs, sequence, n, n, {"v_tile": refs.v.at[tokens(n)]})
 
         def step(n, state):
-            chunks.keep(m, refs, state, refs.states, sequence, n, values)
+            chunks.keep(plan.machine(), refs, state, refs.states, sequence, n, values)
             found = chunks.wait(refs, n)
+            # v is read once, before anything is staged: in its place, which lets two blocks share a multiprocessor.
+            m = plan.machine(refs.stage_0, found["v_tile"])
             inverse = chunk.Inverse(*(found[name] for name in HALVES))
             gates = [found.get(name) for name in GATES]
             u = chunk.correct(m, gates[0], found["beta_rows"], inverse, found[read], found["v_tile"], chunks.kept(refs))
@@ -160,7 +161,7 @@ def sweep(
         "states": (plan.states_shape, jnp.bfloat16),
         "end": (start.shape, jnp.float32),
     }
-    grid, scratch = (plan.sequences, 1, plan.value_dim // CHUNK), stages(2) | chunks.scratch()
+    grid, scratch = (plan.sequences, 1, plan.value_dim // CHUNK), stages(1) | chunks.scratch()
     return tuple(launch(plan, body, inputs, outputs, scratch, grid, "corrections").values())
 
 
