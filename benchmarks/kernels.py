@@ -99,7 +99,7 @@ def dplr_delta_rule_cases(shape):
     kappa, rate = normal(3, *q.shape), jax.nn.sigmoid(normal(4, *q.shape))
     kappa = kappa / jnp.linalg.norm(kappa, axis=-1, keepdims=True)
     arrays = (q, k, v, -kappa, kappa * rate, -0.1 * jnp.abs(normal(5, *q.shape)))
-    functions = implementations(kernels.dplr_delta_rule, "recurrent", first_result=True)
+    functions = implementations(kernels.dplr_delta_rule, "recurrent", "chunked", first_result=True)
     yield Case("dplr_delta_rule", "per key", shape, functions | package_jla("rwkv7", "a", "b", "w"), arrays)
 
 
