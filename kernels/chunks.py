@@ -1,7 +1,8 @@
 """What is inside of a chunk of C tokens: the log-decays between two of them, and products of queries and keys with such
 decays. For the chunked forms of linear attention and of the delta rules; the math is in linear_attention/chunked.py.
 
-Arrays are [N, B, G, R, C, X]: N chunks, G heads of queries and keys, R heads of values to each.
+Arrays are [N, B, G, R, C, X]: N chunks, G heads of queries and keys, R heads of values to each. Levels of decays split
+C, an axis more. Products of arrays with more than eight end the process on CPUs (jax 0.10.2).
 """
 
 import dataclasses
