@@ -41,6 +41,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import record
 from zoo.config import Config, OptimizerConfig
 from zoo.data.synthetic import TASKS, Batch, Task
+from zoo.errors import UsageError, exit_with_message
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 from zoo.settings import argument
@@ -147,53 +148,38 @@ def mamba_induction_setups() -> Iterator[Setup]:
 def state_tracking_setups() -> Iterator[Setup]:
     """What a transition can follow: decays and corrections of b up to 1 forget, of b up to 2 they reflect, and n
     reflections a token make what moves n dimensions.
+
+    Published, where the papers have the row: whether it was solved at lengths beyond the training's (parity), or at the
+    training's (word problems; n steps of which DeltaProduct).
     """
+    model = {"num_layers": 1, "positions": "none"}
+    rotary = model | {"positions": "rope"}  # learned positions end where training did
+    sizes = {"d_model": 64, "d_ff": 128}
+    task, lengths = Task("parity", vocab_size=2, length=32), (128,)
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100, final_fraction=0.0)
-    follows, fails = "solved", "not solved"
-    common = {"d_model": 64, "d_ff": 128, "model": {"num_layers": 1, "positions": "none"}}
-    task = Task("parity", vocab_size=2, length=32)
-    to_two = {
-        "delta_net": {"num_heads": 4, "beta_max": 2.0},
-        "gated_delta_net": {"num_heads": 4, "beta_max": 2.0},
-        "kda": {"num_heads": 4, "beta_max": 2.0},
-        "gated_delta_product": {"num_heads": 4, "forget_gate": False},
-    }
-    to_one = {"delta_net": {"num_heads": 4}, "gated_delta_net": {"num_heads": 4}, "kda": {"num_heads": 4}}
-    to_one |= {"gated_delta_product": {"num_heads": 4, "forget_gate": False, "beta_max": 1.0}}
-    for mixer in MIXERS:
-        label = "parity, beta to 1" if mixer in to_one else "parity"
-        setup = Setup(task, mixer, fails, 1000, 32, optimizer, test_lengths=(128,), label=label, **common)
-        setup.settings = to_one.get(mixer, {})
-        if mixer == "attention":
-            setup.model = common["model"] | {"positions": "rope"}
-        yield setup
-    for mixer, settings in to_two.items():
-        label = "parity, beta to 2"
-        yield Setup(
-            task, mixer, follows, 1000, 32, optimizer, test_lengths=(128,), label=label, settings=settings, **common
-        )
-    solved_by = {"S3": 2, "A5": 2, "S5": 4}  # steps a token
-    for group, needed in solved_by.items():
-        task = Task(f"word_problem:{group}", TASKS[f"word_problem:{group}"].vocab_size, length=16)
+    bounded = {name: {"num_heads": 4} for name in ("delta_net", "gated_delta_net", "kda", "gated_delta_product")}
+    bounded["gated_delta_product"]["forget_gate"] = False
+    published = {name: "not solved" for name in ("attention", "mlstm", "mamba", "delta_net")}
+    runs = [("parity", mixer, published.get(mixer, "-"), {}) for mixer in MIXERS if mixer not in bounded]
+    for bound in (1.0, 2.0):
+        for mixer, settings in bounded.items():
+            found = {1.0: "not solved", 2.0: "solved"}[bound] if mixer in ("delta_net", "gated_delta_product") else "-"
+            runs.append((f"parity b<={bound:.0f}", mixer, found, settings | {"beta_max": bound}))
+    for label, mixer, found, settings in runs:
+        setup = Setup(task, mixer, found, 1000, 32, optimizer, test_lengths=lengths, settings=settings, **sizes)
+        yield dataclasses.replace(setup, label=label, model=rotary if mixer == "attention" else model)
+
+    optimizer = dataclasses.replace(optimizer, weight_decay=0.0)
+    for group, needed in {"S3": 2, "A5": 2, "S5": 4}.items():  # steps a token that solve it
+        task, lengths = Task(f"word_problem:{group}", TASKS[f"word_problem:{group}"].vocab_size, length=16), (64,)
+        runs = [(group, "attention", "-", {})]
         for steps in (1, 2, 4):
-            settings = {"num_heads": 4, "forget_gate": False, "num_householder": steps}
-            published = follows if steps >= needed else fails
-            label = f"{group}, {steps} steps"
-            yield Setup(
-                task,
-                "gated_delta_product",
-                published,
-                6000,
-                64,
-                optimizer,
-                test_lengths=(64,),
-                settings=settings,
-                label=label,
-                **common,
-            )
-        setup = Setup(task, "attention", fails, 6000, 64, optimizer, test_lengths=(64,), label=group, **common)
-        setup.model = common["model"] | {"positions": "rope"}
-        yield setup
+            settings = bounded["gated_delta_product"] | {"num_householder": steps}
+            found = "solved" if steps >= needed else "not solved"
+            runs.append((f"{group} n={steps}", "gated_delta_product", found, settings))
+        for label, mixer, found, settings in runs:
+            setup = Setup(task, mixer, found, 6000, 64, optimizer, test_lengths=lengths, settings=settings, **sizes)
+            yield dataclasses.replace(setup, label=label, model=rotary if mixer == "attention" else model)
 
 
 SETUPS = {
@@ -381,6 +367,22 @@ def run_or_recall(paper: str, setup: Setup, seeds: int, again: bool, partial: bo
     return [found[key] for key in keys]
 
 
+def chosen(setups: list[Setup], mixers: str, tasks: str) -> list[Setup]:
+    """Those of comma-separated mixers and tasks; "": all.
+
+    Raises:
+      UsageError: a name that no set-up has.
+    """
+    wanted = {}
+    for field, given in (("mixer", mixers), ("label", tasks)):
+        known = list(dict.fromkeys(getattr(setup, field) for setup in setups))
+        wanted[field] = given.split(",") if given else known
+        if unknown := set(wanted[field]) - set(known):
+            flag = "--mixers" if field == "mixer" else "--tasks"
+            raise UsageError(f"{flag}: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    return [setup for setup in setups if setup.mixer in wanted["mixer"] and setup.label in wanted["label"]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=SETUPS)
@@ -397,11 +399,7 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
     columns = f"{'published %':>13}{'median %':>10}{'range':>16}{'seeds':>6}{'seconds':>9}"
     print(f"{'task':20}{'mixer':20}{'length':>8}{columns}")
-    for setup in SETUPS[args.paper]():
-        if setup.mixer not in (args.mixers or setup.mixer).split(","):
-            continue
-        if setup.label not in (args.tasks or setup.label).split(","):
-            continue
+    for setup in chosen(list(SETUPS[args.paper]()), args.mixers, args.tasks):
         setup.steps = args.steps or setup.steps
         runs = run_or_recall(args.paper, setup, args.seeds, args.again, args.steps > 0)
         seconds = statistics.median(run["seconds"] for run in runs)
@@ -413,4 +411,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_message():
+        main()

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 def check_rank(op: str, name: str, array: Any, dims: str) -> None:
     """Raise ValueError unless `array` has one axis for each letter of `dims` ("B T D"), and none is empty."""
     letters = dims.split()
+    if array is None:
+        raise ValueError(f"{op}: {name} is None, expected an array [{dims}]")
     if array.ndim != len(letters):
         raise ValueError(f"{op}: {name} has shape {array.shape}, expected {len(letters)} axes [{dims}]")
     if 0 in array.shape:
@@ -21,8 +23,10 @@ def check_rank(op: str, name: str, array: Any, dims: str) -> None:
 
 def check_shape(op: str, name: str, array: Any, *expected: tuple[int, ...], like: str, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `array.shape` is one of `expected`, which follow from `like`, an array of `shape`."""
+    wanted = " or ".join(str(one) for one in expected)
+    if array is None:
+        raise ValueError(f"{op}: {name} is None, expected an array of {wanted} beside {like} of shape {shape}")
     if tuple(array.shape) not in expected:
-        wanted = " or ".join(str(one) for one in expected)
         raise ValueError(f"{op}: {name} has shape {array.shape}, expected {wanted} beside {like} of shape {shape}")
 
 

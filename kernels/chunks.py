@@ -16,6 +16,7 @@ from kernels.array_typing import Array
 from kernels.precision import dot
 from kernels.segments import segment_starts
 
+PIECE = 64  # chunks that are computed at once
 NOTHING_LEFT = -1e30  # a log-decay whose sums are finite: 0 times it is 0
 
 
@@ -29,9 +30,9 @@ class Layout:
     pieces: int
 
     @classmethod
-    def of(cls, time: int, size: int, groups: int, most: int) -> "Layout":
-        """With `most` chunks in a piece."""
-        return cls(time, size, groups, -(-time // (size * most)))
+    def of(cls, time: int, size: int, groups: int) -> "Layout":
+        """With at most PIECE chunks in a piece."""
+        return cls(time, size, groups, -(-time // (size * PIECE)))
 
     @property
     def padding(self) -> int:
@@ -183,7 +184,7 @@ def own_scores(q: Array, k: Array, bonus: Array | None) -> Array:
 
 
 def score_gradients(sums: DecaySums, q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, Array]:
-    """Gradients of q and k through A, for every head of v: [B, G, R, N, C, K]."""
+    """Gradients of q and k through A, for every head of v: [N, B, G, R, C, K]."""
     shape = (*jnp.broadcast_shapes(q.shape[:-2], v.shape[:-2]), *q.shape[-2:])
     q_read = q if sums.inside is None else jnp.where(sums.inside, q, 0)
     if sums.pairs is not None:

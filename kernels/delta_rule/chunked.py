@@ -48,8 +48,6 @@ from kernels.delta_rule import specs
 from kernels.delta_rule.inverse import unit_lower_inverse
 from kernels.precision import dot
 
-PIECE = 64  # chunks that are computed at once
-
 
 def chunked(
     q: Float[Array, "B T G K"],
@@ -66,7 +64,7 @@ def chunked(
     """Arguments as in `reference`; `chunk_size` is rounded up to a power of two."""
     batch, time, _, value_dim = v.shape
     groups, key_dim = q.shape[2:]
-    layout = Layout.of(time, specs.chunk_size(time, chunk_size), groups, PIECE)
+    layout = Layout.of(time, specs.chunk_size(time, chunk_size), groups)
     arrays = jax.tree.map(layout.chunks, (q, k, v, beta[..., None], log_decay))
     starts = None if segment_ids is None else layout.starts(segment_ids)
     state = initial_state.reshape(batch, groups, -1, key_dim, value_dim)

@@ -44,8 +44,6 @@ from kernels.delta_rule import specs
 from kernels.delta_rule.inverse import unit_lower_inverse
 from kernels.precision import dot
 
-PIECE = 64  # chunks that are computed at once
-
 
 def chunked(
     q: Float[Array, "B T H K"],
@@ -62,7 +60,7 @@ def chunked(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Arguments as in `reference`; `chunk_size` is rounded up to a power of two."""
     time, heads = v.shape[1:3]
-    layout = Layout.of(time, specs.chunk_size(time, chunk_size), heads, PIECE)
+    layout = Layout.of(time, specs.chunk_size(time, chunk_size), heads)
     arrays = tuple(map(layout.chunks, (q, k, v, a, b, log_decay)))
     starts = None if segment_ids is None else layout.starts(segment_ids)
 

@@ -1,4 +1,4 @@
-"""Which form of the general delta rule a device runs, and the sizes it runs in."""
+"""Which form of the general delta rule a device runs."""
 
 from kernels.dispatch import Device
 

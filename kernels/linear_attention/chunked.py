@@ -43,8 +43,6 @@ from kernels.chunks import (
 from kernels.linear_attention import specs
 from kernels.precision import dot
 
-PIECE = 64  # chunks that are computed at once
-
 
 def chunked(
     q: Float[Array, "B T G K"],
@@ -64,7 +62,7 @@ def chunked(
     """
     batch, time, num_heads, value_dim = v.shape
     groups, key_dim = q.shape[2:]
-    layout = Layout.of(time, specs.chunk_size(dispatch.device(), time, chunk_size), groups, PIECE)
+    layout = Layout.of(time, specs.chunk_size(dispatch.device(), time, chunk_size), groups)
     if layout.padding:  # the padding must not decay
         log_decay = jnp.broadcast_to(log_decay, (log_decay.shape[0], time, *log_decay.shape[2:]))
     g = layout.chunks(log_decay)

@@ -101,7 +101,7 @@ def tiles(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The heads of a layer: G of q and k, H of v, widths K and V; `decay` is "fixed", "scalar" or "vector"."""
+    """The heads of a layer: G of q and k, H of v, widths K and V; `decay` is "none", "fixed", "scalar" or "vector"."""
 
     groups: int
     heads: int

@@ -78,8 +78,8 @@ def test_growth_where_it_can_be_seen(name, monkeypatch):
     state = token.pop(case.state)
     with pytest.raises(ValueError, match="up to 0.125"):
         case.step(token, state)
-    if "dt" in inputs:
-        refused(name, inputs | {"dt": inputs["dt"] - 100}, "dt is down to -", "expected at least 0")
+    for rate in {"dt", "beta"} & inputs.keys():
+        refused(name, inputs | {rate: inputs[rate] - 100}, f"{rate} is down to -", "expected at least 0")
     monkeypatch.undo()
     jax.eval_shape(case.run, growing)  # cannot be seen: the caller's promise
     jax.eval_shape(lambda: case.run(inputs | {decay: inputs[decay].at[-1].set(3e-7)}))  # 0, rounded on the way

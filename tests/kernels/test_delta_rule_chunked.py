@@ -1,20 +1,16 @@
 """What the conformance suite does not see of the chunked delta rules: memory, pieces, a TPU's rounding."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import delta_rule, dplr_delta_rule
+from kernels import chunks, delta_rule, dplr_delta_rule
 from kernels.delta_rule import specs
 from kernels.delta_rule.inverse import unit_lower_inverse
 from tests.kernels.conformance import error_ratio
 from tests.kernels.test_delta_rule import compiled, exact
 from tests.kernels.tpu_rounding import on_a_tpu
-
-chunked_module = importlib.import_module("kernels.delta_rule.chunked")
 
 
 def errors_on_a_tpu(name, decays, passes):
@@ -58,7 +54,7 @@ def test_backward_memory_is_linear_in_time_and_no_state_per_token_and_less_in_pi
     short, long = temporary_bytes(512), temporary_bytes(1024)
     assert long < 2.2 * short
     assert long < 4 * 1024 * 32 * 64, "a float32 state a token"
-    monkeypatch.setattr(chunked_module, "PIECE", 4)
+    monkeypatch.setattr(chunks, "PIECE", 4)
     assert temporary_bytes(1024) < 0.6 * long
 
 
@@ -82,8 +78,7 @@ def test_a_long_sequence_in_pieces_is_the_same_with_states_and_segments(monkeypa
         return jax.jit(jax.value_and_grad(loss, argnums=range(1 + len(arrays))))(state, *arrays)
 
     expected = jax.tree.leaves(results())
-    for name in ("delta_rule", "dplr_delta_rule"):
-        monkeypatch.setattr(importlib.import_module(f"kernels.{name}.chunked"), "PIECE", 4)
+    monkeypatch.setattr(chunks, "PIECE", 4)
     for actual, wanted in zip(jax.tree.leaves(results()), expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 

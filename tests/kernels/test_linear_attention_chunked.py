@@ -1,18 +1,14 @@
 """What the conformance suite does not see of linear_attention: memory, precision over long rows, choices, blocks."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import linear_attention
+from kernels import chunks, linear_attention
 from kernels.chunks import decay_sums, join
 from kernels.dispatch import Device
 from kernels.linear_attention import specs
-
-chunked_module = importlib.import_module("kernels.linear_attention.chunked")
 
 
 def gradients(implementation, time, log_decay_size, dtype=np.float32, heads=1, key_dim=8, value_dim=8):
@@ -68,7 +64,7 @@ def test_a_long_sequence_in_pieces_is_the_same_with_states_and_segments(monkeypa
         return jax.jit(jax.value_and_grad(loss, argnums=range(5)))(q, k, v, log_decay, state)
 
     expected = jax.tree.leaves(results())
-    monkeypatch.setattr(chunked_module, "PIECE", 4)
+    monkeypatch.setattr(chunks, "PIECE", 4)
     for a, b in zip(jax.tree.leaves(results()), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
@@ -76,7 +72,7 @@ def test_a_long_sequence_in_pieces_is_the_same_with_states_and_segments(monkeypa
 def test_memory_of_a_long_sequence_in_pieces_is_what_goes_in_and_out(monkeypatch):
     temporary = {}
     for piece in (4, 64):
-        monkeypatch.setattr(chunked_module, "PIECE", piece)
+        monkeypatch.setattr(chunks, "PIECE", piece)
         compiled, _ = gradients("chunked", 4096, 0.1, key_dim=32, value_dim=32)
         temporary[piece] = compiled.memory_analysis().temp_size_in_bytes
     assert temporary[4] < 0.5 * temporary[64]

@@ -147,9 +147,12 @@ def heads_or_default(num_heads: int, d_model: int, head_width: int) -> int:
 
 
 def heads_at_most(num_heads: int, width: int, head_width: int) -> int:
-    """`num_heads`, or for 0 the fewest, at least 4, that cut `width` into heads of at most `head_width`."""
+    """`num_heads`, or for 0 the fewest, at least 4, that cut `width` into heads of at most `head_width`.
+
+    A width that only twice as many would cut has no such heads: `check_heads` names it.
+    """
     least = max(4, -(-width // head_width))
-    return num_heads or next((heads for heads in range(least, width) if width % heads == 0), max(width, 1))
+    return num_heads or next((heads for heads in range(least, 2 * least + 1) if width % heads == 0), least)
 
 
 def check_heads(fields: dict[str, int], width_name: str, width: int) -> list[str]:
