@@ -135,6 +135,7 @@ def test_hard_keys_and_decays_are_as_in_float64(name, decays, implementation):
 @pytest.mark.parametrize("name", ["equal_keys_beta_1", "equal_keys_beta_2", "near_parallel_keys_beta_2"])
 @pytest.mark.parametrize("decays, implementation", PAIRS)
 def test_4096_keys_that_repeat_are_as_in_float64(name, decays, implementation):
-    # A reflection by 1 - 2 is made of one rounded beta k.k 4,096 times: the same error, never the other way.
-    limit = 4096 * 2**-23 if (name, decays) == ("equal_keys_beta_2", "none") else None
+    # A chunk's matrix holds beta k.k, rounded: 4,096 reflections by 1 - 2 of the same error, never the other way.
+    rounds_once = implementation not in ("reference", "recurrent")
+    limit = 4096 * 2**-23 if rounds_once and (name, decays) == ("equal_keys_beta_2", "none") else None
     assert_exact(name, decays, implementation, 4096, limit)
