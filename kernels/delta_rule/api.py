@@ -18,10 +18,17 @@ from kernels.checks import (
 from kernels.delta_rule import specs
 from kernels.delta_rule.chunked import chunked
 from kernels.delta_rule.mosaic_gpu import mosaic_gpu
+from kernels.delta_rule.mosaic_tpu import mosaic_tpu
 from kernels.delta_rule.recurrent import recurrent
 from kernels.delta_rule.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent, "chunked": chunked, "mosaic_gpu": mosaic_gpu}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "recurrent": recurrent,
+    "chunked": chunked,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 OP = "delta_rule"
 
 

@@ -1,13 +1,64 @@
 """Which form of the delta rule a device runs, and the sizes it runs in."""
 
+import dataclasses
+
+import jax.numpy as jnp
+
 from kernels.dispatch import Device
+from kernels.divisors import largest_divisor
+from kernels.linear_attention.specs import ONE_CORE
 
 
 def order(device: Device) -> list[str]:
     """Implementations by preference."""
+    if device.platform == "tpu":
+        return ["mosaic_tpu", "chunked"]
     return ["recurrent", "chunked"] if device.platform == "cpu" else ["chunked"]
 
 
 def chunk_size(time: int, wanted: int | None) -> int:
     """Tokens a chunk of the chunked form, a power of two: 64 unless asked, no more than `time` needs."""
     return 1 << (min(wanted or 64, time) - 1).bit_length()
+
+
+TILE = 128  # tokens whose scores the TPU kernels compute at once
+WIDEST_HEAD = 256  # K and V of the TPU kernels
+CROWDED = 64  # K of bfloat16 calls, below which keys of a chunk overlap so much that roundings of e count several times
+STEP_LANES = 1024  # of v, or of k if they are wider, that a step computes
+STEP_TOKENS = 256  # of a step: the states between steps are kept for the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Of the TPU kernels: tokens of a chunk (64 or 128) and of a grid step, heads of v of a step, tiles at once."""
+
+    chunk: int
+    block: int
+    heads: int
+    unroll: int  # forward
+    unroll_backward: int
+
+
+def tiles(
+    device: Device,
+    time: int,
+    heads: int,
+    groups: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: jnp.dtype,
+    wanted: int | None = None,
+) -> Tiles:
+    """Tiles of the TPU kernels; K and V padded to multiples of 128.
+
+    A step has work for several heads, which hides the latency of one behind the others; where a chip has two cores,
+    heads are left for the other.
+    """
+    chunk = 128 if wanted and wanted > 64 else 64
+    block = TILE * min(STEP_TOKENS // TILE, -(-time // TILE))
+    at_once = max(1, STEP_LANES // max(key_dim, value_dim))
+    shared = heads // groups
+    if shared == 1 and not any(name in device.kind for name in ONE_CORE):
+        at_once = min(at_once, max(1, heads // 2))
+    unroll = block // TILE if dtype == jnp.bfloat16 else 1
+    return Tiles(chunk, block, largest_divisor(shared if shared > 1 else heads, at_once), unroll, 1)
