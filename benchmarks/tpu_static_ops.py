@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import kernels
+from kernels.delta_rule import mosaic_tpu as delta_rule_tpu
+from kernels.delta_rule.specs import Tiles as DeltaRuleTiles
 from kernels.divisors import largest_divisor
 from kernels.linear_attention import mosaic_tpu, specs
 
@@ -68,6 +70,26 @@ def linear_attention(shape: specs.Shape, time, implementation, tiles) -> Op:
     return Op(function, arrays, ((1, time, h * v), jnp.bfloat16), time, "head", h)
 
 
+def delta_rule(decay, implementation, tiles) -> Op:
+    """8 heads of q, k and v, K = V = 128; `decay` is "none", "scalar" or "vector"."""
+    heads, width = 8, 128
+    time = 2048 if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes
+    rows = {name: ((1, time, heads * width), jnp.bfloat16) for name in ("q", "k", "v")}
+    numbers = {"beta": ((1, time, heads), jnp.float32)}
+    if decay != "none":
+        numbers["log_decay"] = (1, time, heads * width if decay == "vector" else heads), jnp.float32
+
+    def function(arrays):
+        arrays = dict(arrays)
+        for name in (*rows, *(("log_decay",) if decay == "vector" else ())):
+            arrays[name] = arrays[name].reshape(1, time, heads, width)
+        with delta_rule_tpu.use(tiles=DeltaRuleTiles(*tiles) if tiles else None):
+            out, _ = kernels.delta_rule(**arrays, implementation=implementation)
+        return out.reshape(1, time, heads * width)
+
+    return Op(function, rows | numbers, rows["v"], time, "head", heads)
+
+
 def selective_scan(channels, numbers, implementation, tiles) -> Op:
     del tiles
     time = 1024 if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes for 4096
@@ -112,6 +134,7 @@ SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
         name: functools.partial(linear_attention, shape, 4096 if name.startswith("square") else 2048)
         for name, shape in specs.SHAPES.items()
     },
+    **{f"delta_rule_{decay}": functools.partial(delta_rule, decay) for decay in ("none", "scalar", "vector")},
     "mamba_125m": functools.partial(selective_scan, 1536, 16),
     "mamba_1.3b": functools.partial(selective_scan, 4096, 16),
     "scan": functools.partial(linear_scan, 1024, jnp.float32),

@@ -1,0 +1,162 @@
+"""The TPU kernels of the delta rule: tiles and shared heads, a TPU's rounding, races, and ahead-of-time compilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+
+from kernels import delta_rule, dispatch
+from kernels.delta_rule import mosaic_tpu
+from kernels.delta_rule.specs import Tiles
+from kernels.linear_attention.mosaic_tpu.dots import Dots
+from tests.kernels import races, tpu_rounding
+from tests.kernels.conformance import error_ratio, log_gate, normal, unit
+from tests.kernels.test_delta_rule import exact
+from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, devices
+
+DECAYS = {"none": "", "scalar": "BTH", "vector": "BTHK"}
+
+
+def make(decay, *, batch=1, time=300, heads=2, groups=2, key_dim=16, value_dim=16, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    sizes = {"B": batch, "T": time, "H": heads, "K": key_dim}
+    arrays = {
+        "q": normal(rng, batch, time, groups, key_dim).astype(dtype),
+        "k": unit(rng, batch, time, groups, key_dim).astype(dtype),
+        "v": normal(rng, batch, time, heads, value_dim).astype(dtype),
+        "beta": 2 * jax.nn.sigmoid(normal(rng, batch, time, heads)),
+        "initial_state": normal(rng, batch, heads, key_dim, value_dim),
+    }
+    if DECAYS[decay]:
+        arrays["log_decay"] = log_gate(rng, *(sizes[d] for d in DECAYS[decay]))
+    return arrays
+
+
+def segments(time):
+    return jnp.asarray(np.cumsum(np.random.default_rng(1).random((1, time)) < 0.03, axis=1), jnp.int32)
+
+
+def value_and_gradients(implementation, segment_ids=None):
+    def run(inputs, cotangents):
+        def call(inputs):
+            return delta_rule(**inputs, segment_ids=segment_ids, implementation=implementation)
+
+        values, pull = jax.vjp(call, inputs)
+        return values, pull(cotangents)[0]
+
+    return run
+
+
+def cotangents(inputs):
+    rng = np.random.default_rng(2)
+    v, state = inputs["v"], inputs["initial_state"]
+    return normal(rng, *v.shape).astype(v.dtype), normal(rng, *state.shape)
+
+
+def assert_the_reference(inputs, results, segment_ids=None):
+    values, gradients = results
+    expected, expected_gradients = jax.jit(value_and_gradients("reference", segment_ids))(inputs, cotangents(inputs))
+    assert max(map(error_ratio, values, expected)) < 1e-6
+    assert max(error_ratio(gradients[key], expected_gradients[key]) for key in expected_gradients) < 1e-5
+
+
+CASES = {  # ways that heads share q and k, that tiles and chunks lie in a step; each but one is slow
+    "scalar-shared-by-steps": (make("scalar", heads=4, groups=1, time=200), Tiles(64, 128, 2, 1, 1), True),
+    "scalar-shared-in-a-step": (make("scalar", heads=4, groups=2), Tiles(128, 256, 4, 2, 2), True),
+    "scalar-odd-heads": (make("scalar", heads=3, groups=3), Tiles(64, 256, 3, 1, 1), False),
+    "none-wide": (make("none", key_dim=130, value_dim=200, heads=2, groups=1), None, False),
+    "vector-two-tiles-at-once": (make("vector"), Tiles(64, 256, 2, 2, 2), True),
+    "vector-shared": (make("vector", heads=4, groups=1), Tiles(128, 128, 2, 1, 1), False),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "scalar-shared-by-steps" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_many_tiles_are_the_reference(name):
+    inputs, tiles, packed = CASES[name]
+    segment_ids = segments(inputs["v"].shape[1]) if packed else None
+    with mosaic_tpu.use(tiles=tiles):
+        results = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
+    assert_the_reference(inputs, results, segment_ids)
+
+
+def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes):
+    """Of values and gradients in a TPU's rounding, `passes` of bfloat16 for a float32 product."""
+
+    def dot(self, a, b, contracted):
+        params = {
+            "dimension_numbers": ((contracted[:1], contracted[1:]), ((), ())),
+            "precision": (lax.Precision.HIGHEST,) * 2 if self.exact else None,
+            "preferred_element_type": jnp.float32,
+            "out_sharding": None,
+        }
+        return tpu_rounding.product(a.astype(self.dtype), b.astype(self.dtype), params, passes)
+
+    monkeypatch.setattr(Dots, "_dot", dot)
+    (inputs, d_results), (values, gradients) = exact(name, decays, 64)
+    narrow = {key: jnp.asarray(inputs[key]).astype(dtype) for key in ("q", "k", "v")}
+    results = jax.jit(value_and_gradients("mosaic_tpu"))(
+        {key: jnp.asarray(x) for key, x in inputs.items()} | narrow, (d_results[0].astype(dtype), d_results[1])
+    )
+    pairs = zip(jax.tree.leaves(results), jax.tree.leaves((values, gradients)), strict=True)
+    return [error_ratio(actual, wanted) for actual, wanted in pairs]
+
+
+@pytest.mark.parametrize("decays", [pytest.param("none", marks=pytest.mark.slow), "scalar", "vector"])
+def test_near_parallel_keys_are_right_on_a_tpu_too(monkeypatch, decays):
+    assert max(errors_on_a_tpu(monkeypatch, "near_parallel_keys_beta_2", decays, jnp.float32, passes=6)) < 1e-4
+
+
+@pytest.mark.slow
+def test_near_parallel_keys_are_wrong_in_one_pass_of_bfloat16(monkeypatch):
+    assert max(errors_on_a_tpu(monkeypatch, "near_parallel_keys_beta_2", "none", jnp.float32, passes=1)) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_no_races_and_no_uninitialised_memory(decay):
+    inputs = make(decay, time=200, heads=4, groups=2)
+    with races.checked(), mosaic_tpu.use(tiles=Tiles(64, 128, 1, 1, 1)):
+        results = jax.jit(value_and_gradients("mosaic_tpu", segments(200)))(inputs, cotangents(inputs))
+    assert_the_reference(inputs, results, segments(200))
+
+
+def test_what_it_does_not_do_is_said():
+    inputs = make("scalar", time=4)
+    with pytest.raises(NotImplementedError, match="mosaic_tpu: inputs are float16"):
+        delta_rule(**{k: x.astype(jnp.float16) for k, x in inputs.items()}, implementation="mosaic_tpu")
+    with dispatch.use_device(dispatch.Device("gpu", "NVIDIA H200")):
+        with pytest.raises(NotImplementedError, match="a kernel for TPUs"):
+            delta_rule(**inputs, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="more than 256 a side"):
+        delta_rule(**make("none", time=4, key_dim=257), implementation="mosaic_tpu")
+
+
+def _chips():
+    for decay in DECAYS:
+        for chip in TOPOLOGIES:
+            for dtype in (jnp.bfloat16, jnp.float32):
+                quick = chip == "v5e" and dtype == jnp.bfloat16 and decay != "none"
+                yield pytest.param(chip, decay, dtype, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("chip, decay, dtype", list(_chips()))
+def test_compiles_ahead_of_time(chip, decay, dtype):
+    """Forward and backward, at a length that is no multiple of anything."""
+    device = devices(chip)[0]
+    groups = {"none": 1, "vector": 2}.get(decay, 1)
+    inputs = jax.eval_shape(
+        lambda: make(decay, time=200, heads=2, groups=groups, key_dim=64, value_dim=128, dtype=dtype)
+    )
+    sharding = SingleDeviceSharding(device)
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (inputs, jax.eval_shape(cotangents, inputs)),
+    )
+    segment_ids = jnp.ones((1, 200), jnp.int32) if decay == "vector" else None
+    with dispatch.use_device(device):
+        compiled = compile_for_tpu(jax.jit(value_and_gradients(None, segment_ids)).lower(*args))
+    assert compiled.as_text().count("tpu_custom_call") >= 2
