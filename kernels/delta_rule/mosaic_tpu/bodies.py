@@ -229,7 +229,7 @@ def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> Non
     def body(index, states):
         tile, states = Tile(plan, refs, dots, index, block), list(states)
         heads = tile.heads()
-        errors = [tile.load("error", head, plan.value_dim) for head in range(len(heads))]
+        errors = [tile.load("error", head, plan.value_dim).astype(jnp.float32) for head in range(len(heads))]
         for number, rows in enumerate(tile.chunks):
             for head, operands in enumerate(heads):
                 padded = tile.on_tile(errors[head][rows], rows)
@@ -254,8 +254,8 @@ class BackwardTile:
         self.betas = [tile.beta_column(head, width) for head in range(self.count)]
         self.heads, self.given, self.transposed = [], [], []
         for head, operands in enumerate(tile.heads()):
-            x = tile.refs.resolvent[tile.resolvent_rows(), head * TILE : (head + 1) * TILE].astype(jnp.float32).T
-            self.transposed.append(jnp.concatenate([x] * plan.chunks, axis=1).astype(plan.kept_dtype))
+            x = tile.refs.resolvent[tile.resolvent_rows(), head * TILE : (head + 1) * TILE].astype(jnp.float32)
+            self.transposed.append(jnp.concatenate([x] * plan.chunks).T)
             self.given.append(dots.tn(operands.scores()[1], self.d_outs[head]))
             self.heads.append(operands)
             yield
@@ -295,7 +295,7 @@ class BackwardTile:
             *parts, later = zip(*self.parts[head], strict=True)
             dv, d_beta, dq, dk_reads, dk_writes = (jnp.concatenate(x) for x in parts)
             tile.store("dv", head, dv)
-            scores = dots.nt(jnp.concatenate([self.d_outs[head], dv.astype(dots.dtype)]), self.errors[head])
+            scores = dots.nt(jnp.concatenate([self.d_outs[head].astype(jnp.float32), dv]), self.errors[head])
             beta = tile.beta(head)
             more = operands.score_gradients(scores[:TILE] * beta, -scores[TILE:] * beta)
             dq, dk_reads, dk_writes = dq + more[0], dk_reads + more[1], dk_writes + more[2]

@@ -33,13 +33,16 @@ class Group:
 
     q: Array
     k: Array
+    q32: Array  # float32: registers of bfloat16 are not cut
+    k32: Array
     qk: Array  # [C, C]
     kk: Array
     k_transposed: Array  # [K, C], float32
 
 
 def group(dots: Dots, q: Array, k: Array) -> Group:
-    return Group(q, k, dots.nt(q, k), dots.nt(k, k), k.astype(jnp.float32).T)
+    q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
+    return Group(q, k, q32, k32, dots.nt(q, k), dots.nt(k, k), k32.T)
 
 
 class Head:
@@ -76,9 +79,7 @@ class Head:
     def reads(self, rows: slice, state: Array) -> tuple[Array, Array]:
         """What the keys and the queries of a chunk find in the state before it, [c, V] each, the latter scaled."""
         size = rows.stop - rows.start
-        found = self.dots.nn(
-            jnp.concatenate([self.group.k[rows].astype(jnp.float32), self.group.q[rows].astype(jnp.float32)]), state
-        )
+        found = self.dots.nn(jnp.concatenate([self.group.k32[rows], self.group.q32[rows]]), state)
         read = over_lanes(self.read[rows], state.shape[1])
         return read * found[:size], (self.scale * read) * found[size:]
 
@@ -101,7 +102,7 @@ class Head:
 
     def writes(self, rows: slice, d_state: Array) -> Array:
         """The gradient of what a chunk's tokens write, [c, V]."""
-        return over_lanes(self.write[rows], d_state.shape[1]) * self.dots.nn(self.group.k[rows], d_state)
+        return over_lanes(self.write[rows], d_state.shape[1]) * self.dots.nn(self.group.k32[rows], d_state)
 
     def state_gradients(
         self, rows: slice, state: Array, d_end: Array, d_out: Array, dv: Array, u: Array
@@ -109,10 +110,10 @@ class Head:
         """Through the states: parts of dq, dk as what reads, dk as what writes [c, K], and the gradient of a state."""
         dots, size = self.dots, rows.stop - rows.start
         read = over_lanes(self.read[rows], dv.shape[1])
-        d_found = jnp.concatenate([(self.scale * read) * d_out, -read * dv]).astype(dots.dtype)
+        d_found = jnp.concatenate([(self.scale * read) * d_out, -read * dv])
         d_read = dots.nt(d_found, state)
         d_write = dots.nt(over_lanes(self.write[rows], dv.shape[1]) * u, d_end)
-        d_state = dots.tn(jnp.concatenate([self.group.q[rows], self.group.k[rows]]), d_found)
+        d_state = dots.tn(jnp.concatenate([self.group.q32[rows], self.group.k32[rows]]), d_found)
         d_state = self.totals[rows.start // size] * d_end + d_state
         return d_read[:size], d_read[size:], d_write, d_state
 
@@ -121,7 +122,7 @@ class Head:
         dots, group = self.dots, self.group
         d_attention = self.scale * self.pairs * d_attention
         d_system = jnp.where(self.strict, self.pairs * d_system, 0.0)
-        both = jnp.concatenate([d_attention, d_system]).astype(dots.dtype)
+        both = jnp.concatenate([d_attention, d_system])
         d_read = dots.nn(both, group.k)
         return d_read[:TILE], d_read[TILE:], dots.tn(both, jnp.concatenate([group.q, group.k]))
 
