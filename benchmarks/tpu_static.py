@@ -32,7 +32,11 @@ from benchmarks.tpu_cycles import CHIPS, Job, measure
 RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_static.json"
 LIMIT = 1.1  # of the stored cycles
 KERNELS = ("forward", "backward")
-SWEPT = {"chunk": (128, 256), "block": (256, 512, 1024), "heads": (1, 2, 4, 8), "unroll": (1, 2), "backward's": (1, 2)}
+UNROLLED = (1, 2, 4)
+SWEPT = {"chunk": (64, 128, 256), "block": (256, 512, 1024), "heads": (1, 2, 4, 8)} | {
+    "unroll": UNROLLED,
+    "backward's": UNROLLED,
+}
 
 
 HEADER = (
@@ -79,9 +83,8 @@ def sweep(chip: str, shape: str) -> None:
     from kernels.linear_attention import specs
 
     sizes = counted(specs.SHAPES[shape])
-    padded = [dim + -dim % 128 for dim in (sizes.key_dim, sizes.value_dim)]
-    heads = sizes.heads, sizes.groups
-    chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, *heads, *padded, jnp.bfloat16))
+    slots = specs.slots(sizes.heads, sizes.groups, sizes.key_dim, sizes.value_dim, sizes.decay == "vector")
+    chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, slots, jnp.bfloat16))
     costs: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     def total(tiles):
@@ -95,7 +98,8 @@ def sweep(chip: str, shape: str) -> None:
     while best != before:
         before = best
         for axis, values in enumerate(SWEPT.values()):
-            others = [(*best[:axis], value, *best[axis + 1 :]) for value in values if value <= sizes.heads or axis != 2]
+            others = [(*best[:axis], value, *best[axis + 1 :]) for value in values if value <= slots.heads or axis != 2]
+            others = [tiles for tiles in others if tiles[0] * slots.pack >= 128]
             best = min([best, *(tiles for tiles in others if tiles[1] >= tiles[0] * max(tiles[3:]))], key=total)
     print(f"\n{shape} {chip}, of {len(costs)} tiles, {' '.join(SWEPT)}: forward, backward")
     for tiles in sorted(costs, key=total)[:5]:

@@ -36,13 +36,15 @@ class Op:
 
 
 def counted(shape: specs.Shape) -> specs.Shape:
-    """`shape` with at most eight heads of v, or those of two heads of q and k: more take many minutes to count.
+    """`shape` with at most eight heads of v (sixteen of 64 lanes), or those of two heads of q and k: more take many
+    minutes to count.
 
     Heads that do not share q and k have nothing to do with each other, and so many have enough grid steps to hide the
     first operands' way and work for both cores of a v5p: what a token and head costs is the same.
     """
     shared = shape.heads // shape.groups
-    groups = largest_divisor(shape.groups, max(2, 8 // shared))
+    heads = 8 * max(1, 128 // shape.value_dim)
+    groups = largest_divisor(shape.groups, max(2, heads // shared))
     return dataclasses.replace(shape, groups=groups, heads=groups * shared)
 
 

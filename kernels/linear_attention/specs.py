@@ -54,49 +54,60 @@ STEP_TOKENS = 256  # of a step: the states between steps are kept for the backwa
 ONE_CORE = ("lite", "v5e", "v6")  # in the kinds of chips whose steps all run one after the other
 
 
-def heads_per_slot(heads: int, groups: int, key_dim: int, value_dim: int, per_key: bool) -> int:
-    """How many heads of v share 128 lanes in the TPU kernels, and if they have q and k of their own, those too.
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Heads as the TPU kernels have them: side by side in slots of a multiple of 128 lanes.
+
+    Attributes:
+      groups, heads: slots of q and k, and of v.
+      key_dim, value_dim: lanes of a slot.
+      pack: heads of v in a slot.
+      key_pack: heads of q and k in a slot: `pack`, or 1 where the heads of a slot share them.
+    """
+
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    pack: int
+    key_pack: int
+
+
+def slots(heads: int, groups: int, key_dim: int, value_dim: int, per_key: bool) -> Slots:
+    """Heads of up to 64 lanes share 128, those of q and k too unless heads of v share them; others are padded.
 
     Heads whose decays per key act on shared q and k are padded: each needs a copy of q and k of its own.
     """
     own = heads == groups
-    if per_key and not own:
-        return 1
     width, count = (max(key_dim, value_dim), heads) if own else (value_dim, heads // groups)
-    return next((pack for pack in (4, 2) if pack * width <= 128 and count % pack == 0), 1)
+    packs = (pack for pack in (4, 2) if pack * width <= 128 and count % pack == 0)
+    pack = next(packs, 1) if own or not per_key else 1
+    key_pack = pack if own else 1
+    lanes = [packed * dim + -packed * dim % 128 for dim, packed in ((key_dim, key_pack), (value_dim, pack))]
+    return Slots(groups // key_pack, heads // pack, *lanes, pack, key_pack)
 
 
-def tiles(
-    device: Device,
-    time: int,
-    heads: int,
-    groups: int,
-    key_dim: int,
-    value_dim: int,
-    dtype: jnp.dtype,
-    wanted: int | None = None,
-    pack: int = 1,
-) -> Tiles:
-    """Tiles of the TPU kernels, for slots of `pack` heads: heads, groups, K and V are of slots, K and V multiples of
-    128. By `python -m benchmarks.tpu_static --sweep`.
+def tiles(device: Device, time: int, slots: Slots, dtype: jnp.dtype, wanted: int | None = None) -> Tiles:
+    """Tiles of the TPU kernels. By `python -m benchmarks.tpu_static --sweep`.
 
     A chunk is as wide as the chip's matrix unit: 256 on v6e, 128 elsewhere, and for float32, whose matmuls are the
-    cost. A step has work for several heads, which hides the latency of one behind the others; where a chip has two
-    cores, heads are left for the other. Chunks of 128 go two at a time.
+    cost; heads that share lanes have their columns of a chunk side by side, and fill it with fewer tokens. A step has
+    work for several heads, which hides the latency of one behind the others; where a chip has two cores, heads are left
+    for the other. All chunks of 256 tokens go at once, backward two where every head has q and k of its own.
     """
-    unit = 128 // pack
-    native = (256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128) // pack
+    unit = 128 // slots.pack
+    native = (256 if "v6" in device.kind and dtype == jnp.bfloat16 else 128) // slots.pack
     chunk = unit
     while chunk < min(wanted or native, time, STEP_TOKENS):
         chunk *= 2
     block = max(chunk, min(STEP_TOKENS, unit * -(-time // unit)) // chunk * chunk)
-    at_once = max(1, STEP_LANES // max(key_dim, value_dim))
-    shared = heads // groups
+    at_once = max(1, STEP_LANES // max(slots.key_dim, slots.value_dim))
+    shared = slots.heads // slots.groups
     if shared == 1 and not any(name in device.kind for name in ONE_CORE):
-        at_once = min(at_once, max(1, heads // 2))
-    step_heads = largest_divisor(shared if shared > 1 else heads, at_once)
+        at_once = min(at_once, max(1, slots.heads // 2))
+    step_heads = largest_divisor(shared if shared > 1 else slots.heads, at_once)
     unroll = max(1, STEP_TOKENS // chunk)
-    return Tiles(chunk, block, step_heads, unroll, unroll)
+    return Tiles(chunk, block, step_heads, unroll, unroll if shared > 1 else min(2, unroll))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,26 @@ def test_an_operation_runs_as_often_as_the_loops_around_it():
 
 @pytest.mark.parametrize(("kind", "step_heads"), [("TPU v5 lite", 8), ("TPU v5", 4), ("TPU v6 lite", 8)])
 def test_heads_are_left_for_a_second_core(kind, step_heads):
-    sizes = {"time": 4096, "key_dim": 128, "value_dim": 128, "dtype": jnp.dtype("bfloat16")}
-    assert specs.tiles(Device("tpu", kind), heads=8, groups=8, **sizes).heads == step_heads
-    assert specs.tiles(Device("tpu", kind), heads=16, groups=16, **sizes).heads == 8
-    assert specs.tiles(Device("tpu", kind), heads=24, groups=1, **sizes).heads == 8  # one core adds up their dq and dk
+    def heads(count, groups, width=128):
+        slots = specs.slots(count, groups, 128, width, per_key=False)
+        return specs.tiles(Device("tpu", kind), 4096, slots, jnp.dtype("bfloat16")).heads
+
+    assert heads(8, 8) == step_heads
+    assert heads(16, 16) == 8
+    assert heads(24, 1) == 8  # one core adds up their dq and dk
+    assert heads(24, 1, width=64) == 6  # of two
+
+
+def test_narrow_heads_share_lanes():
+    packs = {  # heads, groups, K, V, decays per key
+        (32, 32, 64, 64, True): (2, 2),  # RWKV-6
+        (24, 1, 128, 64, False): (2, 1),  # Mamba-2
+        (8, 8, 32, 16, True): (4, 4),
+        (3, 3, 64, 64, False): (1, 1),
+        (8, 4, 64, 64, True): (1, 1),
+        (8, 8, 64, 128, False): (1, 1),
+    }
+    for call, (pack, key_pack) in packs.items():
+        slots = specs.slots(*call)
+        assert (slots.pack, slots.key_pack) == (pack, key_pack), call
+        assert slots.key_dim % 128 == slots.value_dim % 128 == 0

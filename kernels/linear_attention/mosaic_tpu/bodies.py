@@ -19,6 +19,7 @@ from kernels.linear_attention.mosaic_tpu import lanes, per_key, scalar
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.plan import Plan
+from kernels.linear_attention.mosaic_tpu.turns import in_turns
 
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
@@ -38,8 +39,9 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
         for group, slot in slots_of_step(plan):
             q, k, u = chunk.per_key_operands(group, slot)
             v, state = chunk.load("v", slot, plan.value_dim), refs.state[first + slot]
-            chunk.store("out", slot, per_key.forward(dots, q, k, v, u, decays[slot], state))
-            refs.state[first + slot] = per_key.update(dots, k, v, decays[slot], state)
+            keys = lanes.spread(k, plan.pack)
+            chunk.store("out", slot, per_key.forward(dots, q, k, keys, v, u, decays[slot], state))
+            refs.state[first + slot] = per_key.update(dots, keys, v, decays[slot], state)
 
     def scalar_body(index):
         chunk = Chunk(plan, refs, index, block)
@@ -101,7 +103,8 @@ def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> Non
         decays, new = chunk.decays_per_key(dots, sums="keep"), []
         for group, slot in slots_of_step(plan):
             _, k, _ = chunk.per_key_operands(group, slot)
-            new.append(per_key.update(dots, k, chunk.load("v", slot, plan.value_dim), decays[slot], states[slot]))
+            keys, v = lanes.spread(k, plan.pack), chunk.load("v", slot, plan.value_dim)
+            new.append(per_key.update(dots, keys, v, decays[slot], states[slot]))
             refs.states[index + 1, slot] = new[-1].astype(plan.dtype)
         return tuple(new)
 
@@ -121,7 +124,9 @@ def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> Non
     lax.fori_loop(0, count, per_key_body if plan.per_key else scalar_body, states, unroll=unroll)
 
 
-def scalar_gradients(plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int | Array) -> Iterator[tuple]:
+def scalar_gradients(
+    plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int | Array
+) -> Iterator[tuple[Array, Array]]:
     """dq, dk [C, (h, K)] of each group; everything else is stored."""
     index, columns, rows = chunk.index, [], []
     for group, decay in enumerate(chunk.decays(dots)):
@@ -143,29 +148,36 @@ def scalar_gradients(plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int
     chunk.store_changes(columns, rows)
 
 
-def per_key_gradients(plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int | Array) -> Iterator[tuple]:
+def per_key_gradients(
+    plan: Plan, refs: Any, dots: Dots, chunk: Chunk, first: int | Array
+) -> Iterator[tuple[Array, Array]]:
     """dq, dk [C, (h, K)] of each group; everything else is stored."""
     index, decays = chunk.index, chunk.decays_per_key(dots, sums="load")
+
+    def compute(group, slot):
+        q, k, u = chunk.per_key_operands(group, slot)
+        v, d_out = (chunk.load(name, slot, plan.value_dim) for name in ("v", "d_out"))
+        state, next_state = refs.states[index, slot], refs.states[index + 1, slot].astype(jnp.float32)
+        d_end = refs.d_state[first + slot]
+        gradients = yield from per_key.backward(dots, q, k, v, u, d_out, decays[slot], state, d_end)
+        return gradients, jnp.sum(next_state * d_end, axis=0, keepdims=True)
+
+    results = in_turns([compute(*place) for place in slots_of_step(plan)])
     for group in range(plan.step_groups):
-        dq, dk = [], []
-        for slot in plan.heads_of(group):
-            q, k, u = chunk.per_key_operands(group, slot)
-            v, d_out = (chunk.load(name, slot, plan.value_dim) for name in ("v", "d_out"))
-            state, next_state = refs.states[index, slot], refs.states[index + 1, slot].astype(jnp.float32)
-            d_end = refs.d_state[first + slot]
-            gradients = per_key.backward(dots, q, k, v, u, d_out, decays[slot], state, d_end)
+        slots = plan.heads_of(group)
+        for slot in slots:
+            gradients, later = results[slot]
             chunk.store("dv", slot, gradients.v)
             refs.d_state[first + slot] = gradients.state
-            later = jnp.sum(next_state * d_end, axis=0, keepdims=True)
             d_decay = per_key.log_decay_gradient(dots, gradients.reads, gradients.writes, later, plan.bonus)
             if plan.starts:  # nothing flows through the decay of a segment's first token
                 d_decay = jnp.where(chunk.starts() > 0, 0.0, d_decay)
             chunk.store("d_decay", slot, d_decay)
             if plan.bonus:
                 refs.d_bonus[first + slot] += gradients.bonus
-            dq.append(plan.scale * gradients.q)
-            dk.append(gradients.k)
-        yield sum(dq[1:], dq[0]), sum(dk[1:], dk[0])
+        first_gradients, *others = (results[slot][0] for slot in slots)
+        dq = sum((x.q for x in others), first_gradients.q)
+        yield plan.scale * dq, sum((x.k for x in others), first_gradients.k)
 
 
 def first_slot(plan: Plan) -> int | Array:

@@ -8,7 +8,7 @@ from kernels.array_typing import Array
 from kernels.linear_attention.mosaic_tpu import per_key, scalar
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
-from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START
+from kernels.linear_attention.mosaic_tpu.plan import FASTEST, LOG2E, SEGMENT_START
 
 
 class Chunk:
@@ -50,13 +50,14 @@ class Chunk:
     def decays_per_key(self, dots: Dots, sums: str = "compute") -> list[per_key.Decay]:
         """Of each slot of the step: "compute" their sums, "keep" them in `refs.sums`, or "load" them."""
         plan, refs = self.plan, self.refs
+        base = 1.0 if dots.exact else LOG2E
         starts = None
         if plan.starts:
-            starts = jnp.broadcast_to(SEGMENT_START * self.starts(), (plan.tiles.chunk, plan.key_dim))
+            starts = jnp.broadcast_to(base * SEGMENT_START * self.starts(), (plan.tiles.chunk, plan.key_dim))
         result = []
         for slot in range(plan.tiles.heads):
             g = self.load("decay", slot, plan.key_dim).astype(jnp.float32)
-            g = jnp.maximum(g, -1e30 if dots.exact else FASTEST)
+            g = base * jnp.maximum(g, -1e30 if dots.exact else FASTEST)
             if dots.exact:
                 cumulative = None
             elif sums == "load":

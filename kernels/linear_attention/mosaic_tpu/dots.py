@@ -56,7 +56,11 @@ class Dots:
 
     def stack(self, x: Array) -> Array:
         """Of q or k, [C, (h, K)] -> [(h, C), (h, K)]; copies, where the heads of a slot share them."""
-        return self._spread(x, self.pack) if self.key_pack > 1 else jnp.concatenate([x.astype(self.dtype)] * self.pack)
+        return self._spread(x, self.pack) if self.key_pack > 1 else self.copies(x.astype(self.dtype))
+
+    def copies(self, x: Array) -> Array:
+        """[C, X] -> [(h, C), X]: what multiplies something spread."""
+        return jnp.concatenate([x] * self.pack)
 
     def state(self, x: Array) -> Array:
         """A state, [K, (h, V)] -> [(h, K), (h, V)], or transposed."""

@@ -1,13 +1,14 @@
 """The call around the kernels: layout, sums of scalar log-decays, and the gradient of the decays.
 
 Heads lie in the lanes: [B, T, H, X] is viewed as [B, T, H * X], X padded where several heads do not share 128 lanes
-(`specs.heads_per_slot`) and it is no multiple of those. The
+(`specs.slots`) and it is no multiple of those. The
 sums of scalar log-decays within chunks, and the gradient's sums over later tokens, are small (one number a token and
 head) and are matmuls with a triangle of ones in XLA; those of decays per key are made in the kernels.
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_tpu import launch
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
-from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START, Plan
+from kernels.linear_attention.mosaic_tpu.plan import FASTEST, LOG2E, SEGMENT_START, Plan
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 
@@ -66,23 +67,14 @@ def mosaic_tpu(
     # A bonus reads a state before its decay, key by key: so do scalar decays that have one.
     per_key = log_decay.shape[-1] > 1 or bonus is not None
     time_wise = per_key or segment_ids is not None
-    pack = specs.heads_per_slot(num_heads, groups, key_dim, value_dim, per_key)
-    key_pack = pack if num_heads == groups else 1
-    key_width, value_width = (
-        dim + -dim % (LANES // packed) for dim, packed in ((key_dim, key_pack), (value_dim, pack))
-    )
-    sizes = num_heads // pack, groups // key_pack, key_pack * key_width, pack * value_width
-    tiles = _tiles.get() or specs.tiles(device, time, *sizes, v.dtype, chunk_size, pack)
+    slots = specs.slots(num_heads, groups, key_dim, value_dim, per_key)
+    key_width, value_width = slots.key_dim // slots.key_pack, slots.value_dim // slots.pack
+    tiles = _tiles.get() or specs.tiles(device, time, slots, v.dtype, chunk_size)
     constant = not time_wise and log_decay.shape[1] == 1 and (time % tiles.block == 0)
     plan = Plan(
         batch=batch,
         time=time,
-        heads=sizes[0],
-        groups=sizes[1],
-        key_dim=sizes[2],
-        value_dim=sizes[3],
-        pack=pack,
-        key_pack=key_pack,
+        **dataclasses.asdict(slots),
         dtype=v.dtype,
         scale=scale,
         tiles=tiles,
@@ -201,7 +193,7 @@ def decay_sums(plan: Plan, decay: Array, starts: Array | None) -> Array:
     g = decay.reshape(batch, -1, tiles.chunk, steps, tiles.heads, plan.pack).transpose(0, 3, 1, 4, 5, 2)
     g = g.reshape(*g.shape[:4], plan.pack * tiles.chunk)
     upto, after = chunk_triangles(plan)
-    rows = [_matmul(g, upto)]
+    rows = [_matmul(g, upto if exact else LOG2E * upto)]
     if exact:
         rows += [_matmul(g, after), g]
     rows = jnp.concatenate(rows, axis=3)

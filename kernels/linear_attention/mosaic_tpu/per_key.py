@@ -14,10 +14,11 @@ so that each level is a matmul of two matrices with exponents that are not posit
 result the pairs of that level count. Gradients go the same way. States are kept transposed, S^T [V, K]: decays
 are then rows, which broadcast.
 
-For bfloat16 inputs b is one cumulative sum of clamped log-decays; for float32 ones each exponent is the sum of the
-very log-decays between the tokens, by a matmul with a matrix of ones.
+For bfloat16 inputs b is one cumulative sum of clamped log-decays, to the base 2; for float32 ones each exponent is the
+sum of the very log-decays between the tokens, by a matmul with a matrix of ones.
 """
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ from kernels.linear_attention.mosaic_tpu import lanes
 from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
 
 SUBLANES = 8
-COMPACT = 16  # from this level on, halves of blocks are whole tiles: only the rows that count are multiplied
+COMPACT = SUBLANES  # from this level on, halves of blocks are whole tiles: only the rows that count are multiplied
 
 
 class Decay(NamedTuple):
-    levels: dict[int, Array]  # s -> [C, K]: exp of the sums between a token and the middle of its block
+    # s -> exp of the sums between a token and the middle of its block: [C, K], from COMPACT on those of the first
+    # halves of blocks and those of the second, [C / 2, K], and nothing where all are 1.
+    levels: dict[int, tuple[Array, ...]]
     read: Array  # e^r, [C, K]
     write: Array  # [C, K]
     total: Array  # [1, K]
@@ -58,9 +61,10 @@ def decay(dots: Dots, g: Array, starts: Array | None, bonus: bool, sums: Array |
 
         for level in level_sizes(size):
             middle = (i & -2 * level) + level - 1
-            second = (i & level) != 0
+            later = (i & level) != 0
             after = dots.nn(((j > i) & (j <= middle)).astype(jnp.float32), full)
-            levels[level] = jnp.exp(jnp.where(second[:, :1], between(middle, i), after))
+            e = jnp.exp(jnp.where(later[:, :1], between(middle, i), after))
+            levels[level] = (e,) if level < COMPACT else (first(e, level), second(e, level))
         read = jnp.exp(between(-1, i))
         write = jnp.exp(dots.nn((j > i).astype(jnp.float32), full))
         total = read[-1:] if not bonus else jnp.exp(jnp.sum(full, axis=0, keepdims=True))
@@ -68,18 +72,23 @@ def decay(dots: Dots, g: Array, starts: Array | None, bonus: bool, sums: Array |
     seen = sums - g if bonus else sums
     row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
     for level in level_sizes(size):
-        if level == 1:
-            exponent = (jnp.zeros_like(g) if starts is None else starts) if bonus else full
-            levels[level] = jnp.exp(jnp.where((row & 1) != 0, exponent, 0.0))
-            continue
-        middle = at_middle(sums, row, level)
-        if bonus:
-            exponent = jnp.minimum(jnp.where((row & level) != 0, seen - middle, middle - sums), 0.0)
+        if level == 1 and bonus and starts is None:
+            levels[level] = ()
+        elif level == 1:
+            levels[level] = (jnp.exp2(jnp.where((row & 1) != 0, starts if bonus else full, 0.0)),)
+        elif level < COMPACT:
+            middle = at_middle(sums, row, level)
+            if bonus:
+                exponent = jnp.minimum(jnp.where((row & level) != 0, seen - middle, middle - sums), 0.0)
+            else:
+                exponent = -jnp.abs(sums - middle)
+            levels[level] = (jnp.exp2(exponent),)
         else:
-            exponent = -jnp.abs(sums - middle)
-        levels[level] = jnp.exp(exponent)
+            middle = first(at_middle(sums, row, level), level)
+            exponents = middle - first(sums, level), second(seen, level) - middle
+            levels[level] = tuple(jnp.exp2(jnp.minimum(x, 0.0)) for x in exponents)
     last = sums[size - 1 :]
-    return Decay(levels, jnp.exp(jnp.minimum(seen, 0.0)), jnp.exp(jnp.minimum(last - sums, 0.0)), jnp.exp(last))
+    return Decay(levels, jnp.exp2(jnp.minimum(seen, 0.0)), jnp.exp2(jnp.minimum(last - sums, 0.0)), jnp.exp2(last))
 
 
 def level_sizes(size: int) -> list[int]:
@@ -111,22 +120,36 @@ def head_products(dots: Dots, x: Array, y: Array) -> Array:
     return lanes.over_lanes([jnp.broadcast_to(x, (x.shape[0], lanes.LANES)) for x in sums], lanes.LANES // dots.pack)
 
 
-def scores(dots: Dots, levels: dict[int, Array], q: Array, k: Array) -> Array:
-    """A [C, (h, C)], strictly below the diagonal."""
+def scores(dots: Dots, levels: dict[int, tuple[Array, ...]], q: Array, keys: Array) -> Array:
+    """A [C, (h, C)], strictly below the diagonal; keys: k, spread."""
     i, j = grid_index(q.shape[0], dots.pack)
     bits = i ^ j
     result = jnp.zeros(bits.shape, jnp.float32)
     for level, e in levels.items():
-        result = jnp.where(bits >= level, level_scores(dots, level, e, q, k), result)
+        here, rows = bits >= level, dots.nt(reading(level, e, q), written(dots, level, e, keys))
+        if level < COMPACT:
+            result = jnp.where(here, rows, result)
+        else:
+            later = jnp.where(second(here, level), rows, second(result, level))
+            result = interleave(first(result, level), later, level)
     return result * jnp.where(i > j, 1.0, 0.0)  # of the profiler: a select before a conversion aborts it
 
 
-def level_scores(dots: Dots, level: int, e: Array, q: Array, k: Array) -> Array:
-    """[C, (h, C)], of which the pairs of this level are scores."""
+def reading(level: int, e: tuple[Array, ...], q: Array) -> Array:
+    """q of the tokens that read at this level, times their decays."""
+    if not e:
+        return q
+    return q * e[0] if level < COMPACT else second(q, level) * e[1]
+
+
+def written(dots: Dots, level: int, e: tuple[Array, ...], keys: Array) -> Array:
+    """keys [(h, C), (h, K)] times the decays of this level; 0 for tokens that read there, if they are whole tiles."""
+    if not e:
+        return keys
     if level < COMPACT:
-        return dots.nt(q * e, dots.spread(k * e))
-    rows = dots.nt(second(q, level) * second(e, level), dots.spread(k * e))
-    return interleave(rows, rows, level)
+        return keys * dots.copies(e[0])
+    values = first(keys, level) * dots.copies(e[0])
+    return interleave(values, jnp.zeros_like(values), level)
 
 
 def second(x: Array, level: int) -> Array:
@@ -144,14 +167,16 @@ def interleave(x1: Array, x2: Array, level: int) -> Array:
     return jnp.concatenate([x for pair in pairs for x in pair])
 
 
-def update(dots: Dots, k: Array, v: Array, decay: Decay, state: Array) -> Array:
-    """S'^T [V, (h, K)] from S^T."""
-    return decay.total * state + lanes.blocks(dots.tn(dots.spread(v), dots.spread(k * decay.write)), dots.pack)
+def update(dots: Dots, keys: Array, v: Array, decay: Decay, state: Array) -> Array:
+    """S'^T [V, (h, K)] from S^T; keys: k, spread."""
+    return decay.total * state + lanes.blocks(dots.tn(dots.spread(v), keys * dots.copies(decay.write)), dots.pack)
 
 
-def forward(dots: Dots, q: Array, k: Array, v: Array, u: Array | None, decay: Decay, state: Array) -> Array:
+def forward(
+    dots: Dots, q: Array, k: Array, keys: Array, v: Array, u: Array | None, decay: Decay, state: Array
+) -> Array:
     """out [C, (h, V)], float32. q, k float32, q scaled; u [1, (h, K)] or None."""
-    within = dots.nn(scores(dots, decay.levels, q, k), dots.spread(v))
+    within = dots.nn(scores(dots, decay.levels, q, keys), dots.spread(v))
     return within + dots.nt(q * decay.read, dots.state(state)) + own_scores(dots, q, k, u) * v.astype(jnp.float32)
 
 
@@ -167,34 +192,47 @@ class Gradients(NamedTuple):
 
 def backward(
     dots: Dots, q: Array, k: Array, v: Array, u: Array | None, d_out: Array, decay: Decay, state: Array, d_end: Array
-) -> Gradients:
-    """state: S^T at the start; d_end: the gradient of S'^T; all float32 but v and d_out."""
+) -> Generator[None, None, Gradients]:
+    """state: S^T at the start; d_end: the gradient of S'^T; all float32 but v and d_out. For `in_turns`."""
     i, j = grid_index(q.shape[0], dots.pack)
     bits, bits_of_keys = jnp.where(i > j, i ^ j, 0), jnp.where(i < j, i ^ j, 0)
+    queries, keys = lanes.spread(q, dots.pack), lanes.spread(k, dots.pack)
     d_out_spread, d_end_spread = dots.spread(d_out), dots.state(d_end)
+    yield
     d_scores = dots.nt(d_out, dots.spread(v))
     d_scores_of_keys = dots.nt(v, d_out_spread)  # [j, (h, i)]
     attention = jnp.zeros_like(d_scores)
     dq = decay.read * dots.nn(d_out, dots.state(state))
     dk = decay.write * dots.nn(v, d_end_spread)
+    yield
     for level, e in decay.levels.items():
         here, here_of_keys = ((x >= level) & (x < 2 * level) for x in (bits, bits_of_keys))
-        attention = jnp.where(here, level_scores(dots, level, e, q, k), attention)
-        d_level = d_scores * jnp.where(here, 1.0, 0.0)
-        d_level_of_keys = d_scores_of_keys * jnp.where(here_of_keys, 1.0, 0.0)
-        queries, keys = dots.spread(q * e), dots.spread(k * e)
+        k_written = written(dots, level, e, keys)
+        rows = dots.nt(reading(level, e, q), k_written)
+        yield
         if level < COMPACT:
-            dq += e * dots.nn(d_level, keys)
-            dk += e * dots.nn(d_level_of_keys, queries)
+            attention = jnp.where(here, rows, attention)
+            dq_level = dots.nn(d_scores * jnp.where(here, 1.0, 0.0), k_written)
+            q_read = queries * dots.copies(e[0]) if e else queries
+            dk_level = dots.nn(d_scores_of_keys * jnp.where(here_of_keys, 1.0, 0.0), q_read)
+            dq, dk = (dq + e[0] * dq_level, dk + e[0] * dk_level) if e else (dq + dq_level, dk + dk_level)
             continue
-        dq2 = second(e, level) * dots.nn(second(d_level, level), keys)
-        dk1 = first(e, level) * dots.nn(first(d_level_of_keys, level), queries)
-        dq = interleave(first(dq, level), second(dq, level) + dq2, level)
-        dk = interleave(first(dk, level) + dk1, second(dk, level), level)
+        here, here_of_keys = second(here, level), first(here_of_keys, level)
+        attention = interleave(first(attention, level), jnp.where(here, rows, second(attention, level)), level)
+        q_read = second(queries, level) * dots.copies(e[1])
+        q_read = interleave(jnp.zeros_like(q_read), q_read, level)
+        d_level, d_level_of_keys = second(d_scores, level), first(d_scores_of_keys, level)
+        if 2 * level < q.shape[0]:  # the pairs of the last level are all that k_written and q_read leave
+            d_level *= jnp.where(here, 1.0, 0.0)
+            d_level_of_keys *= jnp.where(here_of_keys, 1.0, 0.0)
+        dq2 = second(dq, level) + e[1] * dots.nn(d_level, k_written)
+        dk1 = first(dk, level) + e[0] * dots.nn(d_level_of_keys, q_read)
+        dq, dk = interleave(first(dq, level), dq2, level), interleave(dk1, second(dk, level), level)
+    yield
     d_out32, v32 = d_out.astype(jnp.float32), v.astype(jnp.float32)
     own, d_own = own_scores(dots, q, k, u), head_products(dots, v32, d_out32)
     dv = dots.of_keys(attention, d_out_spread) + dots.nt(k * decay.write, d_end_spread) + own * d_out32
-    d_state = decay.total * d_end + lanes.blocks(dots.tn(d_out_spread, dots.spread(q * decay.read)), dots.pack)
+    d_state = decay.total * d_end + lanes.blocks(dots.tn(d_out_spread, queries * dots.copies(decay.read)), dots.pack)
     reads, writes = q * dq, k * dk
     uk, uq = (k, q) if u is None else (u * k, u * q)
     d_bonus = None if u is None else jnp.sum(q * k * d_own, axis=0, keepdims=True)
@@ -203,6 +241,5 @@ def backward(
 
 def log_decay_gradient(dots: Dots, reads: Array, writes: Array, later: Array, bonus: bool) -> Array:
     """dg_t = sum_{s >= t} (reads_s - writes_s) + later, [C, (h, K)]; with a bonus s > t for the reads."""
-    if not bonus:
-        return dots.count(lambda i, j: j >= i, reads - writes) + later
-    return dots.count(lambda i, j: j > i, reads) - dots.count(lambda i, j: j >= i, writes) + later
+    sums = dots.count(lambda i, j: j >= i, reads - writes) + later
+    return sums - reads if bonus else sums

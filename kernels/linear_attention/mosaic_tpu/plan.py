@@ -14,6 +14,7 @@ from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.specs import Tiles
 
 FASTEST = -50.0  # log-decays of bfloat16 calls: e^-50 leaves nothing, and sums of more extreme ones lose digits
+LOG2E = 1.4426950408889634  # of bfloat16 calls, whose log-decays are to the base 2 in the kernels
 SEGMENT_START = -128.0  # exp of it is 0 in float32
 
 

@@ -16,9 +16,9 @@ head alone (../recurrent.py), added up by the caller:
     q_i . dq_i = sum_j dA_ij q_i k_j + (scale read o dout)_i . (q S)_i
     k_j . dk_j = sum_i dA_ij q_i k_j + (write o v)_j . (k dS')_j
 
-For bfloat16 inputs the exponents are differences of cumulative sums; for float32 ones they are sums of the very
-log-decays between two tokens, by a matmul with a matrix of ones, which takes no digits from a mild decay after a
-strong one.
+For bfloat16 inputs the exponents are differences of cumulative sums, to the base 2; for float32 ones they are sums of
+the very log-decays between two tokens, by a matmul with a matrix of ones, which takes no digits from a mild decay after
+a strong one.
 """
 
 from typing import NamedTuple
@@ -70,9 +70,10 @@ def decay(dots: Dots, rows: Array, columns: Array, num_slots: int, slots: range,
             write.append(last[-1] - sums[-1])
             between.append(over_lanes(slot, size) - row)
             between_of_keys.append(-between[-1])
-    pairs = [jnp.where(i >= j, jnp.exp(x), 0.0) for x in between]
-    pairs_of_keys = [jnp.where(i <= j, jnp.exp(x), 0.0) for x in between_of_keys]
-    read, write, total = (jnp.exp(jnp.concatenate(x, axis=1)) for x in (sums, write, last))
+    exp = jnp.exp if dots.exact else jnp.exp2
+    pairs = [jnp.where(i >= j, exp(x), 0.0) for x in between]
+    pairs_of_keys = [jnp.where(i <= j, exp(x), 0.0) for x in between_of_keys]
+    read, write, total = (exp(jnp.concatenate(x, axis=1)) for x in (sums, write, last))
     return Decay(pairs, pairs_of_keys, read, write, total)
 
 
@@ -124,17 +125,18 @@ def backward(
     state, d_end_spread = dots.state(state), dots.state(d_end)
     d_out_read, written = scale * decay.read * d_out, decay.write * v
     d_written = dots.nn(keys.k, d_end_spread)
-    within, pairs, d_scores = [], [], []
-    for slot, (values, d_out_slot) in enumerate(zip(by_slot(v, count), by_slot(d_out, count), strict=True)):
-        weights = scale * decay.pairs[slot]
-        d_slot = dots.nt(d_out_slot, dots.spread(values)) * weights
-        d_out_spread = dots.spread(d_out_slot)
-        if shared:
-            within.append(dots.nn(scale * products_of_keys * decay.pairs_of_keys[slot], d_out_spread))
-        else:
-            within.append(dots.of_keys(products * weights, d_out_spread))
-        pairs.append(d_slot * products)
-        d_scores.append(d_slot)
+    d_outs, values = by_slot(d_out, count), [dots.spread(x) for x in by_slot(v, count)]
+    # All slots in turns: what waits in one is hidden behind the others.
+    weights = [scale * x for x in decay.pairs]
+    d_scores = [dots.nt(*x) for x in zip(d_outs, values, strict=True)]
+    d_scores = [x * y for x, y in zip(d_scores, weights, strict=True)]
+    d_outs_spread = [dots.spread(x) for x in d_outs]
+    if shared:
+        attention = [scale * products_of_keys * x for x in decay.pairs_of_keys]
+        within = [dots.nn(*x) for x in zip(attention, d_outs_spread, strict=True)]
+    else:
+        within = [dots.of_keys(products * x, y) for x, y in zip(weights, d_outs_spread, strict=True)]
+    pairs = [x * products for x in d_scores]
     d_scores = sum(d_scores[1:], d_scores[0])
     dq = dots.nt(d_out_read, state) + dots.nn(d_scores, keys.keys)
     dk = dots.nt(written, d_end_spread) + dots.of_keys(d_scores, keys.queries)
