@@ -50,6 +50,7 @@ class Tiles:
 
 WIDEST_HEAD = 512  # K and V of the TPU kernels
 STEP_LANES = 1024  # of v, or of k if they are wider, that a step computes
+SHARED_STEP_LANES = 1536  # of heads that share lanes
 STEP_TOKENS = 256  # of a step: the states between steps are kept for the backward pass
 ONE_CORE = ("lite", "v5e", "v6")  # in the kinds of chips whose steps all run one after the other
 
@@ -101,7 +102,8 @@ def tiles(device: Device, time: int, slots: Slots, dtype: jnp.dtype, wanted: int
     while chunk < min(wanted or native, time, STEP_TOKENS):
         chunk *= 2
     block = max(chunk, min(STEP_TOKENS, unit * -(-time // unit)) // chunk * chunk)
-    at_once = max(1, STEP_LANES // max(slots.key_dim, slots.value_dim))
+    lanes = STEP_LANES if slots.pack == 1 else SHARED_STEP_LANES
+    at_once = max(1, lanes // max(slots.key_dim, slots.value_dim))
     shared = slots.heads // slots.groups
     if shared == 1 and not any(name in device.kind for name in ONE_CORE):
         at_once = min(at_once, max(1, slots.heads // 2))

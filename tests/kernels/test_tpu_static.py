@@ -53,7 +53,7 @@ def test_heads_are_left_for_a_second_core(kind, step_heads):
     assert heads(8, 8) == step_heads
     assert heads(16, 16) == 8
     assert heads(24, 1) == 8  # one core adds up their dq and dk
-    assert heads(24, 1, width=64) == 6  # of two
+    assert heads(24, 1, width=64) == 12  # of two
 
 
 def test_narrow_heads_share_lanes():
