@@ -67,7 +67,10 @@ def check(stored: dict, jobs: list[Job]) -> list[str]:
     for job in jobs:
         result = measure(dataclasses.replace(job, whole=False))
         for kernel in KERNELS:
-            before, now = stored[f"{job.shape} {job.chip}"][kernel]["cycles"], result[kernel]["cycles"]
+            if kernel not in (known := stored.get(f"{job.shape} {job.chip}", {})):
+                print(f"{job.shape} {job.chip} {kernel}: nothing is stored, or its profiler aborted")
+                continue
+            before, now = known[kernel]["cycles"], result[kernel]["cycles"]
             print(f"{job.shape} {job.chip} {kernel}: {now:.3f} cycles, stored {before:.3f}")
             if now > LIMIT * before:
                 problems.append(f"{job.shape} {job.chip} {kernel}: {now:.3f} cycles, {now / before:.2f} of the stored")
