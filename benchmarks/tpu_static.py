@@ -40,7 +40,7 @@ SWEPT = {"chunk": (64, 128, 256), "block": (256, 512, 1024), "heads": (1, 2, 4, 
 
 
 HEADER = (
-    f"{'shape':16}{'chip':5}{'implementation':15}{'kernel':10}{'cycles':>8}{'matmul floor':>14}{'HBM floor':>11}"
+    f"{'shape':18}{'chip':5}{'implementation':15}{'kernel':10}{'cycles':>8}{'matmul floor':>14}{'HBM floor':>11}"
     f"{'VMEM MB':>9}{'bundles':>9}{'whole op f+b':>14}"
 )
 
@@ -48,17 +48,17 @@ HEADER = (
 def lines(job, result):
     whole = f"{result['whole']:14.3f}" if "whole" in result else f"{'-':>14}"
     if job.implementation != "mosaic_tpu":
-        yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{'':61}{whole}"
+        yield f"{job.shape:18}{job.chip:5}{job.implementation:15}{'':61}{whole}"
         return
     for kernel in KERNELS:
         if row := result.get(kernel):
             shares = [f"{row[name] / row['cycles']:.0%}" for name in ("matmul_floor", "memory_floor")]
             yield (
-                f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10}{row['cycles']:8.3f}"
+                f"{job.shape:18}{job.chip:5}{job.implementation:15}{kernel:10}{row['cycles']:8.3f}"
                 f"{shares[0]:>14}{shares[1]:>11}{row['vmem_bytes'] / 1e6:9.1f}{row['bundles']:9d}{whole}"
             )
         else:
-            yield f"{job.shape:16}{job.chip:5}{job.implementation:15}{kernel:10} not counted: the profiler aborted"
+            yield f"{job.shape:18}{job.chip:5}{job.implementation:15}{kernel:10} not counted: the profiler aborted"
 
 
 def check(stored: dict, jobs: list[Job]) -> list[str]:
