@@ -23,7 +23,6 @@ def chunk_size(time: int, wanted: int | None) -> int:
 
 TILE = 128  # tokens whose scores the TPU kernels compute at once
 WIDEST_HEAD = 256  # K and V of the TPU kernels
-CROWDED = 64  # K of bfloat16 calls, below which keys of a chunk overlap so much that roundings of e count several times
 STEP_LANES = 1024  # of v, or of k if they are wider, that a step computes
 STEP_TOKENS = 256  # of a step: the states between steps are kept for the backward pass
 

@@ -144,7 +144,7 @@ class ForwardTile:
         if hasattr(tile.refs, "resolvent"):
             for index, x in enumerate(solved):
                 lanes = slice(index * TILE, (index + 1) * TILE)
-                tile.refs.resolvent[tile.resolvent_rows(), lanes] = x.astype(plan.kept_dtype)
+                tile.refs.resolvent[tile.resolvent_rows(), lanes] = x
 
     def scan(self, states: list[Array]) -> Iterator[None]:
         tile, plan, dots, heads = self.tile, self.tile.plan, self.tile.dots, self.heads
@@ -155,9 +155,7 @@ class ForwardTile:
             found = [head.reads(rows, state) for head, state in zip(heads, states, strict=True)]
             yield
             right = [value[rows].astype(jnp.float32) - by_key for value, (by_key, _) in zip(values, found, strict=True)]
-            corrected = [
-                product(dots, x, tile.on_tile(y, rows), plan.split) for x, y in zip(self.inverses, right, strict=True)
-            ]
+            corrected = [product(dots, x, tile.on_tile(y, rows)) for x, y in zip(self.inverses, right, strict=True)]
             yield
             for index, head in enumerate(heads):
                 error = right[index] - corrected[index]
@@ -271,7 +269,7 @@ class BackwardTile:
             du = [self.given[head][rows] + self.heads[head].writes(rows, d_states[head]) for head in each]
             yield
             weighted = [tile.on_tile(beta * x, rows) for beta, x in zip(betas, du, strict=True)]
-            dr = [du[head] - product(dots, self.transposed[head][rows], weighted[head], plan.split) for head in each]
+            dr = [du[head] - product(dots, self.transposed[head][rows], weighted[head]) for head in each]
             yield
             for head in each:
                 dv, later = betas[head] * dr[head], refs.states[index + 1, head].astype(jnp.float32)

@@ -26,8 +26,8 @@ def forward(plan: Plan, keep: bool, **inputs: Array) -> dict[str, Array]:
     time = plan.blocks * plan.tiles.block
     outputs = {"out": (inputs["v"].shape, plan.dtype), "state": (inputs["initial_state"].shape, jnp.float32)}
     if keep:
-        outputs["error"] = inputs["v"].shape, plan.kept_dtype
-        outputs["resolvent"] = (plan.batch, time // TILE * plan.tiles.chunk, plan.heads * TILE), plan.kept_dtype
+        outputs["error"] = inputs["v"].shape, jnp.float32
+        outputs["resolvent"] = (plan.batch, time // TILE * plan.tiles.chunk, plan.heads * TILE), jnp.float32
         outputs["kept"] = (plan.batch, plan.blocks, *inputs["initial_state"].shape[1:]), jnp.float32
     return _call(plan, forward_kernel, inputs, outputs)
 

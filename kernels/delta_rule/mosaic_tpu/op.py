@@ -77,7 +77,6 @@ def mosaic_tpu(
         scale=scale,
         tiles=_tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, chunk_size),
         per_key=per_key,
-        split=v.dtype == jnp.bfloat16 and key_dim < specs.CROWDED,
         interpret=how,
     )
 

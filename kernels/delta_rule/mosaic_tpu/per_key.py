@@ -36,7 +36,7 @@ class Head:
     """Operands of one head: q, k [C, K]; g [C, K], float32; beta [C, 128], equal lanes."""
 
     def __init__(self, dots: Dots, q: Array, k: Array, g: Array, beta: Array, plan: Any):
-        self.dots, self.scale, self.chunk, self.split = dots, plan.scale, plan.tiles.chunk, plan.split
+        self.dots, self.scale, self.chunk = dots, plan.scale, plan.tiles.chunk
         self.q, self.k, self.beta = plan.scale * q.astype(jnp.float32), k.astype(jnp.float32), beta
         decays = exact_decays if dots.exact else rounded_decays
         self.levels, self.read, self.write, self.totals, self.tails = decays(dots, g, self.chunk)
@@ -72,13 +72,13 @@ class Head:
         """What the chunk's outputs get from its own tokens [c, V], and the next state.
 
         padded: e on all rows of the tile, 0 outside of the chunk."""
-        return product(self.dots, attention[rows], padded, self.split), self.update(rows, padded, beta, state)
+        return product(self.dots, attention[rows], padded), self.update(rows, padded, beta, state)
 
     def update(self, rows: slice, padded: Array, beta: Array, state: Array) -> Array:
         del beta  # a row; it is in the keys
         index = rows.start // self.chunk
         write = self.k_write * over_lanes(self.beta, self.k.shape[1])
-        written = product(self.dots, padded.T, write, True) if self.split else self.dots.tn(padded, write)
+        written = product(self.dots, padded.T, write)
         return self.totals[index] * state + self.tails[index] * written
 
     def writes(self, rows: slice, d_state: Array) -> Array:

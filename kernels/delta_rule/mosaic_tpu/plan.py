@@ -28,16 +28,11 @@ class Plan:
     scale: float
     tiles: Tiles
     per_key: bool
-    split: bool  # what a chunk's tokens correct in each other is multiplied in three passes
     interpret: object
 
     @property
     def chunks(self) -> int:  # of a tile
         return TILE // self.tiles.chunk
-
-    @property
-    def kept_dtype(self) -> jnp.dtype:  # of X and e
-        return jnp.dtype(jnp.float32) if self.split else self.dtype
 
     @property
     def shared(self) -> int:  # heads of v that share q and k

@@ -50,7 +50,7 @@ class Head:
 
     def __init__(self, dots: Dots, group: Group, rows: Array, columns: Array, head: int, num_heads: int, plan: Any):
         i, j = grid_index(TILE)
-        self.dots, self.group, self.scale, self.split = dots, group, plan.scale, plan.split
+        self.dots, self.group, self.scale = dots, group, plan.scale
         chunk = plan.tiles.chunk
         row, column = rows[head : head + 1], lane_broadcast(columns, head)
         starts = range(0, TILE, chunk)
@@ -87,18 +87,12 @@ class Head:
         """What the chunk's outputs get from its own tokens [c, V], and the next state.
 
         padded: e on all rows of the tile, 0 outside of the chunk."""
-        size = rows.stop - rows.start
-        write = self.group.k_transposed * (self.write_row * beta)
-        if self.split:
-            within = product(self.dots, attention[rows], padded, True)
-            return within, self.update(rows, padded, beta, state)
-        both = self.dots.nn(jnp.concatenate([attention[rows], write]), padded)
-        return both[:size], self.totals[rows.start // size] * state + both[size:]
+        return product(self.dots, attention[rows], padded), self.update(rows, padded, beta, state)
 
     def update(self, rows: slice, padded: Array, beta: Array, state: Array) -> Array:
         size = rows.stop - rows.start
         write = self.group.k_transposed * (self.write_row * beta)
-        return self.totals[rows.start // size] * state + product(self.dots, write, padded, self.split)
+        return self.totals[rows.start // size] * state + product(self.dots, write, padded)
 
     def writes(self, rows: slice, d_state: Array) -> Array:
         """The gradient of what a chunk's tokens write, [c, V]."""

@@ -129,9 +129,9 @@ def products(dots: Dots, a: list[Array], b: list[Array], size: int, below: int) 
     return [x[:size] + x[size:] + y for x, y in zip(both, low, strict=True)]
 
 
-def product(dots: Dots, a: Array, b: Array, split: bool) -> Array:
-    """a b; with `split` as `products` does it."""
-    if dots.exact or not split:
+def product(dots: Dots, a: Array, b: Array) -> Array:
+    """a b, as `products` does it."""
+    if dots.exact:
         return dots.nn(a, b)
     (a, a_low), (b, b_low) = parts(a), parts(b)
     both = dots.nn(jnp.concatenate([a, a_low]), b)
