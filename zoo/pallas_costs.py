@@ -15,8 +15,8 @@ COUNTED = ("TPU v5 lite", "TPU v5", "TPU v6")
 TPU_CYCLES = {
     "linear_attention_per_key_forward": (1.05, 1.47, 1.27),
     "linear_attention_per_key_backward": (1.20, 1.21, 1.60),
-    "linear_attention_scalar_forward": (1.00, 1.25, 1.41),
-    "linear_attention_scalar_backward": (1.56, 1.59, 2.76),
+    "linear_attention_scalar_forward": (1.16, 1.73, 1.54),
+    "linear_attention_scalar_backward": (2.25, 2.28, 3.56),
     "selective_scan_forward": (3.31, 5.32, 5.71),
     "selective_scan_backward": (5.50, 8.56, 8.97),
 }

@@ -11,7 +11,7 @@ def missing(path):
     nodes = [("", ast.parse(path.read_text(encoding="utf-8")))]
     for prefix, parent in nodes:
         for node in parent.body:
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 nodes.append((f"{prefix}{node.name}.", node))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
                 given = node.args

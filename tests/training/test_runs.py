@@ -377,8 +377,8 @@ def test_a_closed_terminal_asks_to_stop_unless_that_is_ignored(monkeypatch):
 def test_the_first_interrupt_asks_and_the_second_insists():
     with StopSignal() as stop:
         assert stop.name is None
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -16,7 +16,9 @@ Arrays: q, k [B, T, G, K]; v, do [B, T, H, V]; T a multiple of 64, N = T / 64 ch
 per key: high and low, [B, T, H, K] bfloat16. The totals e^total are [B H, N K] either way.
 """
 
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -32,16 +34,17 @@ from kernels.mosaic_gpu import shared_tile
 AHEAD = 3  # chunks that a sweep has fetched or is fetching
 
 
-def indices(plan, sequence):
+def indices(plan: Plan, sequence: Array) -> tuple[Array, Array, Array]:
+    """Of a sequence: its batch entry, head of v, and head of q and k."""
     batch, head = lax.div(sequence, jnp.int32(plan.heads)), lax.rem(sequence, jnp.int32(plan.heads))
     return batch, head, lax.div(head, jnp.int32(plan.heads // plan.groups))
 
 
-def decay_inputs(plan, decay):
+def decay_inputs(plan: Plan, decay: Array | tuple[Array, Array]) -> dict[str, Array]:
     return {"high": decay[0], "low": decay[1]} if plan.per_key else {"decay": decay}
 
 
-def masks(plan):
+def masks(plan: Plan) -> dict[str, Any]:
     return {"masks": shared_tile(2, CHUNK, CHUNK)} if plan.per_key else {}
 
 
@@ -395,7 +398,7 @@ def key_gradients(
     return tuple(launch(plan, body, inputs, outputs, scratch, grid, "dq_dk").values())
 
 
-def turns(count, fetches, refs, fetch):
+def turns(count: int, fetches: Fetches, refs: Any, fetch: Callable[[int], None]) -> Iterator[list[Any]]:
     """The tiles of each turn, once they are there; `fetch(turn)` starts its copies, as many ahead as have slots."""
     for turn in range(min(fetches.slots, count)):
         fetch(turn)
@@ -406,7 +409,7 @@ def turns(count, fetches, refs, fetch):
             fetch(turn + fetches.slots)
 
 
-def store(x, shared, target):
+def store(x: Any, shared: Any, target: Any) -> None:
     plgpu.commit_smem()  # all warps are done with what was there
     shared[...] = x.astype(shared.dtype)
     plgpu.commit_smem()
