@@ -375,10 +375,12 @@ def test_a_closed_terminal_asks_to_stop_unless_that_is_ignored(monkeypatch):
 
 
 def test_the_first_interrupt_asks_and_the_second_insists():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with StopSignal() as stop:
         assert stop.name is None
         signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
