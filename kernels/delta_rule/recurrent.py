@@ -1,4 +1,4 @@
-"""The delta rule token by token, with a backward pass that keeps no states: the fastest form on a CPU.
+"""The delta rule token by token, with a backward pass that keeps no states: the form for CPUs.
 
 With D_t = diag(exp(g_t)), P_t = D_t S_{t-1}, and e_t the error that token t corrects,
 

@@ -1,4 +1,4 @@
-"""The general delta rule token by token, with a backward pass that keeps no states: the fastest form on a CPU.
+"""The general delta rule token by token, with a backward pass that keeps no states: the form for CPUs.
 
 With D_t = diag(exp(g_t)), and w_t what token t reads and writes again,
 
