@@ -133,6 +133,6 @@ def test_every_set_up_has_runs_of_its_own():
 @pytest.mark.parametrize("paper", papers.SETUPS)
 def test_kept_runs_are_of_the_set_ups(paper):
     """Or a command would train them again."""
-    setups = {f"{setup.label} {setup.mixer}": repr(setup) for setup in papers.SETUPS[paper]()}
+    setups = {f"{setup.label} {setup.mixer}": setup.description for setup in papers.SETUPS[paper]()}
     for name, run in papers.kept_runs(paper).items():
         assert run["setup"] == setups[name.rsplit(" ", 1)[0]], name
