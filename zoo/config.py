@@ -5,7 +5,9 @@ anything is allocated, and `to_json` saves it beside the checkpoints. The sectio
 registry, and every section is always there, so that any config can swap to any mixer by a flag.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -14,7 +16,7 @@ from zoo import files, lists
 from zoo.errors import UsageError
 from zoo.layers import MLPS
 from zoo.mixers import MIXERS
-from zoo.settings import INT_MAX, nearest, problems, section, setting, shown
+from zoo.settings import INT_MAX, declarations, nearest, problems, section, setting, shown
 from zoo.sharding import MeshConfig
 
 MLP_LAYER = "mlp"  # in a pattern: an MLP as a layer of its own
@@ -26,9 +28,12 @@ REMAT = {
 }  # fmt: skip
 POSITIONS = {"rope": "rotary, in softmax attention", "learned": "added to the embedding", "none": ""}
 MLP_CHOICES = {
-    "swiglu": "", "gelu": "no gate", "channel_mixing": "RWKV-6's", "channel_mixing_ungated": "RWKV-7's",
+    "swiglu": "", "geglu": "", "gelu": "no gate", "squared_relu": "no gate",
+    "channel_mixing": "RWKV-6's", "channel_mixing_ungated": "RWKV-7's",
     "none": "no MLP in a block",
 }  # fmt: skip
+NORM_CHOICES = {"rms_norm": "root mean square, and a scale", "layer_norm": "mean and variance, a scale and a bias"}
+NORM_POSITIONS = {"before": "x + f(norm(x))", "after": "x + norm(f(x))", "both": "x + norm(f(norm(x)))"}
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = {"adamw": "", "muon": "matrices by Muon, all else by AdamW"}
 SCHEDULES = {"cosine": "", "linear": "", "wsd": "warm-up, stable, decay", "constant": ""}
@@ -36,7 +41,10 @@ SCHEDULES = {"cosine": "", "linear": "", "wsd": "warm-up, stable, decay", "const
 
 @dataclasses.dataclass
 class _ModelFields:
-    mixer: str = setting("gla", "families, comma-separated: a pattern tiled over the depth; `mlp` is a layer too")
+    mixer: str = setting(
+        "gla", "families, comma-separated: a pattern tiled over the depth; `mlp` is a layer too, and a place may have "
+        "settings of its own: attention@window=512,attention", parse=lists.places,
+    )  # fmt: skip
     num_layers: int = setting(
         6, "layers, a multiple of the pattern's length", unit="layer", at_most=10_000, also=("depth",)
     )
@@ -49,10 +57,14 @@ class _ModelFields:
         0, "entries of the vocabulary", zero="the tokenizer's, rounded up to a multiple of 64", also=("n_vocab",)
     )
     mlp: str = setting("swiglu", "what follows the mixer in a block", choices=MLP_CHOICES)
+    mlp_bias: bool = setting(False, "a bias on each projection of the MLP")
     positions: str = setting("rope", "what tells tokens their positions", choices=POSITIONS)
     max_positions: int = setting(0, "the table's length, where positions are learned", unit="token", zero="no table")
     tie_embeddings: bool = setting(True, "the head is the embedding, transposed")
+    norm: str = setting("rms_norm", "of blocks, and before the head", choices=NORM_CHOICES)
     norm_epsilon: float = setting(1e-5, "added to the mean square in norms", at_least=1e-12, at_most=1)
+    norm_position: str = setting("before", "where a mixer or MLP f has its norm", choices=NORM_POSITIONS)
+    embedding_norm: bool = setting(False, "a norm on the embedding too (RWKV's)")
     dropout: float = setting(
         0.0, "probability, on the embedding and on what each mixer and MLP adds", at_least=0, below=1
     )
@@ -215,25 +227,76 @@ def preset(size: str) -> Config:
 # --- The pattern and the widths ---------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One layer of the repeating unit."""
+
+    name: str  # as the pattern has it: "attention@window=512"
+    family: str  # or MLP_LAYER
+    settings: Any  # the family's section of the config, with what the place sets; None of MLP_LAYER
+
+
 def pattern(model: ModelConfig) -> list[str]:
     """The families of the repeating unit."""
-    return [name.strip() for name in model.mixer.split(",")]
+    return [family for family, _ in lists.places(model.mixer)]
 
 
-def mlp_width(model: ModelConfig, layer: str) -> int:
+def places(model: ModelConfig) -> list[Place]:
+    """The layers of the repeating unit, of known families.
+
+    Raises:
+      UsageError: a setting of a place that its family lacks, or a value that it cannot have.
+    """
+    return [_place(model, family, own) for family, own in lists.places(model.mixer)]
+
+
+def _place(model: ModelConfig, family: str, own: tuple[tuple[str, str], ...]) -> Place:
+    name = "@".join([family, *(f"{setting}={value}" for setting, value in own)])
+    if family == MLP_LAYER:
+        if own:
+            raise UsageError(
+                f"model.mixer: {shown(name)}: an MLP has no settings of its own place; set model.mlp, model.d_ff"
+            )
+        return Place(name, family, None)
+    settings = copy.deepcopy(getattr(model, family))
+    known = dict(declarations(type(settings)))
+    for setting_name, text in own:
+        if setting_name not in known:
+            near = nearest(setting_name, known, 5)
+            raise UsageError(
+                f"model.mixer: {shown(name)}: {family} has no setting {shown(setting_name)}; nearest: {near}"
+            )
+        try:
+            value = known[setting_name].read(text)
+            problem = known[setting_name].problem(value)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise UsageError(f"model.mixer: {shown(name)}: {setting_name}: {problem}")
+        *sections, last = setting_name.split(".")
+        setattr(functools.reduce(getattr, sections, settings), last, value)
+    return Place(name, family, settings)
+
+
+def mlp_width(model: ModelConfig, place: Place) -> int:
     """The inner width of a layer's MLP; 0 if it has none.
 
     With `d_ff` 0 it is what brings the layer (mixer and MLP) to 12 d_model^2 parameters, so that families whose
     mixers differ in size compare at equal size; rounded to a multiple of 8, of 64 from d_model 512 on.
     """
-    if layer != MLP_LAYER and model.mlp == "none":
+    if place.family != MLP_LAYER and model.mlp == "none":
         return 0
     if model.d_ff:
         return model.d_ff
-    mixer = 0 if layer == MLP_LAYER else MIXERS[layer].num_parameters(getattr(model, layer), model.d_model)
-    mlp = MLPS["swiglu" if model.mlp == "none" else model.mlp]
+    mixer = 0 if place.family == MLP_LAYER else MIXERS[place.family].num_parameters(place.settings, model.d_model)
+    mlp = mlp_class(model)
     multiple = 64 if model.d_model >= 512 else 8
     return round(mlp.width(model.d_model, 12 * model.d_model**2 - mixer) / multiple) * multiple
+
+
+def mlp_class(model: ModelConfig) -> type:
+    """Of the blocks, and of MLPs that are layers of their own."""
+    return MLPS["swiglu" if model.mlp == "none" else model.mlp]
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -258,17 +321,19 @@ def _model_problems(model: ModelConfig) -> list[str]:
         )
     if found:
         return found  # what follows needs a pattern
-    for name in dict.fromkeys(layers):
-        if name == MLP_LAYER:
-            continue
-        settings = getattr(model, name)
-        family = [f"model.{name}.{problem}" for problem in MIXERS[name].check(settings, model.d_model)]
+    try:
+        different = {place.name: place for place in places(model) if place.family != MLP_LAYER}
+    except UsageError as error:
+        return [str(error)]
+    for name, place in different.items():
+        where = f"model.{name}." if name == place.family else f"model.mixer: {shown(name)}: "
+        family = [f"{where}{problem}" for problem in MIXERS[place.family].check(place.settings, model.d_model)]
         found += family
-        if not family and mlp_width(model, name) < 1 and model.mlp != "none":
-            size = MIXERS[name].num_parameters(settings, model.d_model) / model.d_model**2
+        if not family and mlp_width(model, place) < 1 and model.mlp != "none":
+            size = MIXERS[place.family].num_parameters(place.settings, model.d_model) / model.d_model**2
             found.append(
-                f"model.d_ff: {name}'s own parameters ({size:.1f} d_model^2) leave none of a layer's 12 d_model^2 for "
-                f"the MLP; set model.d_ff, or model.mlp=none"
+                f"model.d_ff: {place.family}'s own parameters ({size:.1f} d_model^2) leave none of a layer's 12 "
+                f"d_model^2 for the MLP; set model.d_ff, or model.mlp=none"
             )
     if model.positions == "learned" and model.max_positions == 0:
         found.append("model.max_positions: learned positions need a table; set it to at least train.context_length")

@@ -10,21 +10,21 @@ import jax
 from flax import nnx
 
 from zoo import chips
-from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern
-from zoo.layers import MLPS
+from zoo.config import MLP_LAYER, ModelConfig, mlp_class, mlp_width, places
+from zoo.layers import NORM_PARAMETERS
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 
 
 def forward_flops_per_token(model: ModelConfig, context_length: int) -> float:
     """Mixers (as each family counts itself), MLPs and the head."""
-    layers = pattern(model)
+    layers = places(model)
     unit = 0.0
-    for layer in layers:
-        if layer != MLP_LAYER:
-            unit += MIXERS[layer].flops_per_token(getattr(model, layer), model.d_model, context_length)
-        if d_ff := mlp_width(model, layer):
-            unit += 2 * _mlp(model).num_parameters(model.d_model, d_ff)
+    for place in layers:
+        if place.family != MLP_LAYER:
+            unit += MIXERS[place.family].flops_per_token(place.settings, model.d_model, context_length)
+        if d_ff := mlp_width(model, place):
+            unit += 2 * mlp_class(model).num_parameters(model.d_model, d_ff)
     return unit * (model.num_layers // len(layers)) + 2 * model.d_model * model.vocab_size
 
 
@@ -35,14 +35,18 @@ def train_flops_per_token(model: ModelConfig, context_length: int) -> float:
 
 def num_parameters(model: ModelConfig) -> int:
     """By formula; the test suite holds it equal to the model's own."""
-    layers = pattern(model)
+    layers, mlp = places(model), mlp_class(model)
+    norm = NORM_PARAMETERS[model.norm] * model.d_model
+    of_branch = 2 * norm if model.norm_position == "both" else norm
     unit = 0
-    for layer in layers:
-        if layer != MLP_LAYER:
-            unit += MIXERS[layer].num_parameters(getattr(model, layer), model.d_model) + model.d_model  # and its norm
-        if d_ff := mlp_width(model, layer):
-            unit += _mlp(model).num_parameters(model.d_model, d_ff) + model.d_model
-    return unit * (model.num_layers // len(layers)) + (table_rows(model) + 1) * model.d_model
+    for place in layers:
+        if place.family != MLP_LAYER:
+            unit += MIXERS[place.family].num_parameters(place.settings, model.d_model) + of_branch
+        if d_ff := mlp_width(model, place):
+            unit += mlp.num_parameters(model.d_model, d_ff) + of_branch
+            unit += sum(mlp.outputs(model.d_model, d_ff)) if model.mlp_bias else 0
+    norms = (1 + model.embedding_norm) * norm
+    return unit * (model.num_layers // len(layers)) + table_rows(model) * model.d_model + norms
 
 
 def table_rows(model: ModelConfig) -> int:
@@ -60,10 +64,6 @@ def state_bytes(model: ModelConfig, context_length: int) -> int:
 
     state = jax.eval_shape(init)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _mlp(model: ModelConfig) -> type:
-    return MLPS["swiglu" if model.mlp == "none" else model.mlp]
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:

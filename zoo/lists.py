@@ -1,4 +1,5 @@
-"""Settings that are lists written as text: data.weights, optimizer.learning_rate_factors, mesh.overrides.
+"""Settings that are lists written as text: data.weights, optimizer.learning_rate_factors, mesh.overrides,
+model.mixer, biases.
 
 A reader raises ValueError with "got ..., expected ..."; a declaration's check and the code that uses the list call it.
 """
@@ -28,6 +29,31 @@ def weights(text: str) -> list[float]:
                 f"got {shown(entry)}, expected a number from {MIN_WEIGHT:g} to {1 / MIN_WEIGHT:g} for each source, "
                 "comma-separated, or nothing"
             )
+    return found
+
+
+def names(text: str) -> list[str]:
+    """ "q,k,v" as names; empty: none."""
+    found = [entry.strip() for entry in text.split(",")] if text.strip() else []
+    for i, name in enumerate(found):
+        if not name or name in found[:i]:
+            raise ValueError(f"got {shown(text)}, expected different names, comma-separated, or nothing")
+    return found
+
+
+def places(text: str) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    """ "gla,attention@window=512@positions=none" as (family, its settings there, each a name and a value)."""
+    found = []
+    for entry in text.split(","):
+        family, *settings = (part.strip() for part in entry.split("@"))
+        pairs = [tuple(part.strip() for part in setting.split("=", 1)) for setting in settings]
+        if any(len(pair) < 2 or not pair[0] for pair in pairs):
+            raise ValueError(
+                f"got {shown(entry)}, expected a family, or family@setting=value, as in attention@window=512"
+            )
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError(f"got {shown(entry)}, which sets the same twice, expected once")
+        found.append((family, tuple(pairs)))
     return found
 
 

@@ -5,6 +5,7 @@ so that compile time does not grow with depth. Training, prefill and decoding ar
 for any number of tokens.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +16,11 @@ from flax import nnx
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from zoo import ops, sharding
-from zoo.config import MLP_LAYER, ModelConfig, mlp_width, pattern, validate_model
+from zoo.config import MLP_LAYER, ModelConfig, Place, mlp_class, mlp_width, pattern, places, validate_model
 from zoo.errors import UsageError
-from zoo.layers import MLPS, dropout, embedding, linear, rms_norm, soft_cap
+from zoo.layers import NORMS, dropout, embedding, linear, soft_cap
 from zoo.mixers import MIXERS, Sizes
+from zoo.mixers.shared_settings import add_bias, projections
 
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
 UNROLLED_UNITS = 4
@@ -29,20 +31,29 @@ State = Mapping[str, Any]
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); a layer named `mlp`, or a model without MLPs, has one of the two."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); a layer named `mlp`, or a model without MLPs, has one of the two.
 
-    def __init__(self, layer: str, config: ModelConfig, sizes: Sizes, *, layer_index: jax.Array, rngs: nnx.Rngs):
-        norm = {"epsilon": config.norm_epsilon, "dtype": sizes.dtype, "rngs": rngs}
+    `model.norm_position` may put the norms after the mixer and the MLP (arXiv:2501.00656), or on both sides
+    (2408.00118).
+    """
+
+    def __init__(self, place: Place, config: ModelConfig, sizes: Sizes, *, layer_index: jax.Array, rngs: nnx.Rngs):
         self.dropout = config.dropout
-        d_ff = mlp_width(config, layer)
-        self.has_mixer, self.has_mlp = layer != MLP_LAYER, d_ff > 0
+        d_ff = mlp_width(config, place)
+        self.has_mixer, self.has_mlp = place.family != MLP_LAYER, d_ff > 0
+        self.norm_before, self.norm_after = config.norm_position != "after", config.norm_position != "before"
+        norm = functools.partial(_norm, config, sizes.dtype, rngs)
         if self.has_mixer:
-            self.mixer_norm = rms_norm(config.d_model, **norm)
-            self.mixer = MIXERS[layer](getattr(config, layer), sizes, layer_index=layer_index, rngs=rngs)
+            self.mixer_norm = norm() if self.norm_before else None
+            self.mixer = MIXERS[place.family](place.settings, sizes, layer_index=layer_index, rngs=rngs)
+            self.mixer_post_norm = norm() if self.norm_after else None
         if self.has_mlp:
-            self.mlp_norm = rms_norm(config.d_model, **norm)
-            mlp = MLPS["swiglu" if config.mlp == "none" else config.mlp]
-            self.mlp = mlp(config.d_model, d_ff, init_scale=sizes.output_scale, dtype=sizes.dtype, rngs=rngs)
+            self.mlp_norm = norm() if self.norm_before else None
+            scale = {"init_scale": sizes.output_scale, "dtype": sizes.dtype, "rngs": rngs}
+            self.mlp = mlp_class(config)(config.d_model, d_ff, **scale)
+            for projection in projections(self.mlp).values() if config.mlp_bias else ():
+                add_bias(projection)
+            self.mlp_post_norm = norm() if self.norm_after else None
 
     def __call__(self, x, *, segment_ids, positions, state, dropout_key, depth, of_input):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -52,13 +63,19 @@ class Block(nnx.Module):
             of_model = {"depth": depth, "of_input": of_input}
             of_model = {name: value for name, value in of_model.items() if value is not None}
             y, after["mixer"] = self.mixer(
-                self.mixer_norm(x), segment_ids=segment_ids, positions=positions, state=before["mixer"], **of_model
+                self.mixer_input(x), segment_ids=segment_ids, positions=positions, state=before["mixer"], **of_model
             )
+            y = self.mixer_post_norm(y) if self.norm_after else y
             x = x + dropout(y, self.dropout, keys[0])
         if self.has_mlp:
-            y, after["mlp"] = self.mlp(self.mlp_norm(x), segment_ids=segment_ids, state=before["mlp"])
+            normed = self.mlp_norm(x) if self.norm_before else x
+            y, after["mlp"] = self.mlp(normed, segment_ids=segment_ids, state=before["mlp"])
+            y = self.mlp_post_norm(y) if self.norm_after else y
             x = x + dropout(y, self.dropout, keys[1])
         return sharding.constrain(x, "batch", "time", None), None if state is None else after
+
+    def mixer_input(self, x: jax.Array) -> jax.Array:
+        return self.mixer_norm(x) if self.norm_before else x
 
     def init_state(self, batch_size, max_length, dtype):
         return {
@@ -67,14 +84,18 @@ class Block(nnx.Module):
         }
 
 
+def _norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    return NORMS[config.norm](config.d_model, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+
+
 class Unit(nnx.Module):
     """The layers of the pattern, once."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes, *, unit_index: jax.Array, rngs: nnx.Rngs):
-        layers = pattern(config)
+        layers = places(config)
         self.blocks = nnx.List(
-            Block(layer, config, sizes, layer_index=unit_index * len(layers) + i, rngs=rngs)
-            for i, layer in enumerate(layers)
+            Block(place, config, sizes, layer_index=unit_index * len(layers) + i, rngs=rngs)
+            for i, place in enumerate(layers)
         )
 
     def __call__(self, x, *, segment_ids, positions, states, dropout_key, depths, of_input):
@@ -126,6 +147,7 @@ class LanguageModel(nnx.Module):
         if self.learned_positions:
             shape = (config.max_positions, config.d_model)
             self.position_embed = embedding(*shape, ("positions", "embed"), dtype=dtype, rngs=rngs)
+        self.embed_norm = _norm(config, dtype, rngs) if config.embedding_norm else None
 
         @nnx.split_rngs(splits=self.num_units)
         @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -133,7 +155,7 @@ class LanguageModel(nnx.Module):
             return Unit(config, sizes, unit_index=unit_index, rngs=rngs)
 
         self.units = make_units(rngs, jnp.arange(self.num_units))
-        self.norm = rms_norm(config.d_model, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, dtype, rngs)
         if not self.tied:
             self.head = linear(config.d_model, config.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
@@ -198,6 +220,7 @@ class LanguageModel(nnx.Module):
         x = self.embed(tokens)
         if self.learned_positions:
             x = x + self.position_embed(positions)
+        x = x if self.embed_norm is None else self.embed_norm(x)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = sharding.constrain(dropout(x, self.dropout, keys[0]), "batch", "time", None)
 
@@ -247,7 +270,7 @@ class LanguageModel(nnx.Module):
             graphdef, parameters = nnx.split(self.units.blocks[i])
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], parameters))
             value, after[family] = block.mixer.on_input(
-                block.mixer_norm(x), segment_ids=segment_ids, state=None if states is None else states[family]
+                block.mixer_input(x), segment_ids=segment_ids, state=None if states is None else states[family]
             )
             found = [value if layer == family else other for layer, other in zip(self.pattern, found, strict=True)]
         return found, after

@@ -1,6 +1,5 @@
 """The mixers that the suites run over: every family of the registry, and settings that change its algorithm."""
 
-import dataclasses
 import functools
 
 import jax
@@ -36,24 +35,52 @@ VARIANTS = {
     "kda": [{"num_heads": 2, "expand_v": 0.5, "gate_rank": 3}],
     "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "value_rank": 5, "gate_rank": 6}],
 }
+# Settings of what others published (docs/interop.md), each the same algorithm: slow tests.
+RARE_VARIANTS = {
+    "attention": [
+        {
+            "qk_norm": True, "qk_norm_whole": True, "num_kv_heads": 2, "biases": "q,k,v,out", "rotary_fraction": 0.5,
+            "rope_scaling.kind": "yarn", "rope_scaling.factor": 4.0, "rope_scaling.original_context": 8,
+        },
+        {"rope_scaling.kind": "llama3", "rope_scaling.factor": 2.0, "rope_scaling.original_context": 64},
+        {"positions": "none", "biases": "q"},
+    ],
+    "retnet": [{"norm_epsilon": 0.1, "biases": "q,k,v,output_gate,out"}],
+    "mlstm": [{"biases": "q,k,v,output_gate,out"}],
+    "mamba": [
+        {"inner_norm": "rms_norm", "biases": "in_x,in_z,out"},
+        {"inner_norm": "rms_norm_without_scale", "norm_epsilon": 1e-3},
+    ],
+    "mamba2": [{"dt_limit_min": 5e-3, "dt_limit_max": 5e-2, "biases": "in_xBC,in_z,in_dt,out"}],
+}  # fmt: skip
 # Outputs at one place of a linear, time-invariant family see fixed lags, whatever the tokens are: it finds no marker.
 TIME_INVARIANT = ("s4d",)
 CASES = {
     "-".join([name, *(f"{key}={value}" for key, value in settings.items())]): (name, settings)
     for name in MIXERS
-    for settings in [{}, *VARIANTS.get(name, [])]
+    for settings in [{}, *VARIANTS.get(name, []), *RARE_VARIANTS.get(name, [])]
 }
 # Variants that `make test` runs: those that change what is called, or when. The others are with the slow tests.
 QUICK_VARIANTS = ("attention", "mamba2", "gated_delta_net", "gated_delta_product")
+
+
+def _is_quick(name, settings):
+    return name in QUICK_VARIANTS and settings not in RARE_VARIANTS.get(name, ())
+
+
 PARAMETERS = [
-    pytest.param(case, marks=[pytest.mark.slow] * bool(settings and name not in QUICK_VARIANTS))
+    pytest.param(case, marks=[pytest.mark.slow] * bool(settings and not _is_quick(name, settings)))
     for case, (name, settings) in CASES.items()
 ]
 
 
 def config_of(case: str):
     name, settings = CASES[case]
-    return dataclasses.replace(getattr(Config().model, name), **settings)
+    config = getattr(Config().model, name)
+    for path, value in settings.items():
+        *sections, field = path.split(".")
+        setattr(functools.reduce(getattr, sections, config), field, value)
+    return config
 
 
 def build(case: str, dtype=jnp.float32, d_model: int = D_MODEL, seed: int = 0):

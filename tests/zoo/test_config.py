@@ -5,7 +5,19 @@ import pathlib
 
 import pytest
 
-from zoo.config import SIZES, Config, difference, from_json, leaves, mlp_width, pattern, preset, to_json, validate
+from zoo.config import (
+    SIZES,
+    Config,
+    difference,
+    from_json,
+    leaves,
+    mlp_width,
+    pattern,
+    places,
+    preset,
+    to_json,
+    validate,
+)
 from zoo.errors import UsageError
 from zoo.flops import num_parameters
 from zoo.mixers import MIXERS
@@ -57,7 +69,7 @@ def test_a_family_has_its_four_places(family):
 
 def test_the_mixers_section_is_always_there_and_named_as_the_registry_names_it():
     model = Config().model
-    expected = {f"model.{family}.{field}" for family in MIXERS for field in vars(getattr(model, family))}
+    expected = {f"model.{family}.{field}" for family in MIXERS for field in leaves(getattr(model, family))}
     assert expected <= set(leaves(Config()))
 
 
@@ -65,13 +77,65 @@ def test_mlp_layers_and_models_without_mlps():
     model = preset("tiny").model
     model.mixer, model.mlp = "gla,mlp", "none"
     assert pattern(model) == ["gla", "mlp"]
-    assert (mlp_width(model, "gla"), mlp_width(model, "mlp")) == (0, 4 * model.d_model)
+    assert [mlp_width(model, place) for place in places(model)] == [0, 4 * model.d_model]
+
+
+def test_a_place_of_the_pattern_has_settings_of_its_own():
+    model = preset("tiny").model
+    model.mixer, model.num_layers, model.attention.num_kv_heads = (
+        "attention@window=8@rope_scaling.factor=2.0,attention,mlp",
+        3,
+        2,
+    )
+    first, second, mlp = places(model)
+    assert (first.family, first.settings.window, first.settings.rope_scaling.factor) == ("attention", 8, 2.0)
+    assert (second.settings.window, second.settings.rope_scaling.factor, mlp.settings) == (0, 1.0, None)
+    assert first.settings.num_kv_heads == second.settings.num_kv_heads == 2
+    assert pattern(model) == ["attention", "attention", "mlp"]
 
 
 BAD = {
     "unknown mixer": ({"model.mixer": "glas"}, "unknown mixer 'glas'; known, nearest first: gla,"),
     "mixer of an unknown part": ({"model.mixer": "gla,atention,gla"}, "nearest first: attention,"),
     "empty mixer": ({"model.mixer": ""}, "unknown mixer ''"),
+    "setting of a place": (
+        {"model.mixer": "gla,attention@windw=8,mlp"},
+        "model.mixer: 'attention@windw=8': attention has no setting 'windw'; nearest: window,",
+    ),
+    "value of a place": ({"model.mixer": "attention@window=-1"}, "window: got -1, expected at least 1 token, or 0"),
+    "kind of a place's value": ({"model.mixer": "attention@window=x"}, "window: got 'x', expected a whole number"),
+    "place without a value": ({"model.mixer": "attention@local"}, "expected a family, or family@setting=value"),
+    "place that sets twice": ({"model.mixer": "attention@window=1@window=2"}, "which sets the same twice"),
+    "place of an MLP": ({"model.mixer": "gla,mlp@d_ff=8,gla"}, "an MLP has no settings of its own"),
+    "check of a place": (
+        {"model.mixer": "attention,attention@num_heads=5,attention"},
+        "model.mixer: 'attention@num_heads=5': num_heads: 5 heads do not divide",
+    ),
+    "bias of nothing": (
+        {"model.mixer": "attention", "model.attention.biases": "q,o"},
+        "model.attention.biases: got 'o', expected some of",
+    ),
+    "biases twice": ({"model.gla.biases": "q,q"}, "expected different names"),
+    "scaling without a kind": (
+        {"model.mixer": "attention", "model.attention.rope_scaling.factor": 2.0},
+        "model.attention.rope_scaling.factor: 2 does nothing with kind=none",
+    ),
+    "scaling of an unknown context": (
+        {"model.mixer": "attention", "model.attention.rope_scaling.kind": "yarn"},
+        "rope_scaling.original_context: yarn needs the number of tokens",
+    ),
+    "odd part of a head": (
+        {"model.mixer": "attention", "model.attention.rotary_fraction": 0.02},
+        "model.attention.rotary_fraction: 0.02 turns 1 of head_dim = 64 channels",
+    ),
+    "whole norm alone": (
+        {"model.mixer": "attention", "model.attention.qk_norm_whole": True},
+        "does nothing without a norm on q and k",
+    ),
+    "limits of dt": (
+        {"model.mixer": "mamba2", "model.mamba2.dt_limit_min": 1.0, "model.mamba2.dt_limit_max": 0.5},
+        "model.mamba2.dt_limit_max: got 0.5, expected at least dt_limit_min = 1, or 0",
+    ),
     "pattern does not divide": ({"model.mixer": "gla,gla,gla,attention"}, "3 layers are no multiple of the 4"),
     "no layers": ({"model.num_layers": 0}, "model.num_layers: got 0, expected at least 1"),
     "heads do not divide": ({"model.gla.num_heads": 7}, "model.gla.num_heads: 7 heads do not divide"),

@@ -1,5 +1,6 @@
 """The conformance suite that every mixer of the registry passes (DESIGN: the contract of `zoo.mixers.base`)."""
 
+import dataclasses
 import json
 
 import jax
@@ -149,12 +150,10 @@ def test_flops_equal_the_dot_products_of_the_definition(case):
 
 
 def test_config_survives_json(case):
-    config = Config()
-    name, settings = CASES[case]
-    for key, value in settings.items():
-        setattr(getattr(config.model, name), key, value)
+    config, name = Config(), CASES[case][0]
+    setattr(config.model, name, config_of(case))
     assert from_json(to_json(config)) == config
-    assert json.loads(to_json(config))["model"][name] == {**vars(getattr(Config().model, name)), **settings}
+    assert json.loads(to_json(config))["model"][name] == dataclasses.asdict(config_of(case))
 
 
 def test_settings_of_a_case_are_valid(case):

@@ -53,6 +53,18 @@ PATTERNS = {
     "channel mixing": {"mixer": "rwkv6", "mlp": "channel_mixing", "d_ff": 32},
     "values of the model's input": {"mixer": "gla,rwkv7", "mlp": "channel_mixing_ungated", "num_layers": 4, "d_ff": 32},
     "hgrn2 over the depth": {"mixer": "hgrn2,lightning", "num_layers": 4},
+    "places of their own": {
+        "mixer": "attention@window=4,attention@positions=none@biases=q,gla@norm_epsilon=0.01",
+        "num_layers": 3,
+    },
+    "norms on both sides": {"norm": "layer_norm", "norm_position": "both", "embedding_norm": True, "mlp_bias": True},
+    "norms after, an embedding's norm": {
+        "mixer": "rwkv7",
+        "norm_position": "after",
+        "d_ff": 32,
+        "embedding_norm": True,
+        "mlp": "geglu",
+    },
     "untied, soft cap": {"tie_embeddings": False, "logit_softcap": 5.0},
 }
 

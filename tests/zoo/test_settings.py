@@ -324,7 +324,7 @@ def test_flags_read_numbers_as_people_write_them():
         ("--config.train.steps", "the value is missing; steps of the run; at least 1 step"),
         ("--noconfig.train.steps", "only a setting that is True or False"),
         ("--config.optimizer.learning_rate=fast", "got 'fast', expected a number"),
-        ("--config.model.gla=3", "it is a section, of model.gla.num_heads"),
+        ("--config.model.gla=3", "it is a section, of model.gla.biases"),
         ("--config.", "unknown config field ''"),
         ("--config." + "x" * 10**5 + "=1", "unknown config field"),
     ],

@@ -7,10 +7,10 @@ from zoo.layers.dropout import dropout
 from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
 from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
-from zoo.layers.norm import GatedRMSNorm, HeadLayerNorm, gated, rms_norm, unit_length
+from zoo.layers.norm import NORM_PARAMETERS, NORMS, GatedRMSNorm, HeadLayerNorm, gated, rms_norm, unit_length
 from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.qkv import ConvolvedQKV
-from zoo.layers.rotary import rotary
+from zoo.layers.rotary import RopeScaling, rotary
 from zoo.layers.rounded_once import rounded_once
 from zoo.layers.short_conv import ShortConv
 from zoo.layers.step_size import check_steps, step_size_bias
@@ -19,12 +19,15 @@ from zoo.layers.token_shift import mixture, token_shift
 __all__ = [
     "GELU",
     "MLPS",
+    "NORMS",
+    "NORM_PARAMETERS",
     "ChannelMixing",
     "ConvolvedQKV",
     "DiagonalSSM",
     "DiagonalSSMConfig",
     "GatedRMSNorm",
     "HeadLayerNorm",
+    "RopeScaling",
     "ShortConv",
     "SwiGLU",
     "check_steps",

@@ -1,4 +1,4 @@
-"""Norms: root-mean-square (Zhang & Sennrich 2019, arXiv:1910.07467), mean-and-variance a head (1607.06450), length."""
+"""Norms: root-mean-square (Zhang & Sennrich 2019, arXiv:1910.07467), mean and variance (1607.06450), length."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,27 @@ from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.rounded_once import rounded_once
 
 
-def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs, with_scale: bool = True) -> nnx.RMSNorm:
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, statistics in float32.
 
     On [..., heads, width] it is a norm per head, with one scale for all heads.
     """
     scale_init = with_axes(jax.nn.initializers.ones, ("norm",), decay=False)
-    return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_init=scale_init, rngs=rngs)
+    return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, use_scale=with_scale, scale_init=scale_init, rngs=rngs)
+
+
+def layer_norm(width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, statistics in float32."""
+    init = {
+        "scale_init": with_axes(jax.nn.initializers.ones, ("norm",), decay=False),
+        "bias_init": with_axes(jax.nn.initializers.zeros, ("norm",), decay=False),
+    }
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs, **init)
+
+
+# `model.norm`, and the parameters that a norm has a channel
+NORMS: dict[str, Callable[..., nnx.Module]] = {"rms_norm": rms_norm, "layer_norm": layer_norm}
+NORM_PARAMETERS = {"rms_norm": 1, "layer_norm": 2}
 
 
 def unit_length(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:

@@ -2,8 +2,9 @@
 
     o_t = sum_s p_ts v_s,   p_ts = softmax over s <= t of (q_t . k_s / sqrt(K)),   y_t = W_o o_t
 
-Optional: a norm on q and k (2302.05442), a sliding window of `window` tokens, a gate on what is read (2505.06708, as in
-Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
+Optional: a norm on q and k (2302.05442), of each head or of all together (OLMo 2's, 2501.00656), a sliding window of
+`window` tokens, rotary positions on a part of each head or scaled to longer contexts, a gate on what is read
+(2505.06708, as in Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
 State: the keys and values so far, [batch, max_length, kv_heads, K], the number of tokens in them, and where the
 current segment starts. More than max_length tokens, of all segments and padding together, with a window too, are a
 ValueError where their number is known, else NaN.
@@ -17,18 +18,22 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import linear, rms_norm, rotary, rounded_once, segment_numbers
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default, positions_or_default
-from zoo.settings import setting
+from zoo.layers import RopeScaling, linear, rms_norm, rotary, rounded_once, segment_numbers
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
+from zoo.settings import section, setting
 
 
 @dataclasses.dataclass
-class AttentionConfig:
+class AttentionConfig(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
     num_kv_heads: int = setting(0, "heads of k and v", zero="num_heads")
     head_dim: int = setting(0, "K", zero="d_model / num_heads", at_least=2)
     rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
+    positions: str = setting("model", "of q and k", choices={"model": "model.positions", "rope": "rotary", "none": ""})
+    rotary_fraction: float = setting(1.0, "share of each head's channels that turn", above=0, at_most=1)
+    rope_scaling: RopeScaling = section(RopeScaling)
     qk_norm: bool = setting(False, "an RMS norm on each head's q and k")
+    qk_norm_whole: bool = setting(False, "with qk_norm: one norm over all heads of q, and of k")
     window: int = setting(0, "tokens a query sees, itself included", unit="token", zero="all before it")
     output_gate: bool = setting(False, "a sigmoid gate on what is read, for each entry of each head")
 
@@ -37,6 +42,11 @@ def _widths(config: AttentionConfig, d_model: int) -> tuple[int, int, int]:
     """(heads, kv_heads, K)."""
     heads = heads_or_default(config.num_heads, d_model, 64)
     return heads, config.num_kv_heads or heads, config.head_dim or d_model // heads
+
+
+def _turning(config: AttentionConfig, head_dim: int) -> int:
+    """The channels of a head that turn."""
+    return int(head_dim * config.rotary_fraction)
 
 
 def _check_state(state: dict[str, jax.Array], batch: int, time: int) -> None:
@@ -58,15 +68,21 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
         d, dtype = sizes.d_model, sizes.dtype
         self.heads, self.kv_heads, self.head_dim = _widths(config, d)
-        self.rope_base = config.rope_base if sizes.rope else None
+        has_rope = {"model": sizes.rope, "rope": True, "none": False}[config.positions]
+        self.rope_base = config.rope_base if has_rope else None
+        self.turning, self.rope_scaling = _turning(config, self.head_dim), dataclasses.astuple(config.rope_scaling)
         self.window = config.window or None
         self.q = linear(d, self.heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, self.kv_heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, self.kv_heads * self.head_dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.qk_norm, self.qk_norm_whole = config.qk_norm, config.qk_norm_whole
         if config.qk_norm:
-            self.q_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
-            self.k_norm = rms_norm(self.head_dim, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
-        self.qk_norm = config.qk_norm
+            of_q, of_k = (
+                heads * self.head_dim if config.qk_norm_whole else self.head_dim
+                for heads in (self.heads, self.kv_heads)
+            )
+            self.q_norm = rms_norm(of_q, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
+            self.k_norm = rms_norm(of_k, epsilon=sizes.norm_epsilon, dtype=jnp.float32, rngs=rngs)
         width = self.heads * self.head_dim
         self.output_gate = linear(d, width, ("embed", "heads"), dtype=dtype, rngs=rngs) if config.output_gate else None
         self.out = linear(width, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
@@ -81,11 +97,19 @@ class Attention(Mixer):
         v = self.v(x).reshape(batch, time, self.kv_heads, self.head_dim)
 
         def turn(x):
-            return x if self.rope_base is None else rotary(x, positions, self.rope_base)
+            scaling = RopeScaling(*self.rope_scaling)
+            return (
+                x
+                if self.rope_base is None
+                else rotary(x, positions, self.rope_base, width=self.turning, scaling=scaling)
+            )
+
+        def normed(norm, x):
+            return norm(x.reshape(batch, time, -1)).reshape(x.shape) if self.qk_norm_whole else norm(x)
 
         if self.qk_norm:
-            q = rounded_once(lambda q: turn(self.q_norm(q)), q)
-            k = rounded_once(lambda k: turn(self.k_norm(k)), k)
+            q = rounded_once(lambda q: turn(normed(self.q_norm, q)), q)
+            k = rounded_once(lambda k: turn(normed(self.k_norm, k)), k)
         else:
             q, k = turn(q), turn(k)
         q, k, v = (checkpoint_name(a, f"attention_{name}") for a, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -144,15 +168,24 @@ class Attention(Mixer):
             return problems
         heads, kv_heads, head_dim = _widths(config, d_model)
         problems += check_heads({"num_kv_heads": kv_heads}, "num_heads", heads)
-        if head_dim % 2:
+        turning = _turning(config, head_dim)
+        if config.rotary_fraction == 1 and head_dim % 2:
             problems.append(f"head_dim: got {head_dim}, expected an even width (rotary turns pairs)")
-        return problems
+        elif turning < 2 or turning % 2:
+            what = f"{turning} of head_dim = {head_dim} channels"
+            problems.append(
+                f"rotary_fraction: {config.rotary_fraction:g} turns {what}, expected an even number, at least 2"
+            )
+        if config.qk_norm_whole and not config.qk_norm:
+            problems.append("qk_norm_whole: does nothing without a norm on q and k; set qk_norm too")
+        return problems + [f"rope_scaling.{problem}" for problem in config.rope_scaling.check()]
 
     @staticmethod
     def num_parameters(config, d_model):
         heads, kv_heads, head_dim = _widths(config, d_model)
         gate = d_model * head_dim * heads if config.output_gate else 0
-        return 2 * d_model * head_dim * (heads + kv_heads) + gate + (2 * head_dim if config.qk_norm else 0)
+        norms = head_dim * (heads + kv_heads if config.qk_norm_whole else 2) if config.qk_norm else 0
+        return 2 * d_model * head_dim * (heads + kv_heads) + gate + norms
 
     @staticmethod
     def flops_per_token(config, d_model, context_length):

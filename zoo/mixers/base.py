@@ -8,7 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.array_typing import Array, Float, Int
+from zoo.mixers.shared_settings import MixerConfig, NormedMixerConfig, put_around
 from zoo.settings import divisors_near
+
+__all__ = [
+    "Mixer",
+    "MixerConfig",
+    "NormedMixerConfig",
+    "Sizes",
+    "State",
+    "check_heads",
+    "heads_at_most",
+    "heads_or_default",
+    "positions_or_default",
+]
 
 State = Any  # a pytree of arrays
 
@@ -29,7 +42,8 @@ class Mixer(nnx.Module):
     """Mixes tokens along time: y_t is a function of x_1 ... x_t of the same segment.
 
     A family is one file: a subclass, its config dataclass, its equation. The registry, `zoo.config`, the flops table,
-    the conformance suite, benchmarks and command lines find it from there.
+    the conformance suite, benchmarks and command lines find it from there. What every family can be set to (biases,
+    the norms' epsilon) comes with `MixerConfig`: see zoo/mixers/shared_settings.py.
 
     Attributes:
       config_class: the family's config dataclass.
@@ -37,9 +51,13 @@ class Mixer(nnx.Module):
       reads_input: whether the family's layers are handed what `on_input` makes of the model's input.
     """
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[MixerConfig]]
     saved_names: ClassVar[tuple[str, ...]] = ()
     reads_input: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        put_around(cls, Sizes)
 
     def __init__(self, config: Any, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
         """`layer_index` counts from 0 and may be traced (the depth is stacked): use it in initial values only."""

@@ -19,12 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import linear, parameter, rms_norm
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class DFWConfig:
+class DFWConfig(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
 
 

@@ -23,12 +23,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, parameter, rms_norm, step_size_bias
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_at_most
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_at_most
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class GatedDeltaNetConfig:
+class GatedDeltaNetConfig(NormedMixerConfig):
     num_heads: int = setting(0, "heads of q and k", zero="the fewest with K of at most 128, at least 4")
     num_v_heads: int = setting(0, "heads of v, which share q and k in groups", zero="num_heads")
     expand_k: float = setting(0.75, "K * num_heads / d_model", above=0, at_most=64)

@@ -21,12 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, parameter, rms_norm, step_size_bias
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_at_most
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_at_most
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class GatedDeltaProductConfig:
+class GatedDeltaProductConfig(NormedMixerConfig):
     num_householder: int = setting(2, "n, steps of the delta rule for a token", unit="step", at_most=64)
     num_heads: int = setting(0, "heads", zero="the fewest with K of at most 128, at least 4")
     expand_k: float = setting(0.75, "K * num_heads / d_model", above=0, at_most=64)

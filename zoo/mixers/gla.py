@@ -18,14 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import gated, linear, rms_norm
-from zoo.mixers.base import Mixer, Sizes, check_heads
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads
 from zoo.settings import setting
 
 GATES = {"key": "each key dimension", "scalar": "each head", "fixed": "RetNet's, not chosen", "none": "a_t = 1"}
 
 
 @dataclasses.dataclass
-class GLAConfig:
+class GLAConfig(NormedMixerConfig):
     num_heads: int = setting(4, "heads")
     expand_k: float = setting(0.5, "K * num_heads / d_model", above=0, at_most=64)
     expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)

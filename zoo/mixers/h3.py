@@ -17,12 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, parameter
-from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.base import Mixer, MixerConfig, Sizes
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class H3Config(DiagonalSSMConfig):
+class H3Config(MixerConfig, DiagonalSSMConfig):
     train_b: bool = setting(True, "B is a parameter, as in the authors' code")
     head_dim: int = setting(1, "K")
     shift_width: int = setting(64, "taps of the shift SSM", unit="tap", at_most=65_536)

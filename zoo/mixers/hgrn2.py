@@ -21,12 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import linear, parameter, rms_norm, rounded_once
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class HGRN2Config:
+class HGRN2Config(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 128 of d_model (the paper's state expansion), at least 4")
 
 

@@ -17,12 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import gated, linear, rms_norm, rounded_once
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class LightningConfig:
+class LightningConfig(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 128 of d_model, at least 4")
     head_dim: int = setting(0, "K = V", zero="d_model / num_heads")
 

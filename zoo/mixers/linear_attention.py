@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import linear, rms_norm, rounded_once
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 
@@ -47,7 +47,7 @@ FEATURE_MAPS = {
 
 
 @dataclasses.dataclass
-class LinearAttentionConfig:
+class LinearAttentionConfig(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
     feature_map: str = setting("elu1", "phi", choices=tuple(FEATURE_MAPS))
     key_width: int = setting(0, "K, before the feature map", zero="d_model / num_heads", at_most=65_536)

@@ -16,16 +16,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import ShortConv, check_steps, linear, parameter, rounded_once, step_size_bias
-from zoo.mixers.base import Mixer, Sizes
+from zoo.layers import ShortConv, check_steps, linear, parameter, rms_norm, rounded_once, step_size_bias
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes
 from zoo.settings import setting
+
+INNER_NORMS = {"none": "", "rms_norm": "Jamba's, 2403.19887", "rms_norm_without_scale": "Falcon Mamba's, 2410.05355"}
 
 
 @dataclasses.dataclass
-class MambaConfig:
+class MambaConfig(NormedMixerConfig):
     expand: float = setting(2.0, "channels / d_model", above=0, at_most=64)
     state_dim: int = setting(16, "N", at_most=65_536)
     conv_width: int = setting(4, "taps of the convolution", unit="tap", at_most=1024)
+    inner_norm: str = setting("none", "on dt (before W_dt), B and C", choices=INNER_NORMS)
     dt_rank: int = setting(0, "width of W_r x", zero="a sixteenth of d_model")
     dt_min: float = setting(1e-3, "the smallest initial step size", at_least=1e-8, at_most=100)
     dt_max: float = setting(1e-1, "the largest initial step size", at_least=1e-8, at_most=100)
@@ -48,6 +51,11 @@ class Mamba(Mixer):
         self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.conv = ShortConv(self.channels, config.conv_width, rngs=rngs)
         self.select = linear(self.channels, self.rank + 2 * n, ("heads", "rank"), dtype=dtype, rngs=rngs)  # dt, B, C
+        self.has_inner_norm = config.inner_norm != "none"
+        if self.has_inner_norm:
+            norm = {"epsilon": sizes.norm_epsilon, "dtype": dtype, "with_scale": config.inner_norm == "rms_norm"}
+            self.dt_norm = rms_norm(self.rank, rngs=rngs, **norm)
+            self.B_norm, self.C_norm = rms_norm(n, rngs=rngs, **norm), rms_norm(n, rngs=rngs, **norm)
         bound = self.rank**-0.5
         dt_up = jax.random.uniform(rngs.params(), (self.rank, self.channels), minval=-bound, maxval=bound)
         self.dt_up = parameter(dt_up, ("rank", "heads"), decay=False)
@@ -64,6 +72,8 @@ class Mamba(Mixer):
         x, conv_state = self.conv(self.in_x(x), segment_ids=segment_ids, state=conv_state)
         x = checkpoint_name(x, "mamba_x")
         dt, B, C = jnp.split(self.select(x), [self.rank, self.rank + self.state_dim], axis=-1)
+        if self.has_inner_norm:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = jnp.matmul(dt, self.dt_up[...].astype(dt.dtype), preferred_element_type=jnp.float32)
         dt = checkpoint_name(jax.nn.softplus(dt + self.dt_bias[...]), "mamba_dt")
         y, ssm_state = ops.selective_scan(
@@ -88,7 +98,8 @@ class Mamba(Mixer):
         channels, rank = _widths(config, d_model)
         n = config.state_dim
         conv = ShortConv.num_parameters(channels, config.conv_width)
-        return 3 * d_model * channels + conv + channels * (rank + 2 * n) + channels * (rank + 1) + channels * (n + 1)
+        selection = channels * (rank + 2 * n) + (rank + 2 * n if config.inner_norm == "rms_norm" else 0)
+        return 3 * d_model * channels + conv + selection + channels * (rank + 1) + channels * (n + 1)
 
     @staticmethod
     def flops_per_token(config, d_model, context_length):

@@ -27,12 +27,12 @@ from zoo.layers import (
     rounded_once,
     step_size_bias,
 )
-from zoo.mixers.base import Mixer, Sizes, check_heads
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class Mamba2Config:
+class Mamba2Config(NormedMixerConfig):
     expand: float = setting(2.0, "channels / d_model", above=0, at_most=64)
     head_dim: int = setting(64, "P")
     state_dim: int = setting(128, "N", at_most=65_536)
@@ -40,6 +40,10 @@ class Mamba2Config:
     conv_width: int = setting(4, "taps of the convolution", unit="tap", at_most=1024)
     dt_min: float = setting(1e-3, "the smallest initial step size", at_least=1e-8, at_most=100)
     dt_max: float = setting(1e-1, "the largest initial step size", at_least=1e-8, at_most=100)
+    dt_limit_min: float = setting(0.0, "a floor of dt_t", at_least=0, at_most=1e6)
+    dt_limit_max: float = setting(
+        0.0, "a ceiling of dt_t", zero="none", above=0, at_most=1e6, also=("time_step_limit",)
+    )
 
 
 def _widths(config: Mamba2Config, d_model: int) -> tuple[int, int, int]:
@@ -56,6 +60,8 @@ class Mamba2(Mixer):
         d, dtype = sizes.d_model, sizes.dtype
         self.channels, self.heads, self.key_width = _widths(config, d)
         self.groups, self.state_dim, self.head_dim = config.groups, config.state_dim, config.head_dim
+        limited = config.dt_limit_min or config.dt_limit_max
+        self.dt_limit = (config.dt_limit_min, config.dt_limit_max or None) if limited else None
         conv_channels = self.channels + 2 * self.key_width
         self.in_xBC = linear(d, conv_channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.in_z = linear(d, self.channels, ("embed", "heads"), dtype=dtype, rngs=rngs)
@@ -76,6 +82,7 @@ class Mamba2(Mixer):
         batch_time = x.shape[:2]
         z = checkpoint_name(self.in_z(x), "mamba2_z")
         dt = jax.nn.softplus(self.in_dt(x) + self.dt_bias[...])
+        dt = dt if self.dt_limit is None else jnp.clip(dt, *self.dt_limit)
         dt = checkpoint_name(dt, "mamba2_dt")  # [B, T, H]
         xBC, conv_state = self.conv(self.in_xBC(x), segment_ids=segment_ids, state=conv_state)
         xBC = checkpoint_name(xBC, "mamba2_xBC")
@@ -109,6 +116,9 @@ class Mamba2(Mixer):
     @staticmethod
     def check(config, d_model):
         problems = check_steps(config)
+        if 0 < config.dt_limit_max < config.dt_limit_min:
+            least = f"dt_limit_min = {config.dt_limit_min:g}"
+            problems.append(f"dt_limit_max: got {config.dt_limit_max:g}, expected at least {least}, or 0")
         if problems:
             return problems
         channels, heads, _ = _widths(config, d_model)

@@ -20,12 +20,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import HeadLayerNorm, gated, linear, parameter, soft_cap
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 
 @dataclasses.dataclass
-class MLSTMConfig:
+class MLSTMConfig(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 512 of d_model, at least 4")
     expand_k: float = setting(0.5, "K * num_heads / d_model", above=0, at_most=64)
     expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)

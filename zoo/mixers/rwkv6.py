@@ -21,14 +21,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import HeadLayerNorm, gated, in_pieces, linear, mixture, parameter, token_shift
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 MIXTURES = 5  # r, w, k, v, g
 
 
 @dataclasses.dataclass
-class RWKV6Config:
+class RWKV6Config(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
     expand_k: float = setting(1.0, "K * num_heads / d_model", above=0, at_most=64)
     expand_v: float = setting(1.0, "V * num_heads / d_model", above=0, at_most=64)

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.layers import HeadLayerNorm, in_pieces, linear, mixture, parameter, rounded_once, token_shift, unit_length
-from zoo.mixers.base import Mixer, Sizes, check_heads, heads_or_default
+from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
 
 MIXTURES = "rwkvag"  # x^z, in this order
@@ -36,7 +36,7 @@ def _of_root(factor: float) -> str:
 
 
 @dataclasses.dataclass
-class RWKV7Config:
+class RWKV7Config(NormedMixerConfig):
     num_heads: int = setting(0, "heads", zero="one for each 64 of d_model, at least 4")
     decay_rank: int = setting(0, "width of x W_1", zero=_of_root(RANKS["decay_rank"]))
     rate_rank: int = setting(0, "width of x A_1", zero=_of_root(RANKS["rate_rank"]))

@@ -14,11 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, rounded_once
-from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.base import Mixer, MixerConfig, Sizes
 
 
 @dataclasses.dataclass
-class S4DConfig(DiagonalSSMConfig):
+class S4DConfig(MixerConfig, DiagonalSSMConfig):
     pass
 
 

@@ -1,0 +1,107 @@
+"""Settings that every family has, and what they do, so that no family's file speaks of them.
+
+`Mixer.__init_subclass__` puts them around a family's own `__init__`, `check` and `num_parameters`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo import lists
+from zoo.layers import parameter
+from zoo.settings import nearest, setting, shown
+
+
+@dataclasses.dataclass
+class MixerConfig:
+    biases: str = setting(
+        "", "projections that have a bias, comma-separated, as q,k,v", parse=lists.names, also=("use_bias",)
+    )
+
+
+@dataclasses.dataclass
+class NormedMixerConfig(MixerConfig):
+    norm_epsilon: float = setting(
+        0.0, "of the norms in the mixer", zero="model.norm_epsilon", at_least=1e-12, at_most=1
+    )
+
+
+def put_around(family: type, sizes_of: Callable[[int], Any]) -> None:
+    """Let a family's own constructor, check and formula do what the settings of this file say.
+
+    `sizes_of` makes a mixer's Sizes of the model's width.
+    """
+    own = vars(family)
+
+    if "__init__" in own:
+        init = own["__init__"]
+
+        @functools.wraps(init)
+        def with_settings(self, config, sizes, **others):
+            init(self, config, _with_epsilon(sizes, config), **others)
+            for name in _biases(config):
+                add_bias(projections(self)[name])
+
+        family.__init__ = with_settings
+
+    if "check" in own:
+        check = family.check
+
+        @functools.wraps(check)
+        def with_names(config, d_model):
+            problems = check(config, d_model)
+            known = {} if problems or not _biases(config) else _projections(family, config, sizes_of(d_model))
+            for name in _biases(config) if known else ():
+                if name not in known:
+                    problems = [*problems, f"biases: got {shown(name)}, expected some of {nearest(name, known)}"]
+            return problems
+
+        family.check = staticmethod(with_names)
+
+    if "num_parameters" in own:
+        count = family.num_parameters
+
+        @functools.wraps(count)
+        def with_biases(config, d_model):
+            known = _projections(family, config, sizes_of(d_model)) if _biases(config) else {}
+            return count(config, d_model) + sum(known[name] for name in _biases(config))
+
+        family.num_parameters = staticmethod(with_biases)
+
+
+def projections(module: nnx.Module) -> dict[str, nnx.Linear]:
+    """The linear layers of a module that have no bias, by their path: "q", "qkv.q"."""
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nnx.Linear) and layer.bias is None}
+
+
+def add_bias(layer: nnx.Linear) -> None:
+    """y = x W + b: b is 0 at the start, and has no weight decay."""
+    axes = layer.kernel.get_metadata("out_sharding")
+    layer.use_bias, layer.bias = True, parameter(jnp.zeros((layer.out_features,)), axes[-1:], decay=False)
+
+
+def _biases(config: Any) -> list[str]:
+    return lists.names(getattr(config, "biases", ""))  # a layer of somebody else's may lack the setting
+
+
+def _with_epsilon(sizes: Any, config: Any) -> Any:
+    epsilon = getattr(config, "norm_epsilon", 0.0)
+    return dataclasses.replace(sizes, norm_epsilon=epsilon) if epsilon else sizes
+
+
+def _projections(family: type, config: Any, sizes: Any) -> dict[str, int]:
+    """Output widths of the projections of a mixer, which is not allocated."""
+    found = {}
+
+    def build():
+        mixer = family(dataclasses.replace(config, biases=""), sizes, layer_index=0, rngs=nnx.Rngs(0))
+        found.update({name: layer.out_features for name, layer in projections(mixer).items()})
+
+    jax.eval_shape(build)
+    return found
