@@ -1,10 +1,11 @@
-"""Sources of text: the standard library's own, and the user's files.
+"""Sources of text: the standard library's own, the user's files, data sets of the Hugging Face hub.
 
 A source is a list of documents in a fixed order and a rule that says which of them are for validation:
 
 - `stdlib`: the running Python's standard library (its .py files without test folders) and pydoc's topics, split by a
   hash of the file's path. Every machine has it; its content depends on the Python version, so its fingerprint stands
   beside every figure.
+- `hf:NAME`: a data set of the Hugging Face hub (`zoo.data.hub`), split as files are.
 - a path or glob (`~` and `**` work): split by a hash of each document's content, or, where there are too few
   documents for that, at a token near the end (`zoo.data.cache` does it).
 """
@@ -13,6 +14,7 @@ import dataclasses
 import glob
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import sys
@@ -20,9 +22,11 @@ import sysconfig
 from collections.abc import Iterator
 
 from zoo import files
-from zoo.data import readers
+from zoo.data import hub, readers
+from zoo.data.hub import HubText
 from zoo.data.readers import Document
 from zoo.errors import UsageError
+from zoo.terminal import one_line
 
 STDLIB = "stdlib"
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -36,8 +40,9 @@ class Source:
 
     spec: str
     text_field: str
-    paths: tuple[str, ...] = ()  # none for stdlib
+    paths: tuple[str, ...] = ()  # none for stdlib and the hub
     inodes: frozenset[tuple[int, int]] = frozenset()  # device and number of each file
+    hub: HubText | None = None
 
     def documents(self) -> Iterator[Document]:
         """All documents, training and validation, in a fixed order. Memory: one piece of one document.
@@ -47,6 +52,8 @@ class Source:
         """
         if self.spec == STDLIB:
             yield from _stdlib()
+        for number, text in enumerate(self.hub.rows(self.text_field) if self.hub else ()):
+            yield readers.text_document(f"{one_line(self.spec)}: row {number}", text)
         for path in self.paths:
             yield from readers.documents(path, self.text_field)
 
@@ -67,12 +74,14 @@ class Source:
 
     def identity(self) -> str:
         """A hash that changes when the text may have changed: of the files' content, or of path, size and time of
-        change for files over 64 MiB."""
+        change for files over 64 MiB; of the hub's commit, and what is read of it."""
         digest = hashlib.sha256(f"{self.text_field}\0".encode())
         if self.spec == STDLIB:
             for document in _stdlib():
                 digest.update(hashlib.sha256(document.split_key).digest())
                 digest.update(hashlib.sha256(b"".join(document.pieces)).digest())
+        if self.hub:
+            digest.update(json.dumps(dataclasses.astuple(self.hub)).encode())
         for path in self.paths:
             with readers.read_errors(path), files.open_regular(path) as file:
                 status = os.fstat(file.fileno())
@@ -89,7 +98,9 @@ class Source:
         return [_stamp(path) for path in self.paths]
 
     def overlaps(self, other: "Source") -> bool:
-        """Whether a file, whatever its name, is in both."""
+        """Whether a file, whatever its name, or a split of a data set, is in both."""
+        if self.hub and other.hub:
+            return dataclasses.replace(self.hub, take=None) == dataclasses.replace(other.hub, take=None)
         return bool(self.inodes & other.inodes) or self.spec == other.spec == STDLIB
 
     def has_few_documents(self, fraction: float) -> bool:
@@ -107,16 +118,12 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
     """The source that one entry of `setting` means.
 
     Raises:
-      UsageError: no such file, a glob that matches nothing, a directory, a file without content, or a kind of source
-        that is not there yet.
+      UsageError: no such file, a glob that matches nothing, a directory, a file without content, or as `hub.find`.
     """
     if spec == STDLIB:
         return Source(STDLIB, text_field)
-    if spec.startswith("hf:"):
-        raise UsageError(
-            f"{setting}: {spec!r}: streaming from the Hugging Face hub is not built yet; download the data set as "
-            f"jsonl or parquet files and give their path, such as {setting}='data/*.parquet'"
-        )
+    if spec.startswith(hub.PREFIX):
+        return Source(spec, text_field, hub=hub.find(spec, setting))
     path = files.expand(spec)
     if os.path.isdir(path):
         raise UsageError(f"{setting}: {spec!r} is a directory; give a file or a glob, such as {spec.rstrip('/')}/*.txt")
@@ -127,7 +134,7 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
         if not paths:
             raise UsageError(f"{setting}: no file matches {spec!r}; check the pattern")
     else:
-        raise UsageError(f"{setting}: no file {spec!r}; expected `stdlib`, a path or a glob")
+        raise UsageError(f"{setting}: no file {spec!r}; expected `stdlib`, hf:NAME, a path or a glob")
     size, kept = 0, {}
     for path in paths:
         try:
@@ -180,7 +187,7 @@ def find_all(source: str, text_field: str, setting: str = "data.source") -> list
     for one, other in itertools.combinations(sources, 2):
         if one.overlaps(other):
             raise UsageError(
-                f"{setting}: {one.spec!r} and {other.spec!r} read the same file, and may split it differently; name it "
+                f"{setting}: {one.spec!r} and {other.spec!r} read the same text, and may split it differently; name it "
                 "once (data.weights weigh sources)"
             )
     return sources

@@ -224,10 +224,22 @@ def _parquet(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
                 if not isinstance(value, str):
                     kind = "null" if value is None else type(value).__name__
                     raise UsageError(f"{name}: column {text_field!r} is not a string but {kind}")
-                text = value.encode()
-                if len(text) > LONGEST_DOCUMENT:
-                    raise UsageError(f"{name}: longer than {LONGEST_DOCUMENT >> 20} MiB; split it into documents")
-                yield Document(name, _pieces(_blocks(text)))
+                yield text_document(name, value)
+
+
+def text_document(name: str, text: str) -> Document:
+    """The document that a string is.
+
+    Raises:
+      UsageError: it is longer than LONGEST_DOCUMENT, or holds half a surrogate pair.
+    """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name}: holds half a surrogate pair, which is no text") from error
+    if len(content) > LONGEST_DOCUMENT:
+        raise UsageError(f"{name}: longer than {LONGEST_DOCUMENT >> 20} MiB; split it into documents")
+    return Document(name, _pieces(_blocks(content)))
 
 
 def _unpacked(path: str, file: BinaryIO, plain: BinaryIO) -> BinaryIO:
