@@ -3,8 +3,8 @@
     hf:NAME?config=sample-10BT&split=train&revision=main&take=100000
 
 NAME is a data set's, such as HuggingFaceFW/fineweb-edu; all after the question mark may be left out. Rows are
-documents, their text the column data.text_field. A revision is a branch, a tag or a commit; whichever, the commit that it means is
-part of what a run is known by. `take` stops after so many rows.
+documents, their text the column data.text_field. A revision is a branch, a tag or a commit; whichever, the commit that
+it means is part of what a run is known by. `take` stops after so many rows.
 
 No code of a data set is executed. Where the hub cannot be reached (or HF_HUB_OFFLINE=1), a snapshot in the hub's own
 cache folder is read in its place.
