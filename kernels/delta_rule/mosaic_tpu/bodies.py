@@ -32,6 +32,7 @@ from kernels.delta_rule.mosaic_tpu.solve import product, resolvents
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
+from kernels.mosaic_tpu.heads import finish_key_sums, start_key_sums
 
 BESIDE = 6  # steps of a tile's `prepare` for each of another's `scan`
 
@@ -102,7 +103,7 @@ class Tile:
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
     dots, block = Dots(plan.dtype), pl.program_id(2)
-    first_head = pl.program_id(3) * plan.tiles.heads
+    first_head = plan.first_head()
 
     @pl.when((block == 0) & (pl.program_id(3) == 0))
     def _():
@@ -182,21 +183,14 @@ def run(steps: Iterator[None], beside: Iterator[None] | None = None) -> None:
 
 
 def backward_kernel(plan: Plan, refs: Any) -> None:
-    dots, tiles = Dots(plan.dtype), plan.tiles
-    block = plan.blocks - 1 - pl.program_id(2)
-    first_head = pl.program_id(3) * tiles.heads
+    dots, block = Dots(plan.dtype), plan.blocks - 1 - pl.program_id(2)
+    first_head = plan.first_head()
 
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _():
         refs.d_state[...] = refs.d_final_state[...]
 
-    if plan.inner > 1:
-
-        @pl.when(pl.program_id(3) == 0)
-        def _():
-            refs.dq_sum[...] = jnp.zeros_like(refs.dq_sum)
-            refs.dk_sum[...] = jnp.zeros_like(refs.dk_sum)
-
+    start_key_sums(plan, refs)
     compute_states(plan, refs, dots, block)
 
     def body(indices):
@@ -211,12 +205,7 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
             refs.d_state[first_head + head] = d_state
 
     over_tiles(plan, plan.tiles.unroll_backward, body, reverse=True)
-    if plan.inner > 1:
-
-        @pl.when(pl.program_id(3) == plan.inner - 1)
-        def _():
-            refs.dq[...] = refs.dq_sum[...].astype(plan.dtype)
-            refs.dk[...] = refs.dk_sum[...].astype(plan.dtype)
+    finish_key_sums(plan, refs)
 
 
 def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> None:

@@ -1,23 +1,15 @@
-"""The Pallas calls: operands and results of each kernel, and the block of each that a grid step sees.
-
-A step loads a block of tokens of a few heads. q, k, v stay as [B, T, heads * X], of which a block of lanes is some
-heads: nothing is transposed in memory.
-"""
+"""The Pallas calls: operands and results of each kernel."""
 
 import functools
-from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.array_typing import Array
 from kernels.delta_rule.mosaic_tpu.bodies import backward_kernel, forward_kernel
 from kernels.delta_rule.mosaic_tpu.plan import Plan
 from kernels.delta_rule.specs import TILE
-
-VMEM_LIMIT = 100 * 2**20  # bytes; of 128 MiB on v5e and v6e
+from kernels.mosaic_tpu import heads
 
 
 def forward(plan: Plan, keep: bool, **inputs: Array) -> dict[str, Array]:
@@ -47,56 +39,23 @@ def backward(plan: Plan, **inputs: Array) -> dict[str, Array]:
         outputs["d_decay"] = inputs["decay"].shape, jnp.float32
     chunks = tiles.block // tiles.chunk
     scratch = {"states": pltpu.VMEM((chunks + 1, tiles.heads, *state[2:]), plan.dtype)}
-    if plan.inner > 1:
-        for name in ("dq_sum", "dk_sum"):
-            scratch[name] = pltpu.VMEM((tiles.block, plan.key_dim), jnp.float32)
+    scratch |= heads.key_sums(plan)
     return _call(plan, backward_kernel, inputs, outputs, scratch, reverse=True)
 
 
 def _call(plan, kernel, inputs, outputs, scratch=None, reverse=False):
-    scratch = scratch or {}
-    names = [*inputs, *outputs, *scratch]
-    results = pl.pallas_call(
-        functools.partial(_with_names, kernel, plan, names),
-        grid=(plan.batch, plan.outer, plan.blocks, plan.inner),
-        in_specs=[_block(plan, name, array.shape, reverse) for name, array in inputs.items()],
-        out_specs=[_block(plan, name, shape, reverse) for name, (shape, _) in outputs.items()],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs.values()],
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        interpret=plan.interpret,
-        name=f"delta_rule_{'per_key' if plan.per_key else 'scalar'}_{kernel.__name__.removesuffix('_kernel')}",
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    block = functools.partial(_block, plan)
+    return heads.call(plan, "delta_rule", kernel, inputs, outputs, block, scratch, reverse)
 
 
-def _with_names(kernel, plan, names, *refs):
-    kernel(plan, SimpleNamespace(**dict(zip(names, refs, strict=True))))
-
-
-def _block(plan, name, shape, reverse):
-    """The block of an operand that a step sees, by what the operand is."""
+def _block(plan, spec, name, shape):
+    """Of operands that only this op has."""
     tiles = plan.tiles
-
-    def time(n):
-        return plan.blocks - 1 - n if reverse else n
-
-    def step(p, s):
-        return p * plan.inner + s
-
-    if name in ("q", "k", "dq", "dk"):
-        return pl.BlockSpec((None, tiles.block, plan.step_groups * plan.key_dim), lambda b, p, n, s: (b, time(n), p))
-    if name in ("v", "out", "d_out", "dv", "error", "decay", "d_decay"):
-        width = tiles.heads * (plan.key_dim if "decay" in name else plan.value_dim)
-        return pl.BlockSpec((None, tiles.block, width), lambda b, p, n, s: (b, time(n), step(p, s)))
+    if name == "error":
+        return heads.values_block(plan, spec, plan.value_dim)
     if name == "resolvent":
         block = (None, tiles.block // TILE * tiles.chunk, tiles.heads * TILE)
-        return pl.BlockSpec(block, lambda b, p, n, s: (b, time(n), step(p, s)))
+        return spec(block, lambda b, p, n, h: (b, n, h))
     if name in ("rows", "changes"):
-        return pl.BlockSpec((None, None, shape[2], tiles.block), lambda b, p, n, s: (b, step(p, s), 0, time(n)))
-    if name == "kept":
-        return pl.BlockSpec((None, None, tiles.heads, *shape[3:]), lambda b, p, n, s: (b, time(n), step(p, s), 0, 0))
-    # States and their kin: of all heads of the inner axis, in place for the whole sequence.
-    return pl.BlockSpec((None, plan.inner * tiles.heads, *shape[2:]), lambda b, p, n, s: (b, p, 0, 0))
+        return spec((None, None, shape[2], tiles.block), lambda b, p, n, h: (b, h, 0, n))
+    return None

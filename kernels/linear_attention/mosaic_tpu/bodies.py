@@ -20,11 +20,12 @@ from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.plan import Plan
 from kernels.linear_attention.mosaic_tpu.turns import in_turns
+from kernels.mosaic_tpu.heads import finish_key_sums, start_key_sums
 
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
     dots, block = plan.dots, pl.program_id(2)
-    first = first_slot(plan)
+    first = plan.first_head()
 
     @pl.when((block == 0) & (pl.program_id(3) == 0))
     def _():
@@ -55,7 +56,7 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
 
 
 def backward_kernel(plan: Plan, refs: Any) -> None:
-    dots, block, first = plan.dots, plan.blocks - 1 - pl.program_id(2), first_slot(plan)
+    dots, block, first = plan.dots, plan.blocks - 1 - pl.program_id(2), plan.first_head()
 
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _():
@@ -63,13 +64,7 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
         if plan.bonus:
             refs.d_bonus[...] = jnp.zeros_like(refs.d_bonus)
 
-    if plan.inner > 1:
-
-        @pl.when(pl.program_id(3) == 0)
-        def _():
-            refs.dq_sum[...] = jnp.zeros_like(refs.dq_sum)
-            refs.dk_sum[...] = jnp.zeros_like(refs.dk_sum)
-
+    start_key_sums(plan, refs)
     compute_states(plan, refs, dots, block)
 
     def body(index):
@@ -84,12 +79,7 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
                 chunk.store("dk", group, dk)
 
     over_chunks(plan, body, reverse=True)
-    if plan.inner > 1:
-
-        @pl.when(pl.program_id(3) == plan.inner - 1)
-        def _():
-            refs.dq[...] = refs.dq_sum[...].astype(plan.dtype)
-            refs.dk[...] = refs.dk_sum[...].astype(plan.dtype)
+    finish_key_sums(plan, refs)
 
 
 def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> None:
@@ -178,11 +168,6 @@ def per_key_gradients(
         first_gradients, *others = (results[slot][0] for slot in slots)
         dq = sum((x.q for x in others), first_gradients.q)
         yield plan.scale * dq, sum((x.k for x in others), first_gradients.k)
-
-
-def first_slot(plan: Plan) -> int | Array:
-    """Of the step, among those of the states in VMEM."""
-    return pl.program_id(3) * plan.tiles.heads if plan.inner > 1 else 0
 
 
 def slots_of_step(plan: Plan) -> Iterator[tuple[int, int]]:
