@@ -21,6 +21,7 @@ from zoo.config import (
 from zoo.errors import UsageError
 from zoo.flops import num_parameters
 from zoo.mixers import MIXERS
+from zoo.mixers.base import check_heads, heads_at_most
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG_FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -92,6 +93,13 @@ def test_a_place_of_the_pattern_has_settings_of_its_own():
     assert (second.settings.window, second.settings.rope_scaling.factor, mlp.settings) == (0, 1.0, None)
     assert first.settings.num_kv_heads == second.settings.num_kv_heads == 2
     assert pattern(model) == ["attention", "attention", "mlp"]
+
+
+def test_the_fewest_heads_of_a_width_at_most():
+    assert [heads_at_most(0, width, 128) for width in (256, 1536, 1500)] == [4, 12, 12]
+    assert heads_at_most(7, 1536, 128) == 7
+    width = 2 * 997  # only 2 and 997 heads cut it: check_heads is to name the fewest
+    assert heads_at_most(0, width, 128) == 16 and check_heads({"num_heads": 16}, "width", width)
 
 
 BAD = {
