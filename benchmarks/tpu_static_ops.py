@@ -11,6 +11,7 @@ import kernels
 from kernels.delta_rule import mosaic_tpu as delta_rule_tpu
 from kernels.delta_rule.specs import Tiles as DeltaRuleTiles
 from kernels.divisors import largest_divisor
+from kernels.dplr_delta_rule import mosaic_tpu as dplr_delta_rule_tpu
 from kernels.linear_attention import mosaic_tpu, specs
 
 
@@ -92,6 +93,21 @@ def delta_rule(decay, implementation, tiles) -> Op:
     return Op(function, rows | numbers, rows["v"], time, "head", heads)
 
 
+def dplr_delta_rule(heads, width, implementation, tiles) -> Op:
+    """Heads of K = V = `width`."""
+    time = 2048 if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes
+    rows = {name: ((1, time, heads * width), jnp.bfloat16) for name in ("q", "k", "v", "a", "b")}
+    arrays = rows | {"log_decay": ((1, time, heads * width), jnp.float32)}
+
+    def function(arrays):
+        arrays = {name: x.reshape(1, time, heads, width) for name, x in arrays.items()}
+        with dplr_delta_rule_tpu.use(tiles=specs.Tiles(*tiles) if tiles else None):
+            out, _ = kernels.dplr_delta_rule(**arrays, implementation=implementation)
+        return out.reshape(1, time, heads * width)
+
+    return Op(function, arrays, rows["v"], time, "head", heads)
+
+
 def selective_scan(channels, numbers, implementation, tiles) -> Op:
     del tiles
     time = 1024 if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes for 4096
@@ -137,6 +153,8 @@ SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
         for name, shape in specs.SHAPES.items()
     },
     **{f"delta_rule_{decay}": functools.partial(delta_rule, decay) for decay in ("none", "scalar", "vector")},
+    "dplr_delta_rule": functools.partial(dplr_delta_rule, 8, 128),
+    "dplr_delta_rule_64": functools.partial(dplr_delta_rule, 16, 64),
     "mamba_125m": functools.partial(selective_scan, 1536, 16),
     "mamba_1.3b": functools.partial(selective_scan, 4096, 16),
     "scan": functools.partial(linear_scan, 1024, jnp.float32),
