@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
-from kernels import delta_rule, dispatch
+from kernels import delta_rule, dispatch, dplr_delta_rule
 from kernels.delta_rule import mosaic_tpu
 from kernels.delta_rule.specs import Tiles
 from kernels.linear_attention.mosaic_tpu.dots import Dots
@@ -41,7 +41,8 @@ def segments(time):
 def value_and_gradients(implementation, segment_ids=None):
     def run(inputs, cotangents):
         def call(inputs):
-            return delta_rule(**inputs, segment_ids=segment_ids, implementation=implementation)
+            op = dplr_delta_rule if "a" in inputs else delta_rule
+            return op(**inputs, segment_ids=segment_ids, implementation=implementation)
 
         values, pull = jax.vjp(call, inputs)
         return values, pull(cotangents)[0]
@@ -97,7 +98,7 @@ def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes):
 
     monkeypatch.setattr(Dots, "_dot", dot)
     (inputs, d_results), (values, gradients) = exact(name, decays, 64)
-    narrow = {key: jnp.asarray(inputs[key]).astype(dtype) for key in ("q", "k", "v")}
+    narrow = {key: jnp.asarray(inputs[key]).astype(dtype) for key in ("q", "k", "v", "a", "b") if key in inputs}
     results = jax.jit(value_and_gradients("mosaic_tpu"))(
         {key: jnp.asarray(x) for key, x in inputs.items()} | narrow, (d_results[0].astype(dtype), d_results[1])
     )

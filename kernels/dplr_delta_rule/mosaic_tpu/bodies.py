@@ -135,11 +135,15 @@ class Forward:
 
     def scan(self, states: list[Array]) -> Iterator[None]:
         plan, dots, size = self.plan, self.plan.dots, self.plan.tiles.chunk
+        before = list(states)
         if hasattr(self.chunk.refs, "kept"):
+            kept = self.chunk.refs.kept
             for slot in self.slots:
-                self.chunk.refs.kept[self.chunk.index, slot] = states[slot].astype(plan.dtype)
+                kept[self.chunk.index, slot] = states[slot].astype(plan.dtype)
+            # Of the profiler: a conversion both stored and multiplied aborts it.
+            before = [kept[self.chunk.index, slot] for slot in self.slots]
         # Step by step for all slots: the compiler overlaps what stands side by side.
-        found = [dots.nt(keys.reads(), dots.state(state)) for keys, state in zip(self.keys, states, strict=True)]
+        found = [dots.nt(keys.reads(), dots.state(state)) for keys, state in zip(self.keys, before, strict=True)]
         yield
         right = [x[size:] + of_keys for x, (of_keys, _) in zip(found, self.given, strict=True)]
         u = [x + product(dots, y, lanes.spread(x, dots.pack)) for x, y in zip(right, self.inverses, strict=True)]

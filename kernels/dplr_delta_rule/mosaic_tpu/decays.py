@@ -6,9 +6,10 @@ The pairs j < i are split by the highest bit in which i and j differ, their leve
 
     exp(b_{i-1} - b_j) = exp(b_{i-1} - b_m) exp(b_m - b_j)
 
-neither of which is above 1. For bfloat16 inputs, in powers of two, each b_m is rounded to an integer, so that what a
-key is rounded by is the same at all levels, at the start and at the end (../../delta_rule/mosaic_tpu/per_key.py); for
-float32 ones each exponent is the sum of the very log-decays, by a matmul with a matrix of ones.
+neither of which is above 1. For bfloat16 inputs, in powers of two, an integer stands for each b_m, so that what a key is
+rounded by is the same at all levels, at the start and at the end (../../delta_rule/mosaic_tpu/per_key.py): the one above
+it for reads, the one below that for writes, which leaves a factor of two, `times`. For float32 ones each exponent is the
+sum of the very log-decays, by a matmul with a matrix of ones.
 """
 
 from typing import NamedTuple
@@ -25,8 +26,9 @@ from kernels.linear_attention.mosaic_tpu.plan import LOG2E
 
 class Decays(NamedTuple):
     # Of each level those of writes in the first halves of blocks and of reads in the second, [C, (h, K)], from COMPACT
-    # on as two arrays [C / 2, (h, K)].
+    # on as two arrays [C / 2, (h, K)]; a read times a write lacks a factor `times`.
     levels: dict[int, tuple[Array, ...]]
+    times: float
     own: Array  # exp(g)
     read: Array  # from the start of the chunk to before a token
     write: Array  # from a token to the end of the chunk, but for `tail`, [1, (h, K)]
@@ -50,14 +52,15 @@ def rounded_decays(dots: Dots, g: Array) -> Decays:
         else:
             middle = at_middle(sums, row, level)
         if level < COMPACT:
-            middle = jnp.round(middle)
-            levels[level] = (jnp.exp2(jnp.where((row & level) != 0, before - middle, middle - sums)),)
+            middle = jnp.ceil(middle)
+            levels[level] = (jnp.exp2(jnp.where((row & level) != 0, before - middle, middle - 1.0 - sums)),)
         else:
-            middle = jnp.round(first(middle, level))
-            levels[level] = jnp.exp2(middle - first(sums, level)), jnp.exp2(second(before, level) - middle)
+            middle = jnp.ceil(first(middle, level))
+            levels[level] = jnp.exp2(middle - 1.0 - first(sums, level)), jnp.exp2(second(before, level) - middle)
     last = sums[-1:]
-    end = jnp.round(last)
-    return Decays(levels, *map(jnp.exp2, (g, before, end - sums, last, last - end)))
+    end = jnp.ceil(last)
+    own, read, write, total, tail = map(jnp.exp2, (g, before, end - 1.0 - sums, last, last - end))
+    return Decays(levels, 2.0, own, read, write, total, 2.0 * tail)
 
 
 def exact_decays(dots: Dots, g: Array) -> Decays:
@@ -72,4 +75,5 @@ def exact_decays(dots: Dots, g: Array) -> Decays:
         e = jnp.exp(total_of(((j > i) & (j <= middle)) | ((j > middle) & (j < i))))
         levels[level] = (e,) if level < COMPACT else (first(e, level), second(e, level))
     total = jnp.exp(jnp.sum(g, axis=0, keepdims=True))
-    return Decays(levels, jnp.exp(g), jnp.exp(total_of(j < i)), jnp.exp(total_of(j > i)), total, jnp.ones_like(total))
+    own, read, write = jnp.exp(g), jnp.exp(total_of(j < i)), jnp.exp(total_of(j > i))
+    return Decays(levels, 1.0, own, read, write, total, jnp.ones_like(total))

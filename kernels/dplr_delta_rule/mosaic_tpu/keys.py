@@ -28,7 +28,8 @@ class Keys:
         self.q, self.k, self.b = q, k, b
         self.readers = jnp.concatenate([q * self.decays.own, a])  # [2 C, (h, K)]
         self.writers = jnp.concatenate([b, k])
-        self.spread_writers = jnp.concatenate([lanes.spread(x, dots.pack) for x in (b, k)])  # [(2, h, C), (h, K)]
+        spread = [lanes.spread(self.decays.times * x, dots.pack) for x in (b, k)]
+        self.spread_writers = jnp.concatenate(spread)  # [(2, h, C), (h, K)]
 
     def reads(self) -> Array:
         """What reads the state at the start: q and a, [2 C, (h, K)]."""
@@ -86,7 +87,7 @@ class Keys:
             earlier = first(d_writers, level) + twice(e[0]) * first(of_writers(dots, d_level, readers), level)
             d_readers = interleave(first(d_readers, level), later, level)
             d_writers = interleave(earlier, second(d_writers, level), level)
-        return d_readers, d_writers
+        return d_readers, self.decays.times * d_writers
 
 
 def twice(x: Array) -> Array:
