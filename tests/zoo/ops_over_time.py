@@ -71,7 +71,7 @@ def cases():
         return ops.dplr_delta_rule(q, k, v, -unit(a), b, g, initial_state=state, **given)
 
     arrays = (q, k, v, draw(6, 2, T, H, K), draw(7, 2, T, H, K), decay(4, 2, T, H, K), state)
-    yield "dplr_delta_rule", general, arrays, (None,)
+    yield "dplr_delta_rule", general, arrays, kernels
 
     def fast_weights(q, k, v, g, f, state, **given):
         return ops.fast_weights(q, k, v, g, f, initial_state=state, **given)

@@ -31,7 +31,7 @@ from kernels.array_typing import Array
 from kernels.delta_rule.mosaic_tpu.bodies import run
 from kernels.delta_rule.mosaic_tpu.solve import parts, product, resolvents
 from kernels.delta_rule.specs import TILE
-from kernels.dplr_delta_rule.mosaic_tpu.keys import Keys, of_writers, outer, precise_outer, twice
+from kernels.dplr_delta_rule.mosaic_tpu.keys import Keys, outer, precise_outer
 from kernels.linear_attention.mosaic_tpu import lanes
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.per_key import head_products
@@ -112,7 +112,7 @@ class Forward:
             self.keys.append(keys_of(plan, self.chunk, slot))
             self.scores.append(self.keys[-1].scores())
             yield
-        systems = [jnp.concatenate([scores[size:, :TILE]] * dots.pack) for scores in self.scores]
+        systems = [jnp.concatenate([a_b] * dots.pack) for _, _, a_b, _ in self.scores]
         betas = [jnp.full((1, TILE), -1.0, jnp.float32)] * len(systems)
         self.inverses = yield from resolvents(dots, systems, betas, size)
         self.given, self.written = [], []
@@ -127,7 +127,7 @@ class Forward:
     def of_values(self, slot: int) -> tuple[Array, Array]:
         """A_k V, of two passes, and P_k V."""
         dots, size, v = self.plan.dots, self.plan.tiles.chunk, self.chunk.load("v", slot, self.plan.value_dim)
-        attention, system = self.scores[slot][:size, TILE:], self.scores[slot][size:, TILE:]
+        _, attention, _, system = self.scores[slot]
         rows = [system] if dots.exact else list(parts(system))
         found = dots.nn(jnp.concatenate([attention, *rows]), dots.spread(v))
         found = [found[start : start + size] for start in range(0, found.shape[0], size)]
@@ -155,9 +155,8 @@ class Forward:
             states[slot] = keys.decays.total * states[slot] + keys.decays.tail * written
         yield
         for slot in self.slots:
-            attention = self.scores[slot][:size, :TILE]
-            out = found[slot][:size] + self.given[slot][1] + product(dots, attention, lanes.spread(u[slot], dots.pack))
-            self.chunk.store("out", slot, out)
+            attention = product(dots, self.scores[slot][0], lanes.spread(u[slot], dots.pack))
+            self.chunk.store("out", slot, found[slot][:size] + self.given[slot][1] + attention)
             if hasattr(self.chunk.refs, "corrections"):
                 self.chunk.store("corrections", slot, u[slot])
             yield
@@ -174,10 +173,10 @@ class Backward:
         self.keys, self.systems, self.from_out, self.d_reads = [], [], [], []
         for slot in self.slots:
             keys, d_out = keys_of(plan, self.chunk, slot), self.chunk.load("d_out", slot, plan.value_dim)
-            scores = keys.scores()
+            q_b, q_k, _, a_k = keys.scores()
             self.keys.append(keys)
-            self.systems.append(scores[size:, TILE:])
-            self.from_out.append(of_writers(dots, scores[:size], d_out))  # of U and V, [2 C, (h, V)]
+            self.systems.append(a_k)
+            self.from_out.append(jnp.concatenate([outer(dots, x, d_out) for x in (q_b, q_k)]))  # of U and V
             self.d_reads.append(outer(dots, d_out, keys.reads()[:size]))
             yield
 
@@ -214,20 +213,22 @@ class Backward:
 
         d_read, written = jnp.concatenate([d_out, e]), jnp.concatenate([u, v])
         spread = jnp.concatenate([lanes.spread(x, dots.pack) for x in (u, v)])
-        d_readers, d_writers = keys.gradients(dots.nt(d_read, spread))
-        d_readers = d_readers + twice(keys.decays.read) * dots.nn(
-            d_read, dots.state(chunk.refs.kept[chunk.index, slot])
-        )
-        d_ends = twice(keys.decays.write) * dots.nn(written, dots.state(self.d_ends[slot]))
-        d_writers = d_writers + d_ends
+        d_scores = dots.nt(d_read, spread)
+        d_scores = [d_scores[start : start + size] for start in (0, size)]
+        dq, da, db, dk = keys.gradients([x[:, y : y + TILE] for x in d_scores for y in (0, TILE)])
+        d_states = dots.nn(d_read, dots.state(chunk.refs.kept[chunk.index, slot]))
+        dq, da = dq + keys.decays.read * d_states[:size], da + keys.decays.read * d_states[size:]
+        d_ends = dots.nn(written, dots.state(self.d_ends[slot]))
+        b_end, k_end = keys.decays.write * d_ends[:size], keys.decays.write * d_ends[size:]
+        db, dk = db + b_end, dk + k_end
 
-        read, write = keys.readers * d_readers, keys.writers * d_writers
-        changes = read[:size] + read[size:] - write[:size] - write[size:]
-        later = self.later[slot] + jnp.sum(keys.writers * d_ends, axis=0, keepdims=True)
-        chunk.store("d_decay", slot, dots.count(lambda i, j: j >= i, changes) - read[size:] + later)
-        chunk.store("da", slot, d_readers[size:])
+        later = self.later[slot] + jnp.sum(keys.b * b_end + keys.k * k_end, axis=0, keepdims=True)
+        before = keys.a * da  # decays of earlier tokens alone
+        changes = keys.decayed * dq + before - keys.b * db - keys.k * dk
+        chunk.store("d_decay", slot, dots.count(lambda i, j: j >= i, changes) - before + later)
+        chunk.store("da", slot, da)
         own_b, own_k = (head_products(dots, x, d_out) for x in (u, v))
-        dq = keys.decays.own * d_readers[:size] + own_b * keys.b + own_k * keys.k
+        dq = keys.decays.own * dq + own_b * keys.b + own_k * keys.k
         chunk.store("dq", slot, plan.scale * dq)
-        chunk.store("db", slot, d_writers[:size] + own_b * keys.q)
-        chunk.store("dk", slot, d_writers[size:] + own_k * keys.q)
+        chunk.store("db", slot, db + own_b * keys.q)
+        chunk.store("dk", slot, dk + own_k * keys.q)

@@ -6,10 +6,10 @@ The pairs j < i are split by the highest bit in which i and j differ, their leve
 
     exp(b_{i-1} - b_j) = exp(b_{i-1} - b_m) exp(b_m - b_j)
 
-neither of which is above 1. For bfloat16 inputs, in powers of two, an integer stands for each b_m, so that what a key is
-rounded by is the same at all levels, at the start and at the end (../../delta_rule/mosaic_tpu/per_key.py): the one above
-it for reads, the one below that for writes, which leaves a factor of two, `times`. For float32 ones each exponent is the
-sum of the very log-decays, by a matmul with a matrix of ones.
+neither of which is above 1. For bfloat16 inputs, in powers of two, an integer stands for each b_m, so that what a key
+is rounded by is the same at all levels, at the start and at the end (../../delta_rule/mosaic_tpu/per_key.py): the one
+above it for reads, the one below that for writes, which leaves a factor of two, `times`. For float32 ones each exponent
+is the sum of the very log-decays, by a matmul with a matrix of ones.
 """
 
 from typing import NamedTuple
