@@ -45,9 +45,9 @@ for spec, field in json.load(sys.stdin):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("hf:", "expected hf: and a data set's name, as in hf:HuggingFaceFW"),
-        ("hf:a/b/c", "expected hf: and a data set's name"),
-        ("hf:../b", "expected hf: and a data set's name"),
+        ("hf:", "expected hf: and a name of the hub, as in hf:HuggingFaceFW"),
+        ("hf:a/b/c", "expected hf: and a name of the hub"),
+        ("hf:../b", "expected hf: and a name of the hub"),
         ("hf:a/b?splt=train", "unknown 'splt'; known, nearest first: split"),
         ("hf:a/b?split=", "expected each of config, split, revision, take once, with a value"),
         ("hf:a/b?split=a&split=b", "once"),
@@ -114,8 +114,8 @@ def test_rows_come_from_the_hub_and_from_its_cache_where_there_is_none(folder, t
     assert len({source[1] for source in (all_rows, validation, four)}) == 3
     for message, expected in zip(refused, ("row 1: 'text' is not a string but null", "no config 'smal'; nearest: small",
                                            "no split 'test'; it has train, validation",
-                                           "no column 'content' (it has: row, text)", "the hub has no such data set",
-                                           "the hub has no such data set or revision"), strict=True):  # fmt: skip
+                                           "no column 'content' (it has: row, text)", "the hub has none of that name",
+                                           "the hub has none of that name or revision"), strict=True):  # fmt: skip
         assert isinstance(message, str) and expected in message
 
     cached = tmp_path / "offline/hub" / f"datasets--{NAME.replace('/', '--')}"

@@ -49,7 +49,9 @@ class HubText:
         Raises:
           UsageError: the hub cannot be reached, there is no such split or column, or a row of it is no text.
         """
-        with _errors(self.name):
+        import datasets
+
+        with errors(self.name, datasets.exceptions.DatasetsError):
             table = self._open()
             if table.column_names is not None and column not in table.column_names:
                 listed = ", ".join(one_line(name[:40]) for name in sorted(table.column_names)[:10])
@@ -77,24 +79,33 @@ class HubText:
         return datasets.load_dataset(where, self.config, split=self.split, streaming=True, **options)
 
 
-def find(spec: str, setting: str) -> HubText:
-    """The text that `spec` means, its revision settled.
+def parse(spec: str, setting: str, known: tuple[str, ...], example: str) -> tuple[str, dict[str, str]]:
+    """Of `hf:NAME?key=value&...`: the name, and the values of the keys that are given.
 
     Raises:
-      UsageError: a spec of another form, the package `datasets` is missing, or there is no such data set.
+      UsageError: a spec of another form, or a key that is not known.
     """
     name, _, query = spec.removeprefix(PREFIX).partition("?")
     fields = [field.partition("=") for field in query.split("&")] if query else []
     given = {key: urllib.parse.unquote(value) for key, _, value in fields}
-    known = ("config", "split", "revision", "take")
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{setting}: got {shown(spec)}, expected {PREFIX} and a data set's name, as in {_EXAMPLE}")
+        raise UsageError(f"{setting}: got {shown(spec)}, expected {PREFIX} and a name of the hub, as in {example}")
     for key in given:
         if key not in known:
             near = nearest(key, known)
             raise UsageError(f"{setting}: {shown(spec)}: unknown {shown(key)}; known, nearest first: {near}")
     if len(given) < len(fields) or not all(given.values()):
         raise UsageError(f"{setting}: got {shown(spec)}, expected each of {', '.join(known)} once, with a value")
+    return name, given
+
+
+def find(spec: str, setting: str) -> HubText:
+    """The text that `spec` means, its revision settled.
+
+    Raises:
+      UsageError: as `parse`, the package `datasets` is missing, or there is no such data set.
+    """
+    name, given = parse(spec, setting, ("config", "split", "revision", "take"), _EXAMPLE)
     take = given.get("take")
     if take is not None and not (take.isascii() and take.isdecimal() and 0 < int(take[:20]) < 2**63):
         raise UsageError(f"{setting}: {shown(spec)}: take: got {shown(take)}, expected a number of rows, at least 1")
@@ -115,7 +126,7 @@ def _commit_on_hub(name: str, revision: str) -> str | None:
     import huggingface_hub
 
     try:
-        with _errors(name):
+        with errors(name):
             return huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
     except _Unreachable:
         return None
@@ -139,20 +150,21 @@ class _Unreachable(UsageError):
 
 
 @contextlib.contextmanager
-def _errors(name: str) -> Iterator[None]:
-    """What the hub's packages raise, as UsageError."""
-    import datasets
+def errors(name: str, *unreadable: type[Exception]) -> Iterator[None]:
+    """What the hub's packages raise, as UsageError; `unreadable`: what else they raise of content."""
     import huggingface_hub
 
     try:
         yield
+    except UsageError:
+        raise
     except huggingface_hub.errors.HfHubHTTPError as error:
         said = one_line(str(error).splitlines()[0])
         raise UsageError(
-            f"{PREFIX}{name}: the hub has no such data set or revision, or not for you ({said}); check the name, or "
+            f"{PREFIX}{name}: the hub has none of that name or revision, or not for you ({said}); check the name, or "
             "log in (hf auth login, HF_TOKEN)"
         ) from error
+    except (ValueError, pyarrow.ArrowException, *unreadable) as error:
+        raise UsageError(f"{PREFIX}{name}: cannot be read: {one_line(error)}") from error
     except (OSError, huggingface_hub.errors.HTTPError) as error:
         raise _Unreachable(f"{PREFIX}{name}: the hub does not answer: {one_line(error)}; start again") from error
-    except (ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{PREFIX}{name}: cannot be read: {one_line(error)}") from error
