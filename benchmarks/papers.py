@@ -40,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import record
 from zoo.config import Config, OptimizerConfig
-from zoo.data.synthetic import TASKS, Batch, Task
+from zoo.data.synthetic import Batch, Task, make
 from zoo.errors import UsageError, exit_with_message
 from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
@@ -85,8 +85,8 @@ class Setup:
 def h3_setups() -> Iterator[Setup]:
     published = {"attention": ("100.0", "100.0"), "h3": ("100.0", "99.8"), "s4d": ("35.6", "86.0")}
     tasks = [
-        (Task("induction_heads", vocab_size=20, length=30), 400, "cosine", 0.1),
-        (Task("associative_recall", vocab_size=10, length=20), 200, "linear", 0.0),
+        (make("induction_heads", vocab_size=20, length=30), 400, "cosine", 0.1),
+        (make("associative_recall", vocab_size=10, length=20), 200, "linear", 0.0),
     ]
     settings = {
         "attention": {"num_heads": 1},
@@ -129,7 +129,7 @@ def mamba_copying_setups() -> Iterator[Setup]:
     optimizer = OptimizerConfig(learning_rate=2e-3, warmup_steps=200, final_fraction=0.0)
     in_proportion = {"state_dim": 16, "dt_min": 32e-3, "dt_max": 3.2}  # of as large a state as Mamba's
     for copies, width, steps, label in ((8, 32, 4000, "copying_8"), (16, 64, 6000, "")):
-        task = Task("selective_copying", vocab_size=16, length=128, copies=copies)
+        task = make("selective_copying", vocab_size=16, length=128, copies=copies)
         for mixer, published, settings in (("mamba", "99.8", {}), ("s4d", "18.3", in_proportion)):
             yield Setup(task, mixer, published, steps, 32, optimizer, d_model=width, settings=settings, label=label)
 
@@ -138,7 +138,7 @@ def mamba_induction_setups() -> Iterator[Setup]:
     """To hold on to a token 64 times as long as ever asked to, a short run needs channels that are slow from the start
     and a b2 of 0.999: with 0.95 what it learns it loses again once the loss is near 0 (docs/benchmarks.md).
     """
-    task = Task("induction_heads", vocab_size=18, length=64)  # 16 regular tokens
+    task = make("induction_heads", vocab_size=18, length=64)  # 16 regular tokens
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=400, final_fraction=0.0, weight_decay=0.0, b2=0.999)
     lengths = tuple(2**i for i in range(7, 13))
     settings = {"dt_min": 1e-4}
@@ -155,7 +155,7 @@ def state_tracking_setups() -> Iterator[Setup]:
     model = {"num_layers": 1, "positions": "none"}
     rotary = model | {"positions": "rope"}  # learned positions end where training did
     sizes = {"d_model": 64, "d_ff": 128}
-    task, lengths = Task("parity", vocab_size=2, length=32), (128,)
+    task, lengths = make("parity", length=32), (128,)
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100, final_fraction=0.0)
     bounded = {name: {"num_heads": 4} for name in ("delta_net", "gated_delta_net", "kda", "gated_delta_product")}
     bounded["gated_delta_product"]["forget_gate"] = False
@@ -171,7 +171,7 @@ def state_tracking_setups() -> Iterator[Setup]:
 
     optimizer = dataclasses.replace(optimizer, weight_decay=0.0)
     for group, needed in {"S3": 2, "A5": 2, "S5": 4}.items():  # steps a token that solve it
-        task, lengths = Task(f"word_problem:{group}", TASKS[f"word_problem:{group}"].vocab_size, length=16), (64,)
+        task, lengths = make(f"word_problem:{group}", length=16), (64,)
         runs = [(group, "attention", "-", {})]
         for steps in (1, 2, 4):
             settings = bounded["gated_delta_product"] | {"num_householder": steps}
@@ -314,7 +314,7 @@ def run(setup: Setup, seeds: Sequence[int], steps_at_once: int = 200) -> list[di
             task = dataclasses.replace(setup.task, length=length)
             pieces = max(1, length // 256)  # rows at once: memory stays the same
             rows = task.rows(np.random.default_rng([seed, 2]), TEST_ROWS)
-            parts = [task.batch(part, answers_only=True) for part in np.array_split(rows, pieces)]
+            parts = [rows.take(part).batch(answers_only=True) for part in np.array_split(np.arange(TEST_ROWS), pieces)]
             right, asked = (sum(x) for x in zip(*(accuracy(params, part) for part in parts), strict=True))
             result[f"accuracy_{length}"] = 100 * float(right) / float(asked)
         results.append(result)
@@ -325,14 +325,14 @@ def stacks(setup: Setup, seed: int, steps: int) -> Iterator[Batch]:
     """Batches of `steps` steps, stacked: of fresh rows, or an epoch of a training set, shuffled anew each time."""
     rng = np.random.default_rng([seed, 1])
     if setup.rows:
-        rows = setup.task.rows(np.random.default_rng([seed, 0]), setup.rows)
+        rows = setup.task.rows(np.random.default_rng([seed, 0]), setup.rows, training=True)
         steps = setup.rows // setup.batch_size
     while True:
         if setup.rows:
-            drawn = rows[rng.permutation(setup.rows)[: steps * setup.batch_size]]
+            drawn = rows.take(rng.permutation(setup.rows)[: steps * setup.batch_size])
         else:
-            drawn = setup.task.rows(rng, steps * setup.batch_size)
-        batch = setup.task.batch(drawn, answers_only=not (setup.rows or setup.task.follows_a_state))
+            drawn = setup.task.rows(rng, steps * setup.batch_size, training=True)
+        batch = drawn.batch(answers_only=not (setup.rows or setup.task.trains_on_all))
         yield {name: array.reshape(steps, setup.batch_size, -1) for name, array in batch.items()}
 
 

@@ -15,11 +15,11 @@ from flax import nnx
 
 from benchmarks import papers, record
 from zoo.config import OptimizerConfig
-from zoo.data.synthetic import Task
+from zoo.data.synthetic import make
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = papers.Setup(
-    Task("induction_heads", vocab_size=8, length=6),
+    make("induction_heads", vocab_size=8, length=6),
     "attention",
     published="-",
     steps=8,
@@ -103,7 +103,7 @@ def test_h3s_set_ups_have_gpt2s_norms_and_a_bias_in_every_projection(mixer):
     expected = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(made.norm(x), expected, atol=1e-5)
     rows = setup.task.rows(np.random.default_rng(0), 4)
-    batch = jax.tree.map(jnp.asarray, setup.task.batch(rows, answers_only=False))
+    batch = jax.tree.map(jnp.asarray, rows.batch(answers_only=False))
     graphdef, params = nnx.split(made)
     gradient = jax.grad(lambda p: nnx.merge(graphdef, p).token_losses(**batch).sum())(params)
     used = {path for path, value in nnx.to_flat_state(gradient) if path[-1] == "bias" and abs(value[...]).min() > 0}

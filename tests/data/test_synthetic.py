@@ -1,6 +1,7 @@
 """The synthetic tasks: their answers by another route, their distributions, and as a source of a run."""
 
 import collections
+import hashlib
 import itertools
 
 import numpy as np
@@ -8,17 +9,58 @@ import pytest
 
 from zoo import data
 from zoo.config import Config
-from zoo.data.synthetic import TASKS, Task, find
+from zoo.data.synthetic import TASKS, find, make
 from zoo.errors import UsageError
+from zoo.training import workdir
 
 
-def task(name, **sizes):
-    return Task(name, **({"vocab_size": 10, "length": 20, "copies": 4} | sizes))
+def rows_of(task, count, seed=0):
+    """Sequences with their answers, [count, T + 1]."""
+    rows = task.rows(np.random.default_rng(seed), count)
+    return np.concatenate([rows.tokens, rows.targets[:, -1:]], axis=1)
+
+
+def digest(batches):
+    found = hashlib.sha256()
+    for batch in batches:
+        for name in ("tokens", "targets", "segment_ids", "weights"):
+            found.update(batch[name].tobytes())
+    return found.hexdigest()[:16]
+
+
+# Vocabulary, length and copies; digests of rows, training and validation batches, and of a corpus.
+KEPT = """
+induction_heads 20 30 16 3707c7fb06e77958 702435331d744924 c1f2127cbe4491be 17c798a4871a33a4
+associative_recall 10 20 16 fa87db935ead98e3 661242eecfc42378 15b0209cb8c8adf2 cf352e838acc4341
+selective_copying 16 128 8 494c793503033e69 4f8c0f03fcb27d55 b0d7040d1ae36b10 30190ece80233d9e
+parity 2 32 16 d4857195a439d31a 128abea4fd1066fb fe0c86e350d53b8e 7e77e5f5fc5f9f4f
+modular_addition 5 12 16 fcf71115ccaa8a61 9a3392222081db26 c910f91055c18bd4 48ed51d7b88f9ef6
+word_problem:S3 6 16 16 aa58a5f5305eac89 3f7c4a3cdb6ba477 04c2993d939ad16f a5440bc84e22a258
+word_problem:A5 60 16 16 2428f5489ee9195f 2a234f5fe2315ec7 bfbb3ecd58bd8f04 519723a283ee4cab
+word_problem:S5 120 16 16 cd7c3e99c3f3c2f7 7822e3fb096850fe 3f7ccc4fcfa7bcf1 1c195fbca3f5ed64
+"""
+
+
+@pytest.mark.parametrize("line", KEPT.strip().split("\n"))
+def test_rows_and_descriptions_are_those_that_runs_were_kept_with(line):
+    """benchmarks/results/papers_*.json, and checkpoints of runs on tasks."""
+    name, *sizes, rows, training, validation, corpus = line.split()
+    vocab_size, length, copies = map(int, sizes)
+    task = make(name, length, vocab_size=vocab_size, **({"copies": copies} if name == "selective_copying" else {}))
+    assert repr(task) == f"Task(name={name!r}, vocab_size={vocab_size}, length={length}, copies={copies})"
+    drawn = task.rows(np.random.default_rng([3, 5]), 7)
+    assert digest(drawn.batch(answers_only=each) for each in (True, False)) == rows
+    config = config_of(name)
+    batches = data.training_dataset(config).iterator()
+    assert digest(itertools.islice(batches, 2)) == training
+    batches.close()
+    assert digest(data.validation_batches(config, max_batches=2)) == validation
+    assert data.corpus_info(config)["fingerprint"] == corpus
 
 
 def test_induction_heads_ask_for_what_followed_the_mark():
-    t = task("induction_heads", vocab_size=20, length=30)
-    rows = t.rows(np.random.default_rng(0), 2000)
+    t = make("induction_heads", 30)
+    rows = rows_of(t, 2000)
     assert rows.shape == (2000, 32) and t.context_length == 31
     places = []
     for row in rows:
@@ -30,8 +72,8 @@ def test_induction_heads_ask_for_what_followed_the_mark():
 
 
 def test_associative_recall_asks_for_the_value_of_a_key_that_occurred():
-    t = task("associative_recall")
-    rows = t.rows(np.random.default_rng(0), 2000)
+    t = make("associative_recall", 20)
+    rows = rows_of(t, 2000)
     assert rows.shape == (2000, 23) and t.context_length == 22
     for row in rows:
         pairs = dict(zip(row[:20:2], row[1:20:2], strict=True))
@@ -41,8 +83,8 @@ def test_associative_recall_asks_for_the_value_of_a_key_that_occurred():
 
 
 def test_selective_copying_asks_for_the_tokens_in_order():
-    t = task("selective_copying", vocab_size=16, length=40)
-    batch = t.batch(t.rows(np.random.default_rng(0), 500), answers_only=False)
+    t = make("selective_copying", 40, copies=4)
+    batch = t.rows(np.random.default_rng(0), 500).batch(answers_only=False)
     assert batch["tokens"].shape == (500, 44)
     for tokens, targets, weights in zip(batch["tokens"], batch["targets"], batch["weights"], strict=True):
         assert list(tokens[:40][tokens[:40] > 0]) == list(targets[weights > 0])
@@ -52,9 +94,9 @@ def test_selective_copying_asks_for_the_tokens_in_order():
 
 
 def test_states_are_what_the_tokens_so_far_make_of_the_identity():
-    parity, sums = task("parity", vocab_size=2), task("modular_addition", vocab_size=7)
+    parity, sums = make("parity", 20), make("modular_addition", 20, vocab_size=7)
     for t in (parity, sums):
-        batch = t.batch(t.rows(np.random.default_rng(0), 50), answers_only=False)
+        batch = t.rows(np.random.default_rng(0), 50).batch(answers_only=False)
         np.testing.assert_array_equal(batch["targets"], np.cumsum(batch["tokens"], axis=1) % t.vocab_size)
         assert batch["weights"].all() and set(batch["tokens"].flat) == set(range(t.vocab_size))
 
@@ -63,28 +105,28 @@ def test_states_are_what_the_tokens_so_far_make_of_the_identity():
 def test_states_of_a_word_problem_are_arrangements(name, order):
     """Of n things, which each token's permutation puts elsewhere."""
     size = int(name[1])
-    t = task(f"word_problem:{name}", vocab_size=order)
+    t = make(f"word_problem:{name}", 20)
+    assert t.vocab_size == order
     elements = [np.array(each) for each in itertools.permutations(range(size))]
     if name[0] == "A":
         elements = [each for each in elements if round(np.linalg.det(np.eye(size)[each])) == 1]
     assert len(elements) == order
-    batch = t.batch(t.rows(np.random.default_rng(0), 40), answers_only=True)
+    batch = t.rows(np.random.default_rng(0), 40).batch(answers_only=True)
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
         arranged = np.arange(size)
         for token, target in zip(tokens, targets, strict=True):
             arranged = elements[token][arranged]
             assert (elements[target] == arranged).all()
     assert (np.flatnonzero(batch["weights"][0]) == 19).all()  # the state after the last
-    counts = np.bincount(t.rows(np.random.default_rng(1), 3000)[:, -1], minlength=order)
+    counts = np.bincount(t.rows(np.random.default_rng(1), 3000).targets[:, -1], minlength=order)
     assert (counts > 0).all() and counts.max() < 3 * 3000 / order
 
 
 def test_a_tests_weights_are_on_the_answer_and_training_may_count_every_token():
-    t = task("induction_heads")
-    rows = t.rows(np.random.default_rng(0), 3)
-    batch = t.batch(rows, answers_only=True)
-    assert (batch["weights"].sum(1) == 1).all() and (batch["targets"][:, -1] == rows[:, -1]).all()
-    assert t.batch(rows, answers_only=False)["weights"].all()
+    rows = make("induction_heads", 20).rows(np.random.default_rng(0), 3)
+    batch = rows.batch(answers_only=True)
+    assert (batch["weights"].sum(1) == 1).all() and batch["weights"][:, -1].all()
+    assert rows.batch(answers_only=False)["weights"].all()
 
 
 def config_of(source, context_length=64):
@@ -115,24 +157,43 @@ def test_as_a_source_batches_are_functions_of_their_step_and_can_be_read_in_part
     assert data.corpus_info(config)["validation_tokens"] == validation.num_tokens
 
 
-def test_what_cannot_be_is_named():
-    with pytest.raises(UsageError, match="cannot be mixed"):
-        find(config_of("induction_heads,stdlib"))
-    with pytest.raises(UsageError, match="selective_copying: got a length of -8"):
-        find(config_of("selective_copying", context_length=8))
-    with pytest.raises(UsageError, match="expected even"):
-        find(config_of("associative_recall", context_length=31))
+@pytest.mark.parametrize(
+    ("source", "context_length", "message"),
+    [
+        ("induction_heads,stdlib", 64, "cannot be mixed"),
+        ("stdlib, mqar?pairs=2", 64, "cannot be mixed"),
+        ("selective_copying", 8, "selective_copying: got a length of -8 .* 16 tokens to copy; rows have 8 tokens"),
+        ("induction_heads", 3, "got a length of 2, expected at least 3"),
+        ("associative_recall", 31, "expected even"),
+        ("mqar?pairs=8", 31, "got 31 tokens a row, expected at least 32"),
+        ("mqar?vocab_size=8&pairs=4", 64, "got a vocabulary of 8, expected an even one of at least 10"),
+        ("word_problem", 64, "unknown synthetic task 'word_problem'; known, nearest first: word_problem:"),
+        ("word_problem:S4", 64, "unknown synthetic task 'word_problem:S4'; .*word_problem:A5"),
+        ("word_problem:S5?vocab_size=60", 64, "word_problem:S5: got a vocabulary of 60, expected 120"),
+        ("mqqar?pairs=2", 64, "unknown synthetic task 'mqqar'; known, nearest first: mqar"),
+        ("mqar?pair=2", 64, "mqar: unknown option 'pair'; known, nearest first: pairs"),
+        ("mqar?pairs", 64, r"got 'pairs', expected each option once, as in mqar\?pairs=0"),
+        ("mqar?pairs=2&pairs=3", 64, "expected each option once"),
+        ("mqar?alpha=fast", 64, "mqar: alpha: got 'fast', expected a number"),
+        ("mqar?alpha=0", 64, "mqar: alpha: got 0.0, expected more than 0"),
+        ("mqar?pairs=-1", 64, "mqar: pairs: got -1, expected at least 1"),
+    ],
+)
+def test_what_cannot_be_is_named(source, context_length, message):
+    with pytest.raises(UsageError, match=f"data.source: .*{message}"):
+        find(config_of(source, context_length))
+
+
+def test_a_task_is_told_from_text_and_its_vocabulary_fits_the_models():
+    assert find(config_of("stdlib")) is None and find(config_of("words.txt")) is None
     small = config_of("induction_heads")
     small.model.vocab_size = 16
-    with pytest.raises(UsageError, match="needs at least 20"):
+    with pytest.raises(UsageError, match="model.vocab_size: got 16, induction_heads needs at least 20"):
         find(small)
-    with pytest.raises(UsageError, match="data.source: unknown synthetic task 'word_problem'; expected .*:S3"):
-        find(config_of("word_problem"))
-    assert find(config_of("stdlib")) is None
-    with pytest.raises(UsageError, match="word_problem:S5: got a vocabulary of 60, expected 120"):
-        task("word_problem:S5", vocab_size=60)
-    with pytest.raises(UsageError, match="unknown synthetic task 'word_problem:S4'; expected one of .*word_problem:A5"):
-        task("word_problem:S4")
+    assert workdir.settle_vocabulary(config_of("mqar"), None).model.vocab_size == 8192
+    assert workdir.settle_vocabulary(config_of("parity"), None).model.vocab_size == 320
+    with pytest.raises(UsageError, match="parity: unknown option 'pairs'; known, nearest first: vocab_size"):
+        make("parity", 8, pairs=2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("validation_source", "other.txt"), ("weights", "1,2")])

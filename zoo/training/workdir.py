@@ -109,12 +109,15 @@ def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...]) -
 
 
 def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Config:
-    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`) needs."""
+    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`) and
+    a synthetic task need."""
     config = copy.deepcopy(config)
     if config.model.vocab_size == 0:
         name = config.data.tokenizer
         tokenizer = data.tokenizer.for_run(files.expand(workdir), config) if workdir else data.tokenizer.load(name)
-        config.model.vocab_size = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        task = synthetic.find(config)
+        needed = max(tokenizer.vocab_size, task.vocab_size if task else 0)
+        config.model.vocab_size = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return config
 
 
@@ -198,7 +201,7 @@ def _only_moved(name: str, old: str, new: str) -> bool:
     if name == "data.tokenizer":
         return BYTES not in (old, new)
     if name in ("data.source", "data.validation_source"):
-        return all(spec and spec != STDLIB and spec not in synthetic.TASKS for spec in (old, new))
+        return all(spec and spec != STDLIB and not synthetic.is_task(spec) for spec in (old, new))
     return False
 
 
@@ -253,7 +256,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(spec: str) -> str:
-    if not spec or spec == STDLIB or spec in synthetic.TASKS or spec.startswith("hf:"):
+    if not spec or spec == STDLIB or synthetic.is_task(spec) or spec.startswith("hf:"):
         return spec
     return str(pathlib.Path(files.expand(spec)).absolute())
 

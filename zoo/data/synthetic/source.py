@@ -1,0 +1,131 @@
+"""A synthetic task as data.source: `NAME`, or with sizes of its own `NAME?pairs=8&vocab_size=256`."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from zoo.data.synthetic.task import TASKS, Batch, Task, make, options
+from zoo.errors import UsageError
+from zoo.settings import nearest, shown
+
+if TYPE_CHECKING:
+    from zoo.config import Config
+
+VALIDATION_ROWS = 512
+_TRAINING, _VALIDATION = 0, 1  # parts of the seed
+
+
+def is_task(spec: str) -> bool:
+    """Whether a source names a task, with options or without."""
+    return spec.partition("?")[0].strip() in TASKS
+
+
+def find(config: "Config", source: str | None = None, context_length: int | None = None) -> Task | None:
+    """The task that data.source (or `source`) names, as long as rows of the context have room for; None: it is text.
+
+    Raises:
+      UsageError: a task beside other sources, an unknown option, a context too short for it, or a vocabulary too small.
+    """
+    spec = (config.data.source if source is None else source).strip()
+    name, _, query = spec.partition("?")
+    if name not in TASKS:
+        _check_text(spec)
+        return None
+    context = config.train.context_length if context_length is None else context_length
+    sizes = _sizes(name, query)
+    try:
+        task = make(name, context - TASKS[name].question(sizes), **sizes)
+    except UsageError as error:
+        raise UsageError(f"data.source: {error}; rows have {context} tokens (train.context_length)") from None
+    if 0 < config.model.vocab_size < task.vocab_size:
+        raise UsageError(
+            f"model.vocab_size: got {config.model.vocab_size}, {name} needs at least {task.vocab_size}; 0 is enough"
+        )
+    return task
+
+
+def _sizes(name: str, query: str) -> dict[str, int | float | bool]:
+    """The options of "pairs=8&vocab_size=256"."""
+    known, found = options(name), {}
+    for entry in query.split("&") if query else ():
+        option, equals, text = entry.partition("=")
+        if option not in known:
+            near = nearest(option, known)
+            raise UsageError(f"data.source: {name}: unknown option {shown(option)}; known, nearest first: {near}")
+        if not equals or option in found:
+            example = f"{name}?{option}={known[option].default}"
+            raise UsageError(f"data.source: {name}: got {shown(entry)}, expected each option once, as in {example}")
+        try:
+            found[option] = known[option].read(text)
+        except ValueError as error:
+            raise UsageError(f"data.source: {name}: {option}: {error}") from None
+    return found
+
+
+def _check_text(spec: str) -> None:
+    """UsageError for what is no text: a task beside other sources, or one that is spelt wrongly."""
+    if any(is_task(part) for part in spec.split(",")):
+        raise UsageError(f"data.source: got {spec!r}; a synthetic task cannot be mixed with other sources")
+    name = spec.partition("?")[0]
+    known = [*TASKS, *{task.partition(":")[0] for task in TASKS}]
+    if not os.path.lexists(spec) and difflib.get_close_matches(name.partition(":")[0], known, 1, 0.85):
+        raise UsageError(f"data.source: unknown synthetic task {name!r}; known, nearest first: {nearest(name, TASKS)}")
+
+
+def training_batch(task: Task, config: "Config", step: int) -> Batch:
+    """The global batch of a step: a function of the seed and the step."""
+    return task.fresh(_seed(config, _TRAINING), int(step), config.train.batch_size, training=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationRows:
+    """Held-out rows in fixed order, in the form of `zoo.data.ValidationBatches`; only the answers count."""
+
+    task: Task
+    seed: int
+    batch_size: int
+    max_batches: int  # 0: all
+    rows: Sequence[int] | None = None  # of each batch, to have no others; None: all
+    text_bytes: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        if self.task.asks_alike:
+            return VALIDATION_ROWS * self.task.asked
+        every = dataclasses.replace(self, max_batches=0, rows=None)
+        return sum(int(batch["weights"].sum()) for batch in every)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.task}, seed {self.seed}"
+
+    def only(self, rows: Sequence[int]) -> "ValidationRows":
+        """The same batches, of each these rows alone."""
+        return dataclasses.replace(self, rows=rows)
+
+    def at_most(self, max_batches: int) -> "ValidationRows":
+        """So many batches; 0: all."""
+        return dataclasses.replace(self, max_batches=max_batches)
+
+    def __len__(self) -> int:
+        batches = -(-VALIDATION_ROWS // self.batch_size)
+        return min(batches, self.max_batches) if self.max_batches else batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(len(self)):
+            batch = self.task.fresh(self.seed, index, self.batch_size)
+            left = VALIDATION_ROWS - index * self.batch_size
+            batch["weights"][left:] = 0
+            batch["bytes"] = batch["weights"] * 0
+            yield batch if self.rows is None else {name: array[list(self.rows)] for name, array in batch.items()}
+
+
+def validation_rows(task: Task, config: "Config", max_batches: int) -> ValidationRows:
+    batch_size = config.eval.batch_size or config.train.batch_size
+    return ValidationRows(task, _seed(config, _VALIDATION), batch_size, max_batches)
+
+
+def _seed(config, part):
+    return 2 * config.train.seed + part
