@@ -39,3 +39,27 @@ def test_mqar_asks_for_each_pairs_value_once(random_filler):
         seen.update(others)
     assert seen == (set(range(vocab_size)) if random_filler else {0})
     assert (rows.known == rows.asked).all()
+
+
+@pytest.mark.parametrize(
+    ("needles", "tokens", "depth"), [(1, 1, -1.0), (3, 2, -1.0), (1, 2, 0.5), (3, 2, 0.0), (2, 1, 1.0)]
+)
+def test_needle_asks_for_what_followed_the_mark_and_the_key(needles, tokens, depth):
+    task = make("needle", 60, needles=needles, tokens=tokens, depth=depth, vocab_size=12)
+    rows = task.rows(np.random.default_rng(0), 400)
+    size, haystack, starts = 2 + tokens, 59 - tokens, []
+    for sequence, targets, asked in zip(rows.tokens, rows.targets, rows.asked, strict=True):
+        marks = np.flatnonzero(sequence == 11)
+        assert len(marks) == needles + 1 and (np.diff(marks) >= size).all() and marks[-1] == haystack
+        value_of = {sequence[at + 1]: sequence[at + 2 : at + size] for at in marks[:-1]}
+        assert len(value_of) == needles
+        assert list(targets[asked]) == list(value_of[sequence[haystack + 1]])
+        assert list(np.flatnonzero(asked)) == list(range(60 - tokens, 60))
+        starts += [at for at in marks[:-1] if sequence[at + 1] == sequence[haystack + 1]]
+    furthest = haystack - size
+    if depth < 0:
+        assert min(starts) == 0 and max(starts) == furthest and np.mean(starts) == pytest.approx(furthest / 2, rel=0.1)
+    elif needles == 1:
+        assert set(starts) == {round(depth * furthest)}
+    else:
+        assert set(starts) == {round(depth) * furthest}

@@ -139,6 +139,7 @@ def config_of(source, context_length=64):
 @pytest.mark.parametrize("name", TASKS)
 def test_as_a_source_batches_are_functions_of_their_step_and_can_be_read_in_part(name):
     config = config_of(name)
+    config.eval.batch_size = 64
     data.check(config)
     batches = data.training_dataset(config).iterator()
     first, second, third = (next(batches) for _ in range(3))
@@ -153,7 +154,7 @@ def test_as_a_source_batches_are_functions_of_their_step_and_can_be_read_in_part
     assert sum(batch["weights"].sum() for batch in validation) == validation.num_tokens
     assert not any(np.array_equal(batch["tokens"], first["tokens"]) for batch in validation)
     for batch, part in zip(validation, validation.only([1, 3]), strict=True):
-        assert all(np.array_equal(part[key], array[1::2]) for key, array in batch.items())
+        assert all(np.array_equal(part[key], array[[1, 3]]) for key, array in batch.items())
     assert data.corpus_info(config)["validation_tokens"] == validation.num_tokens
 
 

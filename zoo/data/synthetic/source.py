@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -92,10 +93,7 @@ class ValidationRows:
 
     @property
     def num_tokens(self) -> int:
-        if self.task.asks_alike:
-            return VALIDATION_ROWS * self.task.asked
-        every = dataclasses.replace(self, max_batches=0, rows=None)
-        return sum(int(batch["weights"].sum()) for batch in every)
+        return _num_asked(self.task, self.seed, self.batch_size)
 
     @property
     def fingerprint(self) -> str:
@@ -120,6 +118,13 @@ class ValidationRows:
             batch["weights"][left:] = 0
             batch["bytes"] = batch["weights"] * 0
             yield batch if self.rows is None else {name: array[list(self.rows)] for name, array in batch.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _num_asked(task: Task, seed: int, batch_size: int) -> int:
+    if task.asks_alike:
+        return VALIDATION_ROWS * task.asked
+    return sum(int(batch["weights"].sum()) for batch in ValidationRows(task, seed, batch_size, 0))
 
 
 def validation_rows(task: Task, config: "Config", max_batches: int) -> ValidationRows:

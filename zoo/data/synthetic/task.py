@@ -174,4 +174,4 @@ def distinct(rng: np.random.Generator, count: int, size: int, chosen: int) -> np
         largest = size - chosen + i
         drawn = rng.integers(0, largest + 1, count)
         found[:, i] = np.where((found[:, :i] == drawn[:, None]).any(1), largest, drawn)
-    return rng.permuted(found, axis=1)
+    return np.take_along_axis(found, rng.random(found.shape).argsort(axis=1), axis=1)
