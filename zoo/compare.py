@@ -123,6 +123,7 @@ def record(run: Run, context_length: int) -> dict:
         "tokens": run.last("tokens"),
         "eval_loss": run.last("eval_loss"),
         "eval_bits_per_byte": run.last("eval_bits_per_byte"),
+        "eval_accuracy": run.last("eval_accuracy"),
         "tokens_per_second": run.tokens_per_second,
         "seconds": run.last("seconds"),
         "state_bytes": state_bytes(run.config.model, context_length),
@@ -133,8 +134,8 @@ def record(run: Run, context_length: int) -> dict:
 
 _COLUMNS = {
     "run": "{}", "mixer": "{}", "parameters": "{:,}", "context_length": "{:,}", "step": "{:,}", "tokens": "{:,}",
-    "eval_loss": "{:.4f}", "eval_bits_per_byte": "{:.4f}", "tokens_per_second": "{:,.0f}", "seconds": "{:,.1f}",
-    "state_bytes": "{:,}",
+    "eval_loss": "{:.4f}", "eval_bits_per_byte": "{:.4f}", "eval_accuracy": "{:.2%}",
+    "tokens_per_second": "{:,.0f}", "seconds": "{:,.1f}", "state_bytes": "{:,}",
 }  # fmt: skip
 
 
@@ -154,6 +155,8 @@ def table(records: list[dict], width: int = 160) -> Table:
     for name in ("context_length", "step", "tokens"):
         if len(set(cells[name])) == 1 < len(records):
             title += f"; {name.replace('_', ' ')} {cells.pop(name)[0]}"
+    if all(r["eval_accuracy"] is None for r in records):
+        del cells["eval_accuracy"]
     if all(r["mixer"] == r["run"] for r in records):
         del cells["mixer"]
 
@@ -166,7 +169,8 @@ def table(records: list[dict], width: int = 160) -> Table:
     shown = Table(title=Text(title), title_justify="left")  # Text: brackets in it are no markup
     for name in cells:
         shown.add_column(name.replace("_", "\n"), justify="left" if name in ("run", "mixer") else "right", no_wrap=True)
-    loss = "eval_bits_per_byte"
+    of_text = any(r["eval_bits_per_byte"] is not None for r in records)
+    loss = "eval_bits_per_byte" if of_text else "eval_loss"
     for i in sorted(range(len(records)), key=lambda i: (records[i][loss] is None, records[i][loss])):
         shown.add_row(*(Text(values[i]) for values in cells.values()))
     return shown

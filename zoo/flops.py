@@ -16,8 +16,8 @@ from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 
 
-def forward_flops_per_token(model: ModelConfig, context_length: int) -> float:
-    """Mixers (as each family counts itself), MLPs and the head."""
+def forward_flops_per_token(model: ModelConfig, context_length: int, labels: int | None = None) -> float:
+    """Mixers (as each family counts itself), MLPs and the head, which reads `labels` tokens of a context, or all."""
     layers = places(model)
     unit = 0.0
     for place in layers:
@@ -25,12 +25,13 @@ def forward_flops_per_token(model: ModelConfig, context_length: int) -> float:
             unit += MIXERS[place.family].flops_per_token(place.settings, model.d_model, context_length)
         if d_ff := mlp_width(model, place):
             unit += 2 * mlp_class(model).num_parameters(model.d_model, d_ff)
-    return unit * (model.num_layers // len(layers)) + 2 * model.d_model * model.vocab_size
+    head = 2 * model.d_model * model.vocab_size * (1.0 if labels is None else labels / context_length)
+    return unit * (model.num_layers // len(layers)) + head
 
 
-def train_flops_per_token(model: ModelConfig, context_length: int) -> float:
+def train_flops_per_token(model: ModelConfig, context_length: int, labels: int | None = None) -> float:
     """Three times the forward pass: the backward pass has two products for each one. Recomputation does not count."""
-    return 3 * forward_flops_per_token(model, context_length)
+    return 3 * forward_flops_per_token(model, context_length, labels)
 
 
 def num_parameters(model: ModelConfig) -> int:

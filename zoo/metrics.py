@@ -3,9 +3,9 @@
 A training row: step, loss (nats per token, mean since the row before), learning_rate, grad_norm, parameter_norm,
 tokens (all trained on so far), tokens_per_second, mfu (model FLOP/s over the bf16 rate of all devices by data sheet;
 null where that is not known, as on a CPU), seconds (of training since the run began, resumes included; compiling,
-evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte (of text; synthetic tasks have
-none), eval_tokens (that it was measured on), tokens, seconds. The last one is of eval.final_batches, the others are of
-eval.batches.
+evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte (of text) or eval_accuracy (of a
+synthetic task: the share of answers that are the likeliest token), eval_tokens (that it was measured on), tokens,
+seconds. The last one is of eval.final_batches, the others are of eval.batches.
 """
 
 import contextlib

@@ -18,6 +18,7 @@ from kernels.array_typing import Array, Float, Int
 from zoo import ops, sharding
 from zoo.config import MLP_LAYER, ModelConfig, Place, mlp_class, mlp_width, pattern, places, validate_model
 from zoo.errors import UsageError
+from zoo.labelled import at_labels
 from zoo.layers import NORMS, dropout, embedding, linear, soft_cap
 from zoo.mixers import MIXERS, Sizes
 from zoo.mixers.shared_settings import add_bias, projections
@@ -200,9 +201,35 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
+        labels: int | None = None,
     ) -> Float[Array, "B T"]:
-        """weights * (negative log-likelihood of the targets, in nats); [B * T, vocab] never exists."""
+        """weights * (negative log-likelihood of the targets, in nats); [B * T, vocab] never exists.
+
+        `labels`: no row has more weights above 0; where they are few, the head reads those tokens alone
+        (`zoo.labelled`).
+        """
         hidden, _ = self.hidden(tokens, segment_ids=segment_ids, positions=positions, dropout_key=dropout_key)
+        return at_labels(self._losses, hidden, targets, weights, labels)
+
+    def token_scores(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        labels: int | None = None,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """`token_losses`, and weights * (whether the target is the likeliest token). The logits of `labels` exist."""
+        hidden, _ = self.hidden(tokens, segment_ids=segment_ids)
+
+        def scores(hidden, targets, weights):
+            right = (self.logits(hidden).argmax(-1) == targets) * weights
+            return self._losses(hidden, targets, weights), right
+
+        return at_labels(scores, hidden, targets, weights, labels)
+
+    def _losses(self, hidden, targets, weights):
         return ops.cross_entropy(hidden, self._head(), targets, weights, softcap=self.logit_softcap or None)
 
     def hidden(

@@ -14,7 +14,7 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
     config.data.source, config.train.context_length, config.eval.batches = "associative_recall", 16, 1
     rows = []
     programs = types.SimpleNamespace(
-        evaluate=lambda params, batch: {"nats": 8.0, "tokens": 4.0, "bytes": batch["bytes"].sum()}, put=lambda b, _: b
+        evaluate=lambda params, batch: {"nats": 8.0, "tokens": 4.0, "bytes": 0.0, "right": 3.0}, put=lambda b, _: b
     )
     writer = types.SimpleNamespace(plot=lambda: None)
     loop = types.SimpleNamespace(
@@ -23,8 +23,9 @@ def test_an_evaluation_without_bytes_writes_no_bits_per_byte(capsys):
         _write=rows.append, progress=ProgressLine(0, 5),
     )  # fmt: skip
     assert _Loop._evaluate(loop, 1) == 2.0
-    assert rows == [{"step": 3, "eval_loss": 2.0, "eval_tokens": 4, "tokens": 30, "seconds": 1.0}]
-    assert capsys.readouterr().out == "step 3  validation loss 2.0000  (4 tokens)\n"
+    common = {"step": 3, "tokens": 30, "seconds": 1.0}
+    assert rows == [common | {"eval_loss": 2.0, "eval_accuracy": 0.75, "eval_tokens": 4}]
+    assert capsys.readouterr().out == "step 3  validation loss 2.0000  accuracy 75.00%  (4 tokens)\n"
     info = corpus_info(config)
     assert (info["validation_bytes"], info["gzip_bits_per_byte"]) == (0, None)
 

@@ -206,6 +206,28 @@ def test_token_losses_are_the_cross_entropy_of_the_logits(tokens):
     assert error_ratio(model.token_losses(tokens, targets, weights), expected) < 1e-5
 
 
+def test_the_head_reads_labelled_tokens_alone_where_they_are_few(tokens):
+    graphdef, parameters = nnx.split(build(tiny(mixer="mlp", num_layers=1, d_ff=32)))
+    weights = jnp.zeros((BATCH, TIME)).at[0, jnp.array([3, 9])].set(2.0).at[1, 11].set(1.0)
+
+    def scores(parameters, targets, labels):
+        return nnx.merge(graphdef, parameters).token_scores(tokens, targets, weights, labels=labels)
+
+    @jax.jit
+    def both(parameters):
+        likeliest = nnx.merge(graphdef, parameters)(tokens)[0].argmax(-1)
+        targets = likeliest.at[0, 3].set((likeliest[0, 3] + 1) % VOCAB)  # all right but one
+        return scores(parameters, targets, None), scores(parameters, targets, 3)
+
+    (expected, right), found = both(parameters)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+    np.testing.assert_array_equal(found[1], right)
+    np.testing.assert_array_equal(right, weights.at[0, 3].set(0))
+    for labels, seen in ((3, False), (None, True)):
+        traced = str(jax.make_jaxpr(lambda p, labels=labels: scores(p, tokens, labels))(parameters))
+        assert (f"{BATCH},{TIME},{VOCAB}]" in traced) == (f"[{BATCH * TIME},{VOCAB}]" in traced) == seen
+
+
 @pytest.mark.parametrize("settings", [{}, *PATTERNS.values()])
 def test_parameter_formula_and_state_bytes(settings, tokens):
     config = tiny(**settings)

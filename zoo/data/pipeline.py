@@ -8,7 +8,7 @@ before; each of several processes takes the rows of the same global batch that i
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grain
 import numpy as np
@@ -148,6 +148,7 @@ def _synthetic_dataset(config: "Config", task: synthetic.Task, rows: Sequence[in
 class ValidationBatches:
     """The validation text once, in fixed order; iterate it as often as wanted."""
 
+    labels: ClassVar[None] = None  # every target counts
     num_tokens: int  # to predict, in all
     text_bytes: int
     fingerprint: str  # of text and tokenizer

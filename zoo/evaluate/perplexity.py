@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -12,11 +13,12 @@ from zoo.data.pipeline import Batch
 from zoo.model import LanguageModel
 
 
-def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
+def perplexity(model: LanguageModel, batches: Iterable[Batch], labels: int | None = None) -> dict:
     """Score every token of `batches` once.
 
         loss = sum_i w_i nll_i / sum_i w_i                      (nats per token)
         perplexity = exp(loss)
+        accuracy = sum_i w_i [target i is the likeliest token] / sum_i w_i
         bits per byte = sum_i w_i nll_i / (ln 2 * sum_i bytes_i)
 
     Separators count as tokens but stand for no bytes. Sums are float64, on the host.
@@ -24,9 +26,11 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
     Args:
       batches: of `zoo.data.validation_batches`, all of one shape: tokens, targets, segment_ids int32 [b, T], weights
         and bytes float32 [b, T].
+      labels: of a task, the most targets of a row that are asked for; None: text.
 
     Returns:
-      loss (nats per token), perplexity, bits_per_byte (None without bytes), tokens, bytes, and loss_by_position: for
+      loss (nats per token), perplexity, accuracy (None of text), bits_per_byte (None without bytes), tokens, bytes, and
+      loss_by_position: for
       positions 1, 2, 3-4, 5-8, ... {"first", "last", "tokens", "loss"}. Position n has n tokens to predict from: it is
       counted from the document's start, or from the row's where the document began before.
 
@@ -34,13 +38,14 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
       ValueError: no token to score.
     """
     graphdef, parameters = nnx.split(model)
-    nats, counts, num_bytes = np.zeros(64), np.zeros(64), 0.0  # by bin: positions 2^(i-1) + 1 to 2^i
-    for batch, losses in _one_late(graphdef, parameters, batches):
+    nats, counts, num_bytes, num_right = np.zeros(64), np.zeros(64), 0.0, 0.0  # by bin: positions 2^(i-1) + 1 to 2^i
+    for batch, (losses, right) in _one_late(graphdef, parameters, batches, labels):
         bins = np.ceil(np.log2(_positions(batch["segment_ids"]))).astype(int)
         scored = batch["weights"] > 0
         nats += np.bincount(bins[scored], losses[scored], 64)
         counts += np.bincount(bins[scored], batch["weights"][scored], 64)
         num_bytes += batch["bytes"].sum(dtype=np.float64)
+        num_right += right.sum(dtype=np.float64)
     if not counts.any():
         raise ValueError("perplexity: the batches hold no token to score")
     loss = nats.sum() / counts.sum()
@@ -51,6 +56,7 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
     return {
         "loss": float(loss),
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "accuracy": None if labels is None else float(num_right / counts.sum()),
         "bits_per_byte": float(nats.sum() / math.log(2) / num_bytes) if num_bytes else None,
         "tokens": int(counts.sum()),
         "bytes": int(num_bytes),
@@ -59,23 +65,27 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> dict:
 
 
 def _one_late(
-    graphdef: nnx.GraphDef, parameters: nnx.State, batches: Iterable[Batch]
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch with its losses, read while the device works on the next."""
+    graphdef: nnx.GraphDef, parameters: nnx.State, batches: Iterable[Batch], labels: int | None
+) -> Iterator[tuple[Batch, tuple[np.ndarray, np.ndarray]]]:
+    """Each batch with its scores, read while the device works on the next."""
     waiting = None
     for batch in batches:
         inputs = (batch[name] for name in ("tokens", "targets", "weights", "segment_ids"))
-        losses = _losses(graphdef, parameters, *inputs)
+        scores = _scores(graphdef, parameters, *inputs, labels=labels)
         if waiting is not None:
-            yield waiting[0], np.asarray(waiting[1])
-        waiting = batch, losses
+            yield waiting[0], jax.device_get(waiting[1])
+        waiting = batch, scores
     if waiting is not None:
-        yield waiting[0], np.asarray(waiting[1])
+        yield waiting[0], jax.device_get(waiting[1])
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _losses(graphdef, parameters, tokens, targets, weights, segment_ids):
-    return nnx.merge(graphdef, parameters).token_losses(tokens, targets, weights, segment_ids=segment_ids)
+@functools.partial(jax.jit, static_argnames=("graphdef", "labels"))
+def _scores(graphdef, parameters, tokens, targets, weights, segment_ids, labels):
+    """Losses, and what is right where `labels` are asked for."""
+    model = nnx.merge(graphdef, parameters)
+    if labels is None:
+        return model.token_losses(tokens, targets, weights, segment_ids=segment_ids), jnp.zeros(())
+    return model.token_scores(tokens, targets, weights, segment_ids=segment_ids, labels=labels)
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:

@@ -23,7 +23,9 @@ def perplexity_tables(result: dict) -> list[Table]:
     """One row a context length; and one row a range of positions."""
     results = result["by_context_length"]
     whole = Table(title="perplexity")
-    for heading in ("context length", "loss (nats per token)", "perplexity", "bits per byte", "tokens"):
+    asks = any(r["accuracy"] is not None for r in results)
+    last = ["accuracy", "answers"] if asks else ["tokens"]
+    for heading in ("context length", "loss (nats per token)", "perplexity", "bits per byte", *last):
         whole.add_column(heading, justify="right")
     for r in results:
         whole.add_row(
@@ -31,6 +33,7 @@ def perplexity_tables(result: dict) -> list[Table]:
             f"{r['loss']:.4f}",
             f"{r['perplexity']:.3f}",
             "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}",
+            *([f"{r['accuracy']:.2%}"] if asks else []),
             f"{r['tokens']:,}",
         )
     positions = Table(title="loss by position")

@@ -53,7 +53,7 @@ def _perplexity(request: Request) -> dict:
     for length, batches in datasets.items():
         console = Console(stderr=True)
         shown = track(batches, f"context {length}", console=console, transient=True, disable=not sys.stderr.isatty())
-        results.append({"context_length": length} | perplexity(request.model, shown))
+        results.append({"context_length": length} | perplexity(request.model, shown, batches.labels))
     return {"by_context_length": results}
 
 

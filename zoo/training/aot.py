@@ -15,6 +15,7 @@ import jax
 from zoo import chips, flops, hlo, memory, pallas_costs, roofline, sharding
 from zoo import config as zoo_config
 from zoo.config import Config
+from zoo.data import synthetic
 from zoo.training import placement, step, topology
 
 GIB = 2**30
@@ -97,6 +98,7 @@ def compile_step(config: Config, name: str) -> Report:
         "optimizer": placement.bytes_of(jax.tree.leaves(state.opt))[1],
         "batch": placement.bytes_of(batch.values())[1],
     }
+    labels = synthetic.labels(config, training=True)
     report = Report(
         topology=name,
         devices=mesh.size,
@@ -105,7 +107,7 @@ def compile_step(config: Config, name: str) -> Report:
         has=int(chip.memory),
         parts=parts,
         tokens=tokens,
-        model_flops=flops.train_flops_per_token(config.model, train.context_length) * tokens / mesh.size,
+        model_flops=flops.train_flops_per_token(config.model, train.context_length, labels) * tokens / mesh.size,
         peak=chip.peak,
     )
     floor = memory.floor(config, mesh) // mesh.size

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from zoo import config as zoo_config
 from zoo import config_files, flops, memory
 from zoo.config import Config, pattern
+from zoo.data import synthetic
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
 from zoo.settings import Setting, declarations, shown, suggestions
@@ -97,7 +98,8 @@ def config_listing(config: Config, workdir: str = "") -> str:
     zoo_config.validate(config)
     config = settle_vocabulary(config, workdir or None)
     model, length = config.model, config.train.context_length
-    forward, train = (f(model, length) for f in (flops.forward_flops_per_token, flops.train_flops_per_token))
+    labels = synthetic.labels(config, training=True)
+    forward, train = (f(model, length, labels) for f in (flops.forward_flops_per_token, flops.train_flops_per_token))
     needed = memory.training(config)
     lines = [
         f"model       {model.mixer}, {model.num_layers} layers of width {model.d_model}, vocabulary {model.vocab_size}",

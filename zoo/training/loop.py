@@ -26,6 +26,7 @@ from zoo import config as zoo_config
 from zoo import data, files, flops, memory, metrics, processes, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
+from zoo.data import synthetic
 from zoo.errors import RunError
 from zoo.training import placement, report
 from zoo.training import workdir as workdirs
@@ -131,7 +132,8 @@ class _Loop:
         writes = processes.is_first()
         self.writer = metrics.Writer(self.workdir, self.config, self.step) if writes else metrics.NoWriter()
         self.progress = ProgressLine(self.step, self.config.train.steps, silent=not writes)
-        self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length)
+        labels = synthetic.labels(self.config, training=True)
+        self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length, labels)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self.peak_flops = peak and peak * mesh.size  # of all devices; None: unknown
 
@@ -237,6 +239,7 @@ class _Loop:
             "loss": last.get("loss"),
             "eval_loss": evaluation.get("eval_loss"),
             "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
+            "eval_accuracy": evaluation.get("eval_accuracy"),
             "eval_tokens": evaluation.get("eval_tokens"),
             "gzip_bits_per_byte": info["gzip_bits_per_byte"],
             **table,
@@ -342,7 +345,8 @@ class _Loop:
             totals[-2:-1] = jax.device_get(totals[-2:-1])  # one late: the device never waits
             processes.done()
         totals = jax.device_get(totals)
-        nats, tokens, num_bytes = (math.fsum(float(t[name]) for t in totals) for name in ("nats", "tokens", "bytes"))
+        sums = {name: math.fsum(float(t[name]) for t in totals) for name in totals[0]}
+        nats, tokens, num_bytes = sums["nats"], sums["tokens"], sums["bytes"]
         loss = nats / max(tokens, 1.0)
         if not math.isfinite(loss):
             raise self._not_finite(self.step, f"validation loss = {loss}")
@@ -355,6 +359,8 @@ class _Loop:
         }
         if num_bytes:  # a synthetic task has none
             row["eval_bits_per_byte"] = nats / math.log(2) / num_bytes
+        if "right" in sums:  # of a synthetic task
+            row["eval_accuracy"] = sums["right"] / max(tokens, 1.0)
         if shown:
             self._write(row)
             self.progress.row(row)

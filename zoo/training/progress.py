@@ -33,10 +33,11 @@ class ProgressLine:
     def row(self, row: Row, seconds_per_step: float = 0.0) -> None:
         """Show a row of metrics: of training, or of an evaluation."""
         if "eval_loss" in row:
-            bits = row.get("eval_bits_per_byte")
+            bits, accuracy = row.get("eval_bits_per_byte"), row.get("eval_accuracy")
             self.say(
                 f"step {row['step']}  validation loss {row['eval_loss']:.4f}"
                 + (f"  bits per byte {bits:.4f}" if bits is not None else "")
+                + (f"  accuracy {accuracy:.2%}" if accuracy is not None else "")
                 + f"  ({row['eval_tokens']:,} tokens)"
             )
             return

@@ -53,7 +53,9 @@ def end(summary: dict[str, Any], workdir: pathlib.Path) -> list[str]:
     """
     lines = [f"finished    step {summary['step']} after {duration(summary['seconds'])} of training; {workdir}"]
     if summary["eval_bits_per_byte"] is None:
-        lines.append(f"            validation loss {summary['eval_loss']:.4f} nats per token")
+        accuracy = summary.get("eval_accuracy")
+        asked = "" if accuracy is None else f", accuracy {accuracy:.2%}"
+        lines.append(f"            validation loss {summary['eval_loss']:.4f} nats per token{asked}")
     return lines + data.conclusion(summary["eval_bits_per_byte"], summary)
 
 

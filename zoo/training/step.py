@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from zoo import processes, sharding
 from zoo.config import Config
+from zoo.data import synthetic
 from zoo.model import LanguageModel
 from zoo.training.optimizer import make_optimizer
 from zoo.training.schedules import schedule
@@ -85,6 +86,8 @@ def build(config: Config, mesh: Mesh) -> Programs:
         with sharding.use_mesh(mesh):
             return nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(key)), nnx.Param)
 
+    labels, asked = (synthetic.labels(config, training=training) for training in (True, False))
+
     graphdef, abstract_params = nnx.split(abstract_model(config), nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
     learning_rate = schedule(config.optimizer, config.train.steps)
@@ -99,6 +102,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
             batch["weights"],
             segment_ids=batch["segment_ids"],
             dropout_key=key if config.model.dropout else None,
+            labels=labels,
         )
         return losses.sum() / total_weight
 
@@ -144,10 +148,12 @@ def build(config: Config, mesh: Mesh) -> Programs:
 
     def evaluate(params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
         with sharding.use_mesh(mesh):
-            losses = nnx.merge(graphdef, params).token_losses(
-                batch["tokens"], batch["targets"], batch["weights"], segment_ids=batch["segment_ids"]
-            )
-            return {"nats": losses.sum(), "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
+            model, arrays = nnx.merge(graphdef, params), (batch["tokens"], batch["targets"], batch["weights"])
+            sums = {"tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
+            if asked is None:
+                return sums | {"nats": model.token_losses(*arrays, segment_ids=batch["segment_ids"]).sum()}
+            losses, right = model.token_scores(*arrays, segment_ids=batch["segment_ids"], labels=asked)
+            return sums | {"nats": losses.sum(), "right": right.sum()}
 
     abstract = abstract_state(config, mesh, abstract_params)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -5,7 +5,7 @@ they are from. `source`: a task as data.source, and its validation rows. docs/da
 """
 
 from zoo.data.synthetic import copying, mad, needle, recall, states  # noqa: F401, which make their tasks known
-from zoo.data.synthetic.source import ValidationRows, find, is_task, training_batch, validation_rows
+from zoo.data.synthetic.source import ValidationRows, find, is_task, labels, training_batch, validation_rows
 from zoo.data.synthetic.task import TASKS, Batch, Rows, Task, make
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ValidationRows",
     "find",
     "is_task",
+    "labels",
     "make",
     "training_batch",
     "validation_rows",

@@ -75,6 +75,12 @@ def _check_text(spec: str) -> None:
         raise UsageError(f"data.source: unknown synthetic task {name!r}; known, nearest first: {nearest(name, TASKS)}")
 
 
+def labels(config: "Config", *, training: bool) -> int | None:
+    """Targets of a row that count, at most, in training or in an evaluation; None: data.source is text, and all do."""
+    task = find(config)
+    return None if task is None else task.labels(training=training)
+
+
 def training_batch(task: Task, config: "Config", step: int) -> Batch:
     """The global batch of a step: a function of the seed and the step."""
     return task.fresh(_seed(config, _TRAINING), int(step), config.train.batch_size, training=True)
@@ -90,6 +96,11 @@ class ValidationRows:
     max_batches: int  # 0: all
     rows: Sequence[int] | None = None  # of each batch, to have no others; None: all
     text_bytes: int = 0
+
+    @property
+    def labels(self) -> int:
+        """Targets of a row that are asked for, at most."""
+        return self.task.labels(training=False)
 
     @property
     def num_tokens(self) -> int:
