@@ -12,6 +12,8 @@ COMMANDS = {
     "generate": "let a run's model write",
     "compare": "runs side by side",
     "tokenizer": "train a byte-level BPE tokenizer",
+    "import": "make a run of another package's weights (safetensors)",
+    "export": "write a run's weights for other packages",
     "list": "mixers, sizes, configs and all settings with their defaults",
 }
 HELP = "\n".join(
@@ -49,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         from zoo import train
 
         train.run([program, *(["--list"] if command == "list" else []), *arguments])
+    elif command in ("import", "export"):
+        from zoo.interop.__main__ import main as interop
+
+        interop([command, *arguments], program)
     else:
         module = {"compare": "zoo.compare", "tokenizer": "zoo.data.tokenizer.__main__"}
         module = module.get(command, f"zoo.{command}.__main__")

@@ -28,12 +28,13 @@ class SaveError(RunError):
 
 class Checkpoint(NamedTuple):
     step: int
-    state: Any  # what `restore` was given, with arrays
+    state: Any  # what `restore` was given, with arrays; of parameters alone, `opt` is None and they are all
     meta: dict[str, Any]  # what `save` was given
 
 
 class Checkpointer:
     """Saves and restores training states: any NamedTuple with the fields `params` (nnx.State) and `opt` (a pytree).
+    Where `opt` is None and nothing else is there, the checkpoint is of parameters alone, as imported weights are.
 
     Kept are the newest `keep_last` checkpoints and the `keep_best` ones of lowest evaluation loss.
 
@@ -66,9 +67,8 @@ class Checkpointer:
         self.wait()
         params, rest = _items(state)
         description = {"parameters": shapes(params), "meta": meta or {}}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params), opt=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(description)
-        )
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(description)}
+        items |= {"opt": ocp.args.StandardSave(rest)} if rest else {}
         path = self.directory / str(step)
         try:
             if loss is not None and not math.isfinite(loss):
@@ -76,7 +76,7 @@ class Checkpointer:
             if processes.is_first():
                 self._make_way(path)
                 self._check_room(params, rest)
-            self._orbax.save(path, args=items)
+            self._orbax.save(path, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._failed(step, error) from error
         self._unfinished = self._finisher.submit(self._finish, step, loss)
@@ -120,12 +120,10 @@ class Checkpointer:
             try:
                 description = read_description(path)
                 check_parameters(f"checkpoint {path}", description["parameters"], shapes(params))
-                items = self._orbax.restore(
-                    path,
-                    args=ocp.args.Composite(
-                        params=ocp.args.StandardRestore(params), opt=ocp.args.StandardRestore(rest)
-                    ),
-                )
+                wanted = {"params": ocp.args.StandardRestore(params)}
+                if (path / "opt").is_dir():
+                    wanted["opt"] = ocp.args.StandardRestore(rest)
+                items = self._orbax.restore(path, args=ocp.args.Composite(**wanted))
             except UsageError:
                 raise
             except Exception as error:  # for damage Orbax raises what it likes, bare Exception too
@@ -136,7 +134,9 @@ class Checkpointer:
             if processes.is_first():
                 self._set_aside(damaged)
             delete_leftovers(self.directory)
-            state = with_leaves(abstract_state._replace(params=()), items["opt"])
+            state = abstract_state._replace(opt=None)
+            if "opt" in wanted:
+                state = with_leaves(abstract_state._replace(params=()), items["opt"])
             state = state._replace(params=with_leaves(abstract_state.params, items["params"]))
             return Checkpoint(step, state, description["meta"])
         refuse_if_damaged(self.directory, damaged)

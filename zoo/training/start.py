@@ -22,6 +22,8 @@ def first_state(
     checkpoint = checkpointer.restore(programs.abstract_state)
     if checkpoint is not None:
         _check_data(run, checkpoint.meta, trained_on)
+        if checkpoint.state.opt is None:  # imported weights, which nothing was done with yet
+            return programs.init_opt(checkpoint.state.params), fresh | checkpoint.meta | trained_on | config
         changed = workdirs.changes(workdirs.trained_config(run.workdir, checkpoint.meta), run.config)
         overrides = list(checkpoint.meta.get("overrides", []))
         if changed:

@@ -134,7 +134,7 @@ def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple
     data_config = settle_vocabulary(data_config, None)
     config.model.vocab_size = data_config.model.vocab_size
     if before is not None:
-        check_resumable(before, config, workdir, override)
+        check_resumable(before, config, workdir, override, untrained=step == 0)
         if config.train.steps < step:
             raise UsageError(
                 f"train.steps: {config.train.steps} is less than the {step} steps that the run in {workdir} has done; "
@@ -160,9 +160,17 @@ def trained_config(workdir: pathlib.Path, meta: dict[str, Any]) -> Config:
     return zoo_config.from_json(json.dumps(meta["config"])) if "config" in meta else checkpoints.read_config(workdir)
 
 
-def check_resumable(trained: Config, config: Config, workdir: pathlib.Path, override: tuple[str, ...] = ()) -> None:
-    """UsageError naming the settings that differ from the run's, but for those that may, and how each could."""
+def check_resumable(
+    trained: Config, config: Config, workdir: pathlib.Path, override: tuple[str, ...] = (), untrained: bool = False
+) -> None:
+    """UsageError naming the settings that differ from the run's, but for those that may, and how each could.
+
+    `untrained`: its weights were imported, and bind to the model and the tokenizer alone.
+    """
     differences = changes(trained, config)
+    if untrained:
+        bind = ("model.", "data.tokenizer")
+        differences = {name: values for name, values in differences.items() if name.startswith(bind)}
     shown = [
         f"{name}: {old} -> {new}"
         for name, (old, new) in differences.items()

@@ -122,8 +122,8 @@ class FileTokenizer:
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         pieces = [b""] * self.vocab_size
         for token, i in vocabulary.items():
-            spelt = token not in added and all(c in _BYTE_OF for c in token)
-            pieces[i] = bytes(_BYTE_OF[c] for c in token) if spelt else token.encode()
+            spelt = token not in added and all(c in BYTE_OF for c in token)
+            pieces[i] = bytes(BYTE_OF[c] for c in token) if spelt else token.encode()
         pieces[self.separator_id] = b""
         return pieces
 
@@ -237,4 +237,4 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()

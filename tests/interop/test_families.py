@@ -1,0 +1,96 @@
+"""Whole models of other packages: logits, decoding and gradients as theirs, and a way back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from tests.interop import tiny
+from tests.interop.values import projections
+from zoo import checkpoints, interop
+from zoo import config as zoo_config
+from zoo.interop import families
+from zoo.interop.table import table
+
+# One of each kind of table; `make test-slow` has the rest, decoding and gradients.
+QUICK = ("llama", "phi3", "mamba", "mamba2_groups", "gla", "gated_deltanet")
+CASES = sorted(path.stem for path in tiny.GOLDENS.glob("*.npz"))
+PREFILL = 20
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """name -> the folder, what was imported of it, and that run reopened."""
+
+    @functools.cache
+    def run(name):
+        path = tmp_path_factory.mktemp(name)
+        folder = tiny.folder(path / "theirs", name)
+        made = interop.import_model(str(folder), str(path / "run"))
+        return folder, made, checkpoints.load_run(made.workdir)
+
+    return run
+
+
+def scaled_error(got, wanted):
+    return np.max(np.abs(np.asarray(got) - wanted)) / np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_logits_are_the_packages_own(name, imported):
+    _, _, run = imported(name)
+    _, arrays = tiny.golden(name)
+    assert scaled_error(run.model(jnp.asarray(arrays["tokens"]))[0], arrays["logits"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_logits_decoding_and_gradients_are_the_packages_own(name, imported):
+    _, made, run = imported(name)
+    about, arrays = tiny.golden(name)
+    tokens = jnp.asarray(arrays["tokens"])
+    graphdef, params = nnx.split(run.model, nnx.Param)
+
+    def loss(params):
+        logits, _ = nnx.merge(graphdef, params)(tokens)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
+        return -log_p.mean(), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert scaled_error(logits, arrays["logits"]) < 1e-5
+    family = families.FAMILIES[made.model_type]
+    ours = checkpoints.named_leaves(gradient)
+    places = table(family.rules_of(made.config.model), zoo_config.pattern(made.config.model), ours)
+    for entry in places.entries:
+        parts = [np.asarray(ours[name] if entry.unit is None else ours[name][entry.unit]) for name in entry.ours]
+        zero = entry.transform.write(*map(np.zeros_like, parts))  # of a shift
+        for theirs, g, shift in zip(entry.theirs, entry.transform.write(*parts), zero, strict=True):
+            wanted = arrays["gradients"][list(about["shapes"]).index(theirs)]
+            assert np.max(np.abs(projections(theirs, g - shift) - wanted)) < 1e-4 * wanted[0], theirs
+
+    call = jax.jit(lambda params, tokens, state: nnx.merge(graphdef, params)(tokens, state=state))
+    pieces, state = [], run.model.init_state(len(tokens), tokens.shape[1])
+    for start, stop in [(0, PREFILL), *((t, t + 1) for t in range(PREFILL, tokens.shape[1]))]:
+        piece, state = call(params, tokens[:, start:stop], state)
+        pieces.append(piece)
+    assert scaled_error(np.concatenate(pieces, 1), arrays["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+)
+def test_what_comes_back_is_what_went_in(name, imported):
+    folder, made, _ = imported(name)
+    out = folder.parent / "out"
+    exported = interop.export_run(str(made.workdir), str(out))
+    assert exported.model_type == made.model_type
+    before, after = (safetensors.numpy.load_file(at / "model.safetensors") for at in (folder, out))
+    assert before.keys() == after.keys()
+    for tensor in before:
+        np.testing.assert_array_equal(before[tensor], after[tensor], err_msg=tensor)
+    again = interop.import_model(str(out), str(folder.parent / "again"))
+    assert again.config.model == made.config.model and not again.ignored

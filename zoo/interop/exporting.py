@@ -1,0 +1,119 @@
+"""A run's weights for other packages: safetensors, config.json, tokenizer, and a card that says how they came to be.
+
+The family is the one that the run was imported from, if its weights still are of that kind, else the first one whose
+config says all that the model is. Tensors are made and written a shard at a time.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from zoo import checkpoints, files
+from zoo import config as zoo_config
+from zoo.config import ModelConfig
+from zoo.errors import UsageError
+from zoo.interop import card, families, tokenizer
+from zoo.interop.family import HARMLESS, Family, to_fields, unsaid
+from zoo.interop.files import DTYPES, new_folder, write_shards
+from zoo.interop.importing import MAX_JSON, ORIGIN
+from zoo.interop.table import Table, table
+
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SHARD_BYTES = 2_000_000_000
+
+
+class Exported(NamedTuple):
+    folder: pathlib.Path
+    model_type: str
+    step: int
+    tensors: int
+    files: list[str]
+
+
+def export_run(
+    workdir: str, to: str, *, step: int | None = None, dtype: str = "float32", model_type: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:  # fmt: skip
+    """Write the parameters of a run, of `step` (None: of its newest checkpoint), into the new folder `to`.
+
+    Args:
+      dtype: of the tensors.
+      model_type: of the config.json; "": one that can say what the model is.
+
+    Raises:
+      UsageError: no such run; a model that the family, or none, can express; something stands at `to`.
+    """
+    source, target = pathlib.Path(files.expand(workdir)).absolute(), pathlib.Path(files.expand(to)).absolute()
+    if dtype not in DTYPE_NAMES:
+        raise UsageError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPE_NAMES)}")
+    config = checkpoints.read_config(source)
+    origin = _origin(source)
+    family = choose(config.model, model_type, origin.get("model_type", ""))
+    with new_folder(target) as temporary:
+        run = checkpoints.load_run(source, step)
+        parameters = checkpoints.named_leaves(nnx.state(run.model, nnx.Param))
+        places = table(family.rules_of(config.model), zoo_config.pattern(config.model), parameters)
+        write_shards(temporary, places.shapes, _tensors(places, parameters), DTYPES[DTYPE_NAMES[dtype]], shard_bytes)
+        fields = _fields(family, config, source, run.tokenizer, dtype)
+        files.write(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
+        tokenizer.write(source, config, temporary)
+        files.write(temporary / "README.md", card.text(source, run, family, dtype, origin))
+        names = sorted(path.name for path in temporary.iterdir())
+    return Exported(target, family.name, run.step, len(places.shapes), names)
+
+
+def choose(model: ModelConfig, asked: str, origin: str) -> Family:
+    """The family that an export is of.
+
+    Raises:
+      UsageError: none can say all that the model is; what the nearest cannot.
+    """
+    if asked and asked not in families.FAMILIES:
+        raise UsageError(f"--format: got {asked!r}, expected one of {', '.join(families.exported())}")
+    layers = set(zoo_config.pattern(model)) - {zoo_config.MLP_LAYER}
+    fitting = [name for name in families.exported() if layers <= set(families.FAMILIES[name].mixers)]
+    names = [asked] if asked else sorted(fitting, key=lambda name: name != origin)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found[name] = unsaid(families.FAMILIES[name], model)
+        if not found[name]:
+            return families.FAMILIES[name]
+    if not found:
+        raise UsageError(f"no format of {', '.join(families.exported())} has the mixers of this run, {model.mixer}")
+    nearest = min(found, key=lambda name: len(found[name]))
+    raise UsageError(f"{nearest}, the nearest format, cannot say what this model is: {'; '.join(found[nearest])}")
+
+
+def _tensors(places: Table, parameters: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    for entry in places.entries:
+        ours = (parameters[name] if entry.unit is None else parameters[name][entry.unit] for name in entry.ours)
+        yield from zip(entry.theirs, entry.transform.write(*map(np.asarray, ours)), strict=True)
+
+
+def _fields(family: Family, config: Any, workdir: pathlib.Path, of_run: Any, dtype: str) -> dict[str, Any]:
+    """config.json: what the model is, and of an imported one what its own said of other things."""
+    separator = of_run.separator_id
+    before = {
+        "bos_token_id": separator,
+        "eos_token_id": separator,
+        "max_position_embeddings": config.train.context_length,
+    }
+    with contextlib.suppress(OSError, ValueError):
+        theirs = files.read_json(workdir / ORIGIN / "config.json", MAX_JSON)
+        if isinstance(theirs, dict) and theirs.get("model_type") == family.name:
+            before |= {name: value for name, value in theirs.items() if name in HARMLESS | set(family.harmless)}
+    said = {"architectures": [family.architecture], "model_type": family.name, "torch_dtype": dtype, "dtype": dtype}
+    return before | to_fields(family, config.model) | said
+
+
+def _origin(workdir: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = files.read_json(workdir / ORIGIN / "origin.json", MAX_JSON)
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
