@@ -1,4 +1,4 @@
-"""A server of one data set, with the calls of the Hugging Face hub that reading it needs."""
+"""A server of one data set or model, with the calls of the Hugging Face hub that reading it needs."""
 
 import contextlib
 import http.server
@@ -12,9 +12,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def serving(name: str, folder: pathlib.Path) -> Iterator[str]:
-    """The server's address, while the files of `folder` are the data set `name`, on the branch main."""
-    handler = type("Handler", (_Handler,), {"name": name, "folder": folder})
+def serving(name: str, folder: pathlib.Path, kind: str = "datasets") -> Iterator[str]:
+    """The server's address, while the files of `folder` are the data set (or the model) `name`, on the branch main."""
+    handler = type("Handler", (_Handler,), {"name": name, "folder": folder, "kind": kind})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -29,10 +29,12 @@ def serving(name: str, folder: pathlib.Path) -> Iterator[str]:
 class _Handler(http.server.BaseHTTPRequestHandler):
     name: str
     folder: pathlib.Path
+    kind: str
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        api, files = f"/api/datasets/{self.name}", f"/datasets/{self.name}/resolve/{COMMIT}/"
+        api, of_kind = f"/api/{self.kind}/{self.name}", "" if self.kind == "models" else f"/{self.kind}"
+        files = f"{of_kind}/{self.name}/resolve/{COMMIT}/"
         if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
             return self._send(json.dumps({"id": self.name, "sha": COMMIT, "siblings": self._siblings()}).encode())
         if path.startswith(f"{api}/tree/{COMMIT}"):

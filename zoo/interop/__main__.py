@@ -20,7 +20,7 @@ MESH = ("data", "fsdp", "tensor")
 
 def _import_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("folder", type=expand, help="config.json, *.safetensors, tokenizer.json")
+    add("folder", help="of config.json, *.safetensors, tokenizer.json; or hf:NAME, of the Hugging Face hub")
     add("--workdir", type=expand, required=True, help="the run to make; nothing may stand there")
     add("--tokenizer", type=expand, default="", help="`bytes`, or a tokenizer.json; default: the folder's")
     add("--ignore", default="", help="fields of config.json, comma-separated, to pass over though they are not known")

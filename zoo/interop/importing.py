@@ -25,7 +25,7 @@ from zoo.config import Config, ModelConfig
 from zoo.data.tokenizer import BYTES
 from zoo.errors import RunError, UsageError
 from zoo.flops import num_parameters
-from zoo.interop import families, family, tokenizer
+from zoo.interop import families, family, hub, tokenizer
 from zoo.interop.files import DTYPES, Tensor, Weights, compare, new_folder, open_folder, read_json, sha256
 from zoo.interop.table import Entry, Table, table
 from zoo.sharding import MeshConfig
@@ -59,6 +59,7 @@ def import_model(
     """Make `workdir` a run that has the weights in `folder`, and no training yet.
 
     Args:
+      folder: a path, or hf:NAME.
       asked_tokenizer: `bytes`, or the path of a tokenizer.json; "": the folder's.
       mesh: how parameters lie on the devices; None: as the default config has it.
       ignore: fields of config.json that are passed over though they are not known.
@@ -67,7 +68,8 @@ def import_model(
       UsageError: something in the folder is not as it should be, cannot be expressed, or does not fit; or `workdir` is
         there. Nothing was written.
     """
-    source, to = pathlib.Path(files.expand(folder)), pathlib.Path(files.expand(workdir)).absolute()
+    source, said = hub.folder_of(files.expand(folder))
+    to = pathlib.Path(files.expand(workdir)).absolute()
     values = read_json(source / "config.json", MAX_JSON)
     if not isinstance(values, dict):
         raise UsageError(f"{source / 'config.json'}: expected an object of fields")
@@ -97,7 +99,7 @@ def import_model(
         except checkpoints.SaveError as error:
             raise RunError(f"{to} cannot be written ({error.__cause__ or error})") from error
         if processes.is_first():
-            _write(temporary, source, weights, config, spec, of_model.name, ignored)
+            _write(temporary, source, said, weights, config, spec, of_model.name, ignored)
         processes.barrier()
     dtypes = sorted({tensor.dtype for tensor in weights.tensors.values()})
     return Imported(to, of_model.name, config, num_parameters(model), dtypes, ignored)
@@ -213,8 +215,8 @@ def _save(temporary: pathlib.Path, parameters: dict[str, jax.Array], config: Con
 
 
 def _write(
-    temporary: pathlib.Path, source: pathlib.Path, weights: Weights, config: Config, spec: str, model_type: str,
-    ignored: list[str],
+    temporary: pathlib.Path, source: pathlib.Path, said: str, weights: Weights, config: Config, spec: str,
+    model_type: str, ignored: list[str],
 ) -> None:  # fmt: skip
     origin = temporary / ORIGIN
     origin.mkdir()
@@ -223,11 +225,11 @@ def _write(
     if spec != BYTES:
         files.write(temporary / tokenizer.FILE, files.read_bytes(spec, tokenizer.LARGEST_FILE))
     hashed = [*weights.paths, source / "config.json", *(source / name for name in carried)]
-    said = {
+    origin_of = {
         "model_type": model_type,
-        "folder": source.absolute().name,
+        "folder": said,
         "sha256": {path.name: sha256(path) for path in hashed},
         "ignored": ignored,
     }
-    files.write(origin / "origin.json", json.dumps(said, indent=2) + "\n")
+    files.write(origin / "origin.json", json.dumps(origin_of, indent=2) + "\n")
     files.write(temporary / "config.json", zoo_config.to_json(config))
