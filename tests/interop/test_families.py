@@ -13,7 +13,7 @@ from tests.interop import tiny
 from tests.interop.values import projections
 from zoo import checkpoints, interop
 from zoo import config as zoo_config
-from zoo.interop import families
+from zoo.interop import families, family
 from zoo.interop.table import table
 
 # One of each kind of table; `make test-slow` has the rest, decoding and gradients.
@@ -62,11 +62,15 @@ def test_logits_decoding_and_gradients_are_the_packages_own(name, imported):
 
     gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert scaled_error(logits, arrays["logits"]) < 1e-5
-    family = families.FAMILIES[made.model_type]
+    of_model = families.FAMILIES[made.model_type]
+    factors = of_model.factors(about["config"], made.config.model) if of_model.factors else {}
     ours = checkpoints.named_leaves(gradient)
-    places = table(family.rules_of(made.config.model), zoo_config.pattern(made.config.model), ours)
+    places = table(of_model.rules_of(made.config.model), zoo_config.pattern(made.config.model), ours)
     for entry in places.entries:
-        parts = [np.asarray(ours[name] if entry.unit is None else ours[name][entry.unit]) for name in entry.ours]
+        parts = []
+        for name in entry.ours:
+            factor = factors.get(name.split(".", 3)[-1] if entry.unit is not None else name, 1.0)
+            parts.append(factor * np.asarray(ours[name] if entry.unit is None else ours[name][entry.unit]))
         zero = entry.transform.write(*map(np.zeros_like, parts))  # of a shift
         for theirs, g, shift in zip(entry.theirs, entry.transform.write(*parts), zero, strict=True):
             wanted = arrays["gradients"][list(about["shapes"]).index(theirs)]
@@ -84,13 +88,20 @@ def test_logits_decoding_and_gradients_are_the_packages_own(name, imported):
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
 )
 def test_what_comes_back_is_what_went_in(name, imported):
-    folder, made, _ = imported(name)
+    folder, made, run = imported(name)
     out = folder.parent / "out"
     exported = interop.export_run(str(made.workdir), str(out))
     assert exported.model_type == made.model_type
     before, after = (safetensors.numpy.load_file(at / "model.safetensors") for at in (folder, out))
     assert before.keys() == after.keys()
-    for tensor in before:
+    computed = families.FAMILIES[made.model_type].factors or "qwen3_" in name  # multipliers, norms of 1 + weight
+    for tensor in before if not computed else ():
         np.testing.assert_array_equal(before[tensor], after[tensor], err_msg=tensor)
     again = interop.import_model(str(out), str(folder.parent / "again"))
-    assert again.config.model == made.config.model and not again.ignored
+    assert family._function(again.config.model) == family._function(made.config.model) and not again.ignored
+    ours = (
+        checkpoints.named_leaves(nnx.state(model, nnx.Param))
+        for model in (run.model, checkpoints.load_run(again.workdir).model)
+    )
+    for (parameter, one), (_, other) in zip(*map(dict.items, ours), strict=True) if computed else ():
+        np.testing.assert_array_equal(one, other, err_msg=parameter)

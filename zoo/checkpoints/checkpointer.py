@@ -42,11 +42,12 @@ class Checkpointer:
     devices hold, the first does all else. The others may hold a save for complete before its digest stands.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_best: int = 1):
+    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 2, keep_best: int = 1, at_once: int = 0):
+        """`at_once`: bytes that a save writes at a time, of which it holds a second copy; 0: as many as it likes."""
         self.directory = pathlib.Path(directory).absolute()
         self.keep_last = keep_last
         self.keep_best = keep_best
-        self._orbax = orbax_checkpointer()
+        self._orbax = orbax_checkpointer(at_once)
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._unfinished: concurrent.futures.Future | None = None
 

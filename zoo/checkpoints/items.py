@@ -12,9 +12,14 @@ ITEMS = ("params", "opt", "meta")
 LARGEST_META = 64 << 20  # bytes
 
 
-def orbax_checkpointer() -> ocp.AsyncCheckpointer:
-    """What writes and reads them. It has threads: close it."""
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS))
+def orbax_checkpointer(at_once: int = 0) -> ocp.AsyncCheckpointer:
+    """What writes and reads them. It has threads: close it.
+
+    `at_once`: bytes of parameters that it writes at a time, the largest among them; 0: no bound.
+    """
+    bounds = {"params": ocp.StandardCheckpointHandler(save_concurrent_gb=-(-at_once // 10**9))} if at_once else {}
+    others = [item for item in ITEMS if item not in bounds]
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*others, **bounds))
 
 
 def read_description(path: pathlib.Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flax import nnx
 from zoo import config as zoo_config
 from zoo.config import ModelConfig, mlp_width
 from zoo.errors import UsageError
-from zoo.interop.table import Rule
+from zoo.interop.table import Rule, multiplied
 from zoo.model import LanguageModel
 from zoo.settings import declarations, shown
 
@@ -127,6 +127,8 @@ class Family:
       write: (our settings, the mixers of the repeating unit, their fields so far), which it completes.
       unread: regular expressions of tensors that a file may hold and that nothing needs: buffers.
       renamed: regular expressions of names that some files have, and the table's name in their place.
+      factors: (their fields, our model) -> what of our parameters an import multiplies, by `ours` of the rules: numbers
+        that a config has and our model does not.
       harmless: fields beside HARMLESS that change nothing.
       fixed: fields that an export writes whatever the model is, where their default would be another.
       hybrid: mixers of its layers, where they differ.
@@ -142,6 +144,7 @@ class Family:
     write: Callable[[dict[str, Any], list[Any], dict[str, Any]], None] | None = None
     unread: tuple[str, ...] = ()
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    factors: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, float]] | None = None
     harmless: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hybrid: tuple[str, ...] = ()
@@ -152,8 +155,18 @@ class Family:
         """Of its layers."""
         return self.hybrid or (self.settings["mixer"],)
 
-    def rules_of(self, model: ModelConfig) -> Sequence[Rule]:
-        return self.rules(model) if callable(self.rules) else self.rules
+    def rules_of(self, model: ModelConfig, values: Mapping[str, Any] | None = None) -> Sequence[Rule]:
+        """The table; `values`: of the config.json that weights are imported with."""
+        rules = self.rules(model) if callable(self.rules) else self.rules
+        if self.factors is None or values is None:
+            return rules
+        factors = {name: factor for name, factor in self.factors(values, model).items() if factor != 1.0}
+        return [
+            dataclasses.replace(one, transform=multiplied(one.transform, [factors.get(name, 1.0) for name in one.ours]))
+            if any(name in factors for name in one.ours)
+            else one
+            for one in rules
+        ]
 
 
 # --- Their config to ours ---------------------------------------------------------------------------------------------
@@ -215,8 +228,7 @@ def with_settings(model: ModelConfig, settings: Mapping[str, Any]) -> ModelConfi
 def to_fields(family: Family, model: ModelConfig) -> dict[str, Any]:
     """Their fields, as far as the family knows; whether that is all, `unsaid` tells."""
     settings = zoo_config.leaves(model)
-    layers = zoo_config.pattern(model)
-    settings["d_ff"] = mlp_width(model, layers[-1])
+    settings["d_ff"] = mlp_width(model, zoo_config.places(model)[-1])
     fields = {
         name: field.values[0] if isinstance(field, Only) else settings.get(field.setting)
         for name, field in family.fields.items()

@@ -33,6 +33,7 @@ from zoo.training import placement, step
 
 ORIGIN = "origin"  # the folder of what the weights came with, and of origin.json that says from where
 MAX_JSON = 16 << 20  # bytes of a config.json
+AT_ONCE = 10**9  # bytes of parameters that are written at a time
 LEARNING_RATE = 2e-5  # of a run that goes on from it, where nobody says otherwise
 CONTEXT = 1024  # tokens, the same
 
@@ -88,7 +89,7 @@ def import_model(
     spec = tokenizer.choose(source, asked_tokenizer, model.vocab_size)
     config.data.tokenizer = BYTES if spec == BYTES else str(to / tokenizer.FILE)
     weights = _renamed(without_unread(weights, of_model, model), of_model.renamed)
-    places = table(of_model.rules_of(model), zoo_config.pattern(model), _abstract(config))
+    places = table(of_model.rules_of(model, values), zoo_config.pattern(model), _abstract(config))
     compare(weights, places.shapes)
     memory.check(f"{source}: {size:,} bytes of parameters", size, jax.devices(), "import on more devices")
     with contextlib.ExitStack() as stack:
@@ -180,13 +181,12 @@ def load(places: Table, wanted: Mapping[str, jax.ShapeDtypeStruct], weights: Wei
 
 def _reader(entries: list[tuple[Entry, int]], weights: Weights) -> Callable[[Any], np.ndarray]:
     """index of a part -> the part, of a parameter that has one entry a unit, or one."""
-    dtype = np.result_type(
-        *(
-            np.float32 if entry.transform.computes else DTYPES[weights.tensors[name].dtype]
-            for entry, _ in entries
-            for name in entry.theirs
-        )
-    )
+    dtypes = {
+        np.dtype(np.float32) if entry.transform.computes else DTYPES[weights.tensors[name].dtype]
+        for entry, _ in entries
+        for name in entry.theirs
+    }
+    dtype = np.result_type(*(dtypes or {np.dtype(np.float32)}))
 
     def of_entry(entry: Entry, place: int, index: tuple[slice, ...]) -> np.ndarray:
         views = [weights.tensors[name].view() for name in entry.theirs]
@@ -209,7 +209,8 @@ def _reader(entries: list[tuple[Entry, int]], weights: Weights) -> Callable[[Any
 
 
 def _save(temporary: pathlib.Path, parameters: dict[str, jax.Array], config: Config) -> None:
-    with contextlib.closing(checkpoints.Checkpointer(temporary / "checkpoints")) as checkpointer:
+    at_once = max(AT_ONCE, *(array.nbytes for array in parameters.values()))
+    with contextlib.closing(checkpoints.Checkpointer(temporary / "checkpoints", at_once=at_once)) as checkpointer:
         checkpointer.save(0, _State(parameters), meta={"config": dataclasses.asdict(config)})
         checkpointer.wait()
 

@@ -31,12 +31,17 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`theirs` and `ours` hold the same numbers; `layer`: of blocks of that family alone ("": of any)."""
+    """`theirs` and `ours` hold the same numbers;
+
+    `layer`: of blocks of that family alone ("": of any); `absent`: layers, by number, whose tensors no file has, and
+    whose parameters are 0.
+    """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     transform: Transform
     layer: str = ""
+    absent: tuple[int, ...] = ()
 
 
 SAME = Transform(lambda x: (x,), lambda x: (x,))
@@ -73,11 +78,28 @@ def then(first: Transform, second: Transform) -> Transform:
     )
 
 
-def rule(theirs: str | Sequence[str], ours: str | Sequence[str], transform: Transform = SAME, layer: str = "") -> Rule:
+def multiplied(transform: Transform, factors: Sequence[float]) -> Transform:
+    """Ours are those of `transform` times a factor each."""
+    return Transform(
+        lambda *xs: tuple(
+            x.astype(np.float32) * np.float32(f) for x, f in zip(transform.read(*xs), factors, strict=True)
+        ),
+        transform.write,  # the shapes; an export has no factors
+        computes=True,
+    )
+
+
+def rule(
+    theirs: str | Sequence[str],
+    ours: str | Sequence[str],
+    transform: Transform = SAME,
+    layer: str = "",
+    absent: tuple[int, ...] = (),
+) -> Rule:
     def names(given):
         return (given,) if isinstance(given, str) else tuple(given)
 
-    return Rule(names(theirs), names(ours), transform, layer)
+    return Rule(names(theirs), names(ours), transform, layer, absent)
 
 
 def linears(theirs: str, ours: str, names: Mapping[str, str], layer: str = "") -> list[Rule]:
@@ -146,7 +168,11 @@ def table(rules: Iterable[Rule], pattern: Sequence[str], parameters: Mapping[str
             for unit in units:
                 number = None if unit is None else unit * len(pattern) + place
                 theirs = tuple(name.replace("{N}", str(number)) for name in one.theirs)
-                entries.append(Entry(theirs, ours, unit, one.transform))
+                if number in one.absent:
+                    shapes = [parameters[name].shape[1:] for name in ours]
+                    entries.append(Entry((), ours, unit, _nothing(shapes)))
+                else:
+                    entries.append(Entry(theirs, ours, unit, one.transform))
             made += ours
     assert sorted(made) == sorted(parameters), f"parameters without one rule: {sorted(set(made) ^ set(parameters))}"
     shapes: dict[str, tuple[int, ...]] = {}
@@ -156,6 +182,11 @@ def table(rules: Iterable[Rule], pattern: Sequence[str], parameters: Mapping[str
             assert name not in shapes, f"{name} stands in two rules"
             shapes[name] = array.shape
     return Table(entries, shapes)
+
+
+def _nothing(shapes: Sequence[tuple[int, ...]]) -> Transform:
+    """Zeros of no tensor."""
+    return Transform(lambda: tuple(map(_dummy, shapes)), lambda *ours: ())
 
 
 def _shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:

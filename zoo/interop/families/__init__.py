@@ -5,11 +5,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import UsageError
-from zoo.interop.families import delta_net, gated_deltanet, gla, hgrn2, linear_attn, llama, mamba, mamba2, retnet
+from zoo.interop.families import (
+    bamba,
+    delta_net,
+    gated_deltanet,
+    gla,
+    granite,
+    hgrn2,
+    kda,
+    linear_attn,
+    llama,
+    mamba,
+    mamba2,
+    qwen3_next,
+    retnet,
+    rwkv6,
+    rwkv7,
+    xlstm,
+)
 from zoo.interop.family import Family
 from zoo.settings import shown
 
-_FILES = (llama, mamba, mamba2, linear_attn, retnet, gla, hgrn2, delta_net, gated_deltanet)
+_FILES = (
+    llama, mamba, mamba2, bamba, granite, xlstm, qwen3_next,
+    linear_attn, retnet, gla, hgrn2, rwkv6, delta_net, gated_deltanet, kda, rwkv7,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for file in _FILES for family in file.FAMILIES}
 # What there is no way to express, by name, and why.
 REFUSED = {

@@ -40,6 +40,7 @@ FAMILIES = [
         },
         settings={},
         rules=[
+            *fla.AROUND,
             *linears(fla.MIXER, "mixer.", QKV | {"g_proj": "output_gate"}),
             *fla.CONVOLUTIONS,
             *same(fla.MIXER, "mixer.", {"o_norm.weight": "norm.scale"}),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from zoo.config import ModelConfig
 from zoo.interop.family import Family, Field, Fields, Only
 from zoo.interop.table import CONVOLUTION, TRANSPOSED, Rule, linears, rule, same
 
@@ -28,25 +29,34 @@ SIZES = {
 }
 
 
+def layer_norm(theirs: str, ours: str) -> list[Rule]:
+    """With scale and bias."""
+    return same(theirs, ours, {"weight": "scale", "bias": "bias"})
+
+
+def mlp_width(d_model: int, ratio: float | None) -> int:
+    """Where a config says none: two thirds of hidden_ratio * d_model, rounded up to a multiple of 256."""
+    return -(-int(d_model * (4 if ratio is None else ratio) * 2 / 3) // 256) * 256
+
+
 def family(
     name: str,
     architecture: str,
     mixer: str,
     fields: Mapping[str, Field | Only],
-    rules: Sequence[Rule],
+    rules: Sequence[Rule] | Callable[[ModelConfig], Sequence[Rule]],
     settings: Mapping[str, Any],
     read: Callable[[Fields, dict[str, Any]], None] = lambda fields, found: None,
     write: Callable[[dict[str, Any], Any, dict[str, Any]], None] = lambda settings, mixer, fields: None,
-    hidden_ratio: int = 4,
+    width: Callable[[int, float | None], int] = mlp_width,
     harmless: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Family:
-    """`read` and `write` are of the mixer alone; `hidden_ratio`: of an MLP of which a config says nothing."""
+    """`read` and `write` are of the mixer alone; `width`: of the MLP, of d_model and hidden_ratio."""
 
     def read_all(given: Fields, found: dict[str, Any]) -> None:
-        width = given.take("intermediate_size", 0)
-        ratio = given.take("hidden_ratio", hidden_ratio)
-        found["d_ff"] = width or -(-int(found["d_model"] * ratio * 2 / 3) // 256) * 256
+        inner, asked = given.take("intermediate_size", 0), given.take("hidden_ratio", None, float)
+        found["d_ff"] = inner or width(found["d_model"], asked)
         read(given, found)
 
     def write_all(ours: dict[str, Any], mixers: list[Any], made: dict[str, Any]) -> None:
@@ -58,7 +68,7 @@ def family(
         architecture=architecture,
         fields=SIZES | fields,
         settings={"mixer": mixer, "mlp": "swiglu", "positions": "none"} | settings,
-        rules=AROUND + list(rules),
+        rules=rules,
         read=read_all,
         write=write_all,
         harmless=(*harmless, "conv_size", "share_conv_kernel"),

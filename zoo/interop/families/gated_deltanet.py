@@ -40,6 +40,7 @@ FAMILIES = [
         },
         settings={},
         rules=[
+            *fla.AROUND,
             *linears(fla.MIXER, "mixer.", QKV | {"a_proj": "decay", "g_proj": "output_gate"}),
             *fla.CONVOLUTIONS,
             *same(fla.MIXER, "mixer.", {"o_norm.weight": "norm.scale", "A_log": "A_log", "dt_bias": "decay_bias"}),

@@ -33,6 +33,7 @@ FAMILIES = [
         },
         settings={"gla.gate": "key", "gla.gate_rank": 16, "gla.gate_temperature": 16.0},
         rules=[
+            *fla.AROUND,
             *linears(fla.MIXER, "mixer.", fla.QKV | {"g_proj": "output_gate", "gk_proj.0": "gate_down"}),
             *linears(fla.MIXER, "mixer.", {"gk_proj.1": "gate_up"}),
             *same(fla.MIXER, "mixer.", {"g_norm_swish_gate.weight": "norm.scale"}),

@@ -38,6 +38,7 @@ FAMILIES = [
         fields={"use_lower_bound": Only(True), "use_short_conv": Only(False), "elementwise_affine": Only(True)},
         settings={},
         rules=[
+            *fla.AROUND,
             rule("model.lower_bounds", "units.blocks.0.mixer.bound"),
             *linears(fla.MIXER, "mixer.", {"q_proj": "q", "f_proj": "forget", "i_proj": "v", "o_proj": "out"}),
             *same(fla.MIXER, "mixer.", {"g_norm.weight": "norm.scale"}),

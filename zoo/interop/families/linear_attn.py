@@ -43,7 +43,11 @@ FAMILIES = [
             "elementwise_affine": Only(True),
         },
         settings={"linear_attention.normalise": False},
-        rules=[*linears(fla.MIXER, "mixer.", fla.QKV), *same(fla.MIXER, "mixer.", {"norm.weight": "norm.scale"})],
+        rules=[
+            *fla.AROUND,
+            *linears(fla.MIXER, "mixer.", fla.QKV),
+            *same(fla.MIXER, "mixer.", {"norm.weight": "norm.scale"}),
+        ],
         read=_read,
         write=_write,
         harmless=("tie_feature_map_qk",),

@@ -34,12 +34,13 @@ FAMILIES = [
         },
         settings={"retnet.rope_base": 10_000.0},
         rules=[
+            *fla.AROUND,
             *linears(fla.MIXER, "mixer.", fla.QKV | {"g_proj": "output_gate"}),
             *same(fla.MIXER, "mixer.", {"g_norm_swish_gate.weight": "norm.scale"}),
         ],
         read=_read,
         write=_write,
-        hidden_ratio=2,
+        width=lambda d, ratio: fla.mlp_width(d, 2 if ratio is None else ratio),
         renamed={r"attn\.g_norm\.": "attn.g_norm_swish_gate."},
     )
 ]

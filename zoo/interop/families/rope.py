@@ -28,16 +28,14 @@ NUMBERS: dict[str, dict[str, tuple[str, Any]]] = {
 }
 
 
-def read(fields: Fields, found: dict[str, Any]) -> None:
-    """The settings of `attention` that say how q and k are turned."""
-    outer = fields.take("rope_theta", 10_000.0), fields.take("partial_rotary_factor", 1.0)
+def read(fields: Fields, found: dict[str, Any], fraction: float = 1.0) -> None:
+    """The settings of `attention` that say how q and k are turned; `fraction` of a head, where nothing says."""
+    outer = fields.take("rope_theta", 10_000.0), fields.take("partial_rotary_factor", fraction)
     name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
     fields.take("rope_parameters", {}, dict), fields.take("rope_scaling", {}, dict)
     inner = fields.section(name)
     found["attention.rope_base"] = inner.take("rope_theta", outer[0])
-    fraction = inner.take("partial_rotary_factor", outer[1])
-    if fraction != 1.0:
-        found["attention.rotary_fraction"] = fraction
+    found["attention.rotary_fraction"] = inner.take("partial_rotary_factor", outer[1])
     kind = inner.take("rope_type", inner.take("type", "default"))
     if kind not in NUMBERS:
         inner.refuse("rope_type", f"{kind!r}, of which only {', '.join(NUMBERS)} can be expressed")
@@ -60,14 +58,13 @@ def read(fields: Fields, found: dict[str, Any]) -> None:
 
 def write(settings: dict[str, Any], fields: dict[str, Any]) -> None:
     """`rope_parameters`, for release 5, and what earlier ones read."""
-    kind = settings.get(f"{SCALING}kind", "none")
+    kind = settings[f"{SCALING}kind"]
     kind = "default" if kind == "none" else kind
     numbers = {theirs: settings[SCALING + ours] for theirs, (ours, _) in NUMBERS[kind].items()}
     numbers = {name: value for name, value in numbers.items() if not (name == "attention_factor" and value == 0.0)}
-    base, fraction = settings["attention.rope_base"], settings.get("attention.rotary_fraction", 1.0)
+    base, fraction = settings["attention.rope_base"], settings["attention.rotary_fraction"]
     scaling = {"rope_type": kind} | numbers
     fields["rope_theta"] = base
     fields["rope_scaling"] = scaling if numbers else None
     fields["rope_parameters"] = {"rope_theta": base} | scaling
-    if fraction != 1.0:
-        fields["partial_rotary_factor"] = fields["rope_parameters"]["partial_rotary_factor"] = fraction
+    fields["partial_rotary_factor"] = fields["rope_parameters"]["partial_rotary_factor"] = fraction

@@ -1,0 +1,44 @@
+"""What hybrids of Mamba-2 and attention share: which layer is which, and the fields of their Mamba-2 layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from zoo.interop.families.mamba2 import read_limit, write_limit
+from zoo.interop.family import Fields, shortest_pattern
+
+# What transformers calls a layer, now and before its release 5, and the family of ours.
+LAYERS = {"linear_attention": "mamba2", "full_attention": "attention", "mamba": "mamba2", "attention": "attention"}
+
+
+def read_layers(fields: Fields, found: dict[str, Any], name: str, layers: Sequence[Any]) -> None:
+    """The pattern, of their names for all layers."""
+    unknown = sorted({str(layer) for layer in layers if layer not in LAYERS})
+    if unknown or len(layers) != found["num_layers"]:
+        fields.refuse(name, f"{len(layers)} layers for {found['num_layers']}, {', '.join(unknown)} unknown among them")
+        return
+    found["mixer"] = shortest_pattern([LAYERS[layer] for layer in layers])
+
+
+def read_mamba(fields: Fields, found: dict[str, Any]) -> None:
+    """Fields that begin with mamba_, as Bamba and Granite have them."""
+    heads, inner = fields.take("mamba_n_heads", 128), fields.take("mamba_expand", 2) * found["d_model"]
+    width = fields.take("mamba_d_head", "auto", (int, str))
+    width = inner // max(1, heads) if width == "auto" else width
+    if heads * width != inner:
+        fields.refuse("mamba_n_heads", f"{heads} heads of {width} are not mamba_expand * hidden_size = {inner}")
+    found |= {"mamba2.expand": inner / found["d_model"], "mamba2.head_dim": width}
+    if fields.take("mamba_proj_bias", False):
+        found["mamba2.biases"] = "in_xBC,in_z,in_dt,out"
+    read_limit(fields, found)
+
+
+def write_mamba(settings: dict[str, Any], mixer: Any, fields: dict[str, Any]) -> None:
+    fields["mamba_n_heads"], fields["mamba_d_head"] = mixer.heads, mixer.head_dim
+    fields["mamba_expand"] = int(settings["mamba2.expand"])
+    fields["mamba_proj_bias"] = bool(settings["mamba2.biases"])
+    write_limit(settings, fields)
+
+
+def of_layers(mixers: Sequence[Any], family: str) -> Any:
+    """The first mixer of that family; None: it has none."""
+    return next((mixer for mixer in mixers if type(mixer).__name__.lower() == family), None)
