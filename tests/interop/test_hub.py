@@ -34,6 +34,7 @@ def find(*specs, home, **environment):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow  # five processes that import it all
 def test_a_model_comes_from_the_hub_and_from_its_cache(tmp_path):
     there = tiny.folder(tmp_path / "there")
     (there / "modeling.py").write_text("raise SystemExit('code of others was run')")
