@@ -84,7 +84,7 @@ ModelConfig = dataclasses.make_dataclass(
 @dataclasses.dataclass
 class DataConfig:
     source: str = setting(
-        "stdlib", "`stdlib`; paths and globs of txt, jsonl, parquet (.gz, .zst); hf:NAME; a task of zoo.data.synthetic",
+        "stdlib", "`stdlib`; paths and globs of txt, jsonl, parquet (.gz, .zst); hf:NAME; a task of docs/data.md",
         also=("dataset", "train_file", "files"),
     )  # fmt: skip
     weights: str = setting(

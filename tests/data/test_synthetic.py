@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from zoo import data
 from zoo.config import Config
 from zoo.data.synthetic import TASKS, find, make
+from zoo.data.synthetic.task import options
 from zoo.errors import UsageError
 from zoo.training import workdir
 
@@ -186,7 +188,7 @@ def test_what_cannot_be_is_named(source, context_length, message):
 
 
 def test_a_task_is_told_from_text_and_its_vocabulary_fits_the_models():
-    assert find(config_of("stdlib")) is None and find(config_of("words.txt")) is None
+    assert all(find(config_of(text)) is None for text in ("stdlib", "words.txt", "needle*", "needl?.txt"))
     small = config_of("induction_heads")
     small.model.vocab_size = 16
     with pytest.raises(UsageError, match="model.vocab_size: got 16, induction_heads needs at least 20"):
@@ -195,6 +197,13 @@ def test_a_task_is_told_from_text_and_its_vocabulary_fits_the_models():
     assert workdir.settle_vocabulary(config_of("parity"), None).model.vocab_size == 320
     with pytest.raises(UsageError, match="parity: unknown option 'pairs'; known, nearest first: vocab_size"):
         make("parity", 8, pairs=2)
+
+
+def test_the_documentation_has_every_task_and_option():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for name in TASKS:
+        (row,) = (line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1])
+        assert all(f"`{option}=" in row for option in options(name).keys() - {"vocab_size"})
 
 
 @pytest.mark.parametrize(("name", "value"), [("validation_source", "other.txt"), ("weights", "1,2")])

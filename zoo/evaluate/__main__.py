@@ -32,7 +32,7 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--tasks", default="perplexity", help=f"comma-separated; known: {', '.join(TASKS)}")
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
-    add("--source", help="`stdlib`, a path or a glob; default: the run's validation split")
+    add("--source", help="`stdlib`, a path, a glob or a synthetic task; default: the run's validation split")
     add("--batches", type=argument(int, at_least=0), default=0, help="at most so many, spread over the text; 0: all")
     add(
         "--output",

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,8 @@ def find(config: "Config", source: str | None = None, context_length: int | None
         raise UsageError(f"data.source: {error}; rows have {context} tokens (train.context_length)") from None
     if 0 < config.model.vocab_size < task.vocab_size:
         raise UsageError(
-            f"model.vocab_size: got {config.model.vocab_size}, {name} needs at least {task.vocab_size}; 0 is enough"
+            f"model.vocab_size: got {config.model.vocab_size}, {name} needs at least {task.vocab_size}; 0 takes what "
+            "it needs, or give the task fewer"
         )
     return task
 
@@ -70,8 +72,9 @@ def _check_text(spec: str) -> None:
     if any(is_task(part) for part in spec.split(",")):
         raise UsageError(f"data.source: got {spec!r}; a synthetic task cannot be mixed with other sources")
     name = spec.partition("?")[0]
-    known = [*TASKS, *{task.partition(":")[0] for task in TASKS}]
-    if not os.path.lexists(spec) and difflib.get_close_matches(name.partition(":")[0], known, 1, 0.85):
+    known = {task.partition(":")[0] for task in TASKS}
+    is_form = re.fullmatch(r"[\w:]+(\?.*=.*)?", spec) and not os.path.lexists(spec)
+    if is_form and difflib.get_close_matches(name.partition(":")[0], known, 1, 0.85):
         raise UsageError(f"data.source: unknown synthetic task {name!r}; known, nearest first: {nearest(name, TASKS)}")
 
 
