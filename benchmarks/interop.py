@@ -4,8 +4,8 @@
 
 A folder of random bfloat16 weights as Llama's (1.3 billion parameters unless told otherwise, in two shards) is made
 first. Columns are MB: parameters in the files, a process's share of them, the most that one of its devices holds, and
-its memory at most above what it had at the start, without pages of mapped files, which the system takes back at will. The
-memory of a CPU device is the host's, so that the share itself counts too.
+its memory at most above what it had at the start, without pages of mapped files, which the system takes back at will.
+The memory of a CPU device is the host's, so that the share itself counts too.
 """
 
 import argparse
