@@ -36,6 +36,7 @@ from kernels.linear_attention.mosaic_tpu import lanes
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.per_key import head_products
 from kernels.linear_attention.mosaic_tpu.plan import Plan
+from kernels.linear_attention.mosaic_tpu.turns import rounds
 
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
@@ -107,11 +108,8 @@ class Forward:
 
     def prepare(self) -> Iterator[None]:
         plan, dots, size = self.plan, self.plan.dots, self.plan.tiles.chunk
-        self.keys, self.scores = [], []
-        for slot in self.slots:
-            self.keys.append(keys_of(plan, self.chunk, slot))
-            self.scores.append(self.keys[-1].scores())
-            yield
+        self.keys = [keys_of(plan, self.chunk, slot) for slot in self.slots]
+        self.scores = yield from rounds([keys.scores() for keys in self.keys])
         systems = [jnp.concatenate([a_b] * dots.pack) for _, _, a_b, _ in self.scores]
         betas = [jnp.full((1, TILE), -1.0, jnp.float32)] * len(systems)
         self.inverses = yield from resolvents(dots, systems, betas, size)
@@ -170,14 +168,14 @@ class Backward:
 
     def prepare(self) -> Iterator[None]:
         plan, dots, size = self.plan, self.plan.dots, self.plan.tiles.chunk
-        self.keys, self.systems, self.from_out, self.d_reads = [], [], [], []
-        for slot in self.slots:
-            keys, d_out = keys_of(plan, self.chunk, slot), self.chunk.load("d_out", slot, plan.value_dim)
-            q_b, q_k, _, a_k = keys.scores()
-            self.keys.append(keys)
+        self.keys = [keys_of(plan, self.chunk, slot) for slot in self.slots]
+        scores = yield from rounds([keys.scores() for keys in self.keys])
+        self.systems, self.from_out, self.d_reads = [], [], []
+        for slot, (q_b, q_k, _, a_k) in enumerate(scores):
+            d_out = self.chunk.load("d_out", slot, plan.value_dim)
             self.systems.append(a_k)
             self.from_out.append(jnp.concatenate([outer(dots, x, d_out) for x in (q_b, q_k)]))  # of U and V
-            self.d_reads.append(outer(dots, d_out, keys.reads()[:size]))
+            self.d_reads.append(outer(dots, d_out, self.keys[slot].reads()[:size]))
             yield
 
     def scan(self, d_states: list[Array]) -> Iterator[None]:
@@ -201,11 +199,9 @@ class Backward:
         yield
 
     def finish(self) -> Iterator[None]:
-        for slot in self.slots:
-            self.store_gradients(slot)
-            yield
+        yield from rounds([self.store_gradients(slot) for slot in self.slots])
 
-    def store_gradients(self, slot: int) -> None:
+    def store_gradients(self, slot: int) -> Iterator[None]:
         plan, dots, size, chunk = self.plan, self.plan.dots, self.plan.tiles.chunk, self.chunk
         keys, e = self.keys[slot], self.e[slot]
         u, v, d_out = (chunk.load(x, slot, plan.value_dim).astype(jnp.float32) for x in ("corrections", "v", "d_out"))
@@ -215,7 +211,8 @@ class Backward:
         spread = jnp.concatenate([lanes.spread(x, dots.pack) for x in (u, v)])
         d_scores = dots.nt(d_read, spread)
         d_scores = [d_scores[start : start + size] for start in (0, size)]
-        dq, da, db, dk = keys.gradients([x[:, y : y + TILE] for x in d_scores for y in (0, TILE)])
+        yield
+        dq, da, db, dk = yield from keys.gradients([x[:, y : y + TILE] for x in d_scores for y in (0, TILE)])
         d_states = dots.nn(d_read, dots.state(chunk.refs.kept[chunk.index, slot]))
         dq, da = dq + keys.decays.read * d_states[:size], da + keys.decays.read * d_states[size:]
         d_ends = dots.nn(written, dots.state(self.d_ends[slot]))
