@@ -153,8 +153,8 @@ SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
         for name, shape in specs.SHAPES.items()
     },
     **{f"delta_rule_{decay}": functools.partial(delta_rule, decay) for decay in ("none", "scalar", "vector")},
-    "dplr_delta_rule": functools.partial(dplr_delta_rule, 8, 128),
-    "dplr_delta_rule_64": functools.partial(dplr_delta_rule, 16, 64),
+    "dplr_128": functools.partial(dplr_delta_rule, 8, 128),
+    "dplr_64": functools.partial(dplr_delta_rule, 16, 64),
     "mamba_125m": functools.partial(selective_scan, 1536, 16),
     "mamba_1.3b": functools.partial(selective_scan, 4096, 16),
     "scan": functools.partial(linear_scan, 1024, jnp.float32),

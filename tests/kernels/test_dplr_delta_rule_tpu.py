@@ -34,7 +34,7 @@ def make(*, time=300, heads=2, key_dim=16, value_dim=16, dtype=jnp.float32):
     }
 
 
-CASES = {  # ways that heads share lanes, that chunks and slots lie in a step; each but one is slow
+CASES = {  # ways that heads share lanes, that chunks and slots lie in a step; test_delta_rule.py has the usual one
     "four-heads-share-lanes": ({"heads": 8}, Tiles(32, 64, 1, 2, 1)),
     "two-heads-share-lanes": ({"heads": 6, "key_dim": 40, "value_dim": 64}, Tiles(64, 256, 3, 4, 2)),
     "odd-heads": ({"heads": 3, "value_dim": 64}, None),
@@ -42,12 +42,11 @@ CASES = {  # ways that heads share lanes, that chunks and slots lie in a step; e
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "four-heads-share-lanes")) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_many_chunks_are_the_reference(name):
     sizes, tiles = CASES[name]
-    inputs = make(time=100 if "four" in name else 300, **sizes)
+    inputs = make(**sizes)
     segment_ids = segments(inputs["v"].shape[1])
     with mosaic_tpu.use(tiles=tiles):
         results = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
