@@ -29,9 +29,9 @@ from jax.experimental import pallas as pl
 
 from kernels.array_typing import Array
 from kernels.delta_rule.mosaic_tpu.bodies import run
-from kernels.delta_rule.mosaic_tpu.solve import parts, product, resolvents
+from kernels.delta_rule.mosaic_tpu.solve import parts, resolvents
 from kernels.delta_rule.specs import TILE
-from kernels.dplr_delta_rule.mosaic_tpu.keys import Keys, outer, precise_outer
+from kernels.dplr_delta_rule.mosaic_tpu.keys import Keys, outer, precise, precise_outer
 from kernels.linear_attention.mosaic_tpu import lanes
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.per_key import head_products
@@ -144,7 +144,7 @@ class Forward:
         found = [dots.nt(keys.reads(), dots.state(state)) for keys, state in zip(self.keys, before, strict=True)]
         yield
         right = [x[size:] + of_keys for x, (of_keys, _) in zip(found, self.given, strict=True)]
-        u = [x + product(dots, y, lanes.spread(x, dots.pack)) for x, y in zip(right, self.inverses, strict=True)]
+        u = [x + precise(dots, y, lanes.spread(x, dots.pack)) for x, y in zip(right, self.inverses, strict=True)]
         yield
         for slot, keys in enumerate(self.keys):
             values = [u[slot]] if dots.exact else list(parts(u[slot]))
@@ -153,7 +153,7 @@ class Forward:
             states[slot] = keys.decays.total * states[slot] + keys.decays.tail * written
         yield
         for slot in self.slots:
-            attention = product(dots, self.scores[slot][0], lanes.spread(u[slot], dots.pack))
+            attention = precise(dots, self.scores[slot][0], lanes.spread(u[slot], dots.pack))
             self.chunk.store("out", slot, found[slot][:size] + self.given[slot][1] + attention)
             if hasattr(self.chunk.refs, "corrections"):
                 self.chunk.store("corrections", slot, u[slot])
