@@ -1,5 +1,6 @@
 """What others wrote is read with distrust: one line that says what is wrong, nothing run, nothing left behind."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -14,7 +15,7 @@ from tests.interop import tiny
 from zoo import interop
 from zoo.__main__ import main
 from zoo.errors import RunError, UsageError
-from zoo.interop import files
+from zoo.interop import families, family, files
 
 
 def header(path):
@@ -195,6 +196,18 @@ def test_one_line_and_nothing_left(case, tmp_path, capsys):
     assert re.search(message, str(error.value)), error.value
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
     assert "opened" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("golden", ["yarn_rope", "bamba", "rwkv7"])
+def test_any_field_may_hold_anything(golden):
+    """It is another model, or a UsageError."""
+    about, _ = tiny.golden(golden)
+    junk = (None, "x", -1, 10**30, float("nan"), [[{}]], {"a": 1})
+    for name in about["config"]:
+        for value in junk:
+            fields = about["config"] | {name: value}
+            with contextlib.suppress(UsageError):
+                family.to_model(families.of_config(fields, "config.json"), fields)
 
 
 def test_what_stands_there_is_not_overwritten(tmp_path):

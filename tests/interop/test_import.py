@@ -124,7 +124,7 @@ def test_what_a_format_cannot_say_is_named():
     with pytest.raises(UsageError, match="llama, .* model.attention.qk_norm: True, of which it has False"):
         exporting.choose(model, "llama", "")
     with pytest.raises(UsageError, match="has the mixers of this run, gateloop"):
-        exporting.choose(zoo_config.ModelConfig(mixer="gateloop", vocab_size=64), "", "")
+        exporting.choose(zoo_config.ModelConfig(mixer="gateloop", vocab_size=64), "", "")  # no model is made
     with pytest.raises(UsageError, match="--format: got 'x'"):
         exporting.choose(model, "x", "")
 
@@ -160,6 +160,7 @@ def test_a_run_goes_on_from_what_was_imported(tmp_path):
     for workdir, init_from in (("tuned", str(made.workdir)), ("tuned", "")):
         summary = train(config, tmp_path / workdir, init_from=init_from)
         assert summary["step"] == 2
+    assert (tmp_path / "tuned/origin/origin.json").read_bytes() == (made.workdir / "origin/origin.json").read_bytes()
     out = interop.export_run(str(tmp_path / "tuned"), str(tmp_path / "out"))
     text = (tmp_path / "out/README.md").read_text()
     assert out.step == 2 and "| steps | 2 |" in text and f"{summary['eval_loss']:.4f} nats" in text

@@ -20,8 +20,9 @@ from zoo.errors import UsageError
 from zoo.interop import card, families, tokenizer
 from zoo.interop.family import HARMLESS, Family, to_fields, unsaid
 from zoo.interop.files import DTYPES, new_folder, write_shards
-from zoo.interop.importing import MAX_JSON, ORIGIN
+from zoo.interop.importing import MAX_JSON
 from zoo.interop.table import Table, table
+from zoo.training.workdir import ORIGIN
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 2_000_000_000

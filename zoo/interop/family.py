@@ -197,7 +197,12 @@ def to_model(family: Family, values: Mapping[str, Any], ignore: Iterable[str] = 
             fields.refuse(name, problem)
         found[field.setting] = value
     if not fields.problems and family.read:  # it may compute with them
-        family.read(fields, found)
+        try:
+            family.read(fields, found)
+        except (TypeError, ValueError, ArithmeticError, KeyError, IndexError) as error:  # of what nests in a field
+            if isinstance(error, UsageError):
+                raise
+            fields.problems.append(f"a field holds what it cannot ({type(error).__name__}: {error})")
     unknown = fields.rest(HARMLESS | set(family.harmless))
     on = [name for name in unknown if values[name] not in (None, False, 0, "", [], {}) and name not in set(ignore)]
     for name in on if not fields.problems or family.read is None else ():

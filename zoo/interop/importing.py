@@ -30,8 +30,8 @@ from zoo.interop.files import DTYPES, Tensor, Weights, compare, new_folder, open
 from zoo.interop.table import Entry, Table, table
 from zoo.sharding import MeshConfig
 from zoo.training import placement, step
+from zoo.training.workdir import ORIGIN
 
-ORIGIN = "origin"  # the folder of what the weights came with, and of origin.json that says from where
 MAX_JSON = 16 << 20  # bytes of a config.json
 AT_ONCE = 10**9  # bytes of parameters that are written at a time
 LEARNING_RATE = 2e-5  # of a run that goes on from it, where nobody says otherwise

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from zoo import data, files
 from zoo.data.tokenizer import BYTES, LARGEST_FILE, SEPARATORS
 from zoo.errors import UsageError
+from zoo.training.workdir import ORIGIN
 
 FILE = "tokenizer.json"
 CARRIED = (
@@ -59,7 +60,7 @@ def carry(folder: pathlib.Path, to: pathlib.Path) -> list[str]:
 
 def write(workdir: pathlib.Path, config: Any, to: pathlib.Path) -> list[str]:
     """The tokenizer of a run as transformers opens it: the files that it was imported with, or new ones."""
-    origin = workdir / "origin"
+    origin = workdir / ORIGIN
     own = workdir / FILE
     if (
         (origin / FILE).is_file()

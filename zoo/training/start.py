@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
 from flax import nnx
@@ -56,6 +57,7 @@ def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> 
     other = checkpoints.load_run(workdir, _newest_step(workdir), shardings)
     step, its_model = other.step, other.config.model
     if processes.is_first():
+        _carry_origin(workdir, run.workdir)
         loss = checkpoints.evaluation_loss(init_from, step)
         evaluated = "" if loss is None else f", validation loss {loss:.4f}"
         print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}", flush=True)
@@ -65,6 +67,15 @@ def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> 
                 f"not show: {'; '.join(different)} (there -> here)"
             )
     return programs.init_opt(nnx.state(other.model, nnx.Param))
+
+
+def _carry_origin(source: pathlib.Path, workdir: pathlib.Path) -> None:
+    """What imported weights came with: an export of this run hands it on."""
+    if (source / workdirs.ORIGIN).is_dir() and not (workdir / workdirs.ORIGIN).exists():
+        try:
+            shutil.copytree(source / workdirs.ORIGIN, workdir / workdirs.ORIGIN)
+        except OSError as error:  # shutil's own among them
+            raise UsageError(f"--init_from={source}: its {workdirs.ORIGIN} cannot be copied ({error})") from error
 
 
 def _newest_step(workdir: pathlib.Path) -> int | None:

@@ -34,7 +34,8 @@ from zoo.errors import UsageError
 BYTES = "bytes"
 LARGEST_FILE = 128 << 20  # bytes of a tokenizer.json; the largest in use have 40 MB
 LARGEST_VOCABULARY = 1 << 22  # ids; tables of that many rows are made
-SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]", "<s>")  # the first one that a tokenizer.json has is taken
+# The first one that a tokenizer.json has is taken.
+SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "[SEP]", "<s>", "<|end_of_text|>")
 
 
 class ByteTokenizer:
