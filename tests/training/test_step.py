@@ -5,7 +5,7 @@ import pytest
 
 from zoo import sharding
 from zoo.checkpoints import named_leaves
-from zoo.training.step import build
+from zoo.training.step import abstract_batch, build
 
 
 @pytest.fixture
@@ -29,6 +29,17 @@ def batch(seed=0):
         "segment_ids": np.ones((4, 32), np.int32),
         "weights": (rng.random((4, 32)) < share).astype(np.float32),
     }
+
+
+def test_a_tasks_step_reads_its_labels_alone(make_config):
+    """4 rows of 32 tokens with 2 labels; an evaluation says what is right, too."""
+    config = make_config(**{"model.mixer": "mlp", "model.d_ff": 48, "data.source": "mqar?vocab_size=64&pairs=2"})
+    config.model.vocab_size = 64
+    programs, rows = build(config, sharding.make_mesh(config.mesh)), abstract_batch(config)
+    traced = str(jax.make_jaxpr(programs.train)(programs.abstract_state, rows))
+    assert "f32[8,64]" in traced and "f32[128,64]" not in traced
+    found = jax.eval_shape(programs.evaluate, programs.abstract_state.params, rows | {"bytes": rows["weights"]})
+    assert found.keys() == {"nats", "tokens", "bytes", "right"}
 
 
 SMOOTH = {"optimizer.eps": 1.0, "optimizer.clip_norm": 0.0}  # AdamW without its sign-like first step

@@ -55,7 +55,7 @@ class Needle(Task):
             items_taken = np.column_stack([np.full(count, place), others + (others >= place)])
         before = (items_taken[:, None, :] < items_taken[:, :, None]).sum(2)  # needles before each
         starts = items_taken + before * (size - 1)
-        sequence = rng.integers(0, self.vocab_size - 1, (count, self.length + 1))
+        sequence = rng.integers(0, self.vocab_size - 1, (count, self.length + 1), dtype=np.int32)
         sequence[every[:, None, None], starts[:, :, None] + np.arange(size)] = needles
         sequence[:, haystack:] = needles[:, 0]
         return next_tokens(sequence, asked=self.tokens)
