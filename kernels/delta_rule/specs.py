@@ -24,7 +24,8 @@ def chunk_size(time: int, wanted: int | None) -> int:
 TILE = 128  # tokens whose scores the TPU kernels compute at once
 WIDEST_HEAD = 256  # K and V of the TPU kernels
 STEP_LANES = 1024  # of v, or of k if they are wider, that a step computes
-STEP_TOKENS = 256  # of a step: the states between steps are kept for the backward pass
+STEP_TILES = 4096, 2048  # lanes of the heads of a step's tiles, all at once; where decays are per key
+MOST_TILES = 8  # of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +47,21 @@ def tiles(
     key_dim: int,
     value_dim: int,
     dtype: jnp.dtype,
+    per_key: bool,
     wanted: int | None = None,
 ) -> Tiles:
-    """Tiles of the TPU kernels; K and V padded to multiples of 128.
+    """Tiles of the TPU kernels; K and V padded to multiples of 128. By `python -m benchmarks.tpu_static --sweep`.
 
     A step has work for several heads, which hides the latency of one behind the others; where a chip has two cores,
-    heads are left for the other.
+    heads are left for the other. What needs no state is computed for all tiles of a step at once, for the same reason.
     """
-    chunk = 128 if wanted and wanted > 64 else 64
-    block = TILE * min(STEP_TOKENS // TILE, -(-time // TILE))
-    at_once = max(1, STEP_LANES // max(key_dim, value_dim))
+    chunk, lanes = 128 if wanted and wanted > 64 else 64, max(key_dim, value_dim)
+    at_once = max(1, STEP_LANES // lanes)
     shared = heads // groups
     if shared == 1 and not any(name in device.kind for name in ONE_CORE):
         at_once = min(at_once, max(1, heads // 2))
-    unroll = block // TILE if dtype == jnp.bfloat16 else 1
-    return Tiles(chunk, block, largest_divisor(shared if shared > 1 else heads, at_once), unroll, 1)
+    step_heads = largest_divisor(shared if shared > 1 else heads, at_once)
+    most = min(MOST_TILES, max(1, STEP_TILES[per_key] // (step_heads * lanes))) if dtype == jnp.bfloat16 else 2
+    count = -(-time // TILE)
+    count = -(-count // -(-count // most))  # as even as they come
+    return Tiles(chunk, TILE * count, step_heads, count if dtype == jnp.bfloat16 else 1, 1)

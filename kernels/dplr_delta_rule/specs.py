@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from kernels.delta_rule.specs import STEP_LANES, STEP_TOKENS, TILE
+from kernels.delta_rule.specs import STEP_LANES, TILE
 from kernels.dispatch import Device
 from kernels.divisors import largest_divisor
-from kernels.linear_attention.specs import ONE_CORE, Slots, Tiles
+from kernels.linear_attention.specs import ONE_CORE, STEP_TOKENS, Slots, Tiles
 
 
 def order(device: Device) -> list[str]:

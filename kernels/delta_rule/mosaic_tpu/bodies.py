@@ -25,16 +25,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.array_typing import Array
-from kernels.delta_rule.mosaic_tpu import per_key, scalar
-from kernels.delta_rule.mosaic_tpu.columns import lane_broadcast, over_lanes
+from kernels.delta_rule.mosaic_tpu import passes, per_key, scalar
+from kernels.delta_rule.mosaic_tpu.columns import Numbers, over_lanes
 from kernels.delta_rule.mosaic_tpu.plan import Plan
-from kernels.delta_rule.mosaic_tpu.solve import product, resolvents
+from kernels.delta_rule.mosaic_tpu.solve import resolvents, spread_left
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
+from kernels.linear_attention.mosaic_tpu.turns import in_turns
 from kernels.mosaic_tpu.heads import finish_key_sums, start_key_sums
 
-BESIDE = 6  # steps of a tile's `prepare` for each of another's `scan`
+BESIDE = 6  # steps of the other tiles' work for each of a tile's `scan`
 
 
 class Tile:
@@ -43,21 +44,28 @@ class Tile:
     def __init__(self, plan: Plan, refs: Any, dots: Dots, index: int | Array, block: int | Array):
         self.plan, self.refs, self.dots, self.index = plan, refs, dots, index
         start = index * TILE
-        self.rows = pl.ds(start if isinstance(index, int) else pl.multiple_of(start, TILE), TILE)
+        self.rows = self.tokens(slice(0, TILE))
         token = block * plan.tiles.block + start + lax.broadcasted_iota(jnp.int32, (TILE, 1), 0)
         self.valid = token < plan.time if plan.ragged else None
         self.chunks = [slice(start, start + plan.tiles.chunk) for start in range(0, TILE, plan.tiles.chunk)]
-        self.scalars = refs.rows[:, self.rows]
-        self.columns = self.scalars.T
+        self.numbers = Numbers(refs.rows[:, self.rows], plan.tiles.heads)
+        if not plan.per_key:
+            self.numbers = scalar.with_written(dots, self.numbers)
 
-    def load(self, name: str, head: int, width: int) -> Array:
-        """[C, width] of one head; rows after the last token are zero."""
-        x = getattr(self.refs, name)[self.rows, head * width : (head + 1) * width]
-        return x if self.valid is None else jnp.where(self.valid, x, jnp.zeros_like(x))
+    def load(self, name: str, head: int, width: int, rows: slice = slice(0, TILE)) -> Array:
+        """[c, width] of one head; rows after the last token are zero."""
+        x = getattr(self.refs, name)[self.tokens(rows), head * width : (head + 1) * width]
+        return x if self.valid is None else jnp.where(self.valid[rows], x, jnp.zeros_like(x))
 
-    def store(self, name: str, head: int, x: Array) -> None:
+    def store(self, name: str, head: int, x: Array, rows: slice = slice(0, TILE)) -> None:
         ref, width = getattr(self.refs, name), x.shape[1]
-        ref[self.rows, head * width : (head + 1) * width] = x.astype(ref.dtype)
+        ref[self.tokens(rows), head * width : (head + 1) * width] = x.astype(ref.dtype)
+
+    def tokens(self, rows: slice) -> Any:
+        """Of the tile, as rows of the block."""
+        start = self.index * TILE + rows.start
+        size = rows.stop - rows.start
+        return pl.ds(start if isinstance(self.index, int) else pl.multiple_of(start, size), size)
 
     def resolvent_rows(self) -> Any:
         size = self.plan.tiles.chunk
@@ -66,31 +74,24 @@ class Tile:
         )
 
     def beta(self, head: int) -> Array:  # [1, C]
-        row = self.scalars.shape[0] - self.plan.row_padding - self.plan.tiles.heads + head
-        return self.scalars[row : row + 1]
+        return self.numbers.row(scalar.BETA, head)
 
     def beta_column(self, head: int, width: int) -> Array:  # [C, width]
-        row = self.scalars.shape[0] - self.plan.row_padding - self.plan.tiles.heads + head
-        return over_lanes(lane_broadcast(self.columns, row), width)
+        return over_lanes(self.numbers.column(scalar.BETA, head), width)
 
     def heads(self) -> list[Any]:
         plan, result = self.plan, []
         for group in range(plan.step_groups):
             q, k = (self.load(name, group, plan.key_dim) for name in ("q", "k"))
-            shared = None if plan.per_key else scalar.group(self.dots, q, k)
+            shared = None if plan.per_key else scalar.group(self.dots, q, k, plan.tiles.chunk)
             for head in plan.heads_of(group):
                 if plan.per_key:
                     g = self.load("decay", head, plan.key_dim)
                     operands = per_key.Head(self.dots, q, k, g, self.beta_column(head, LANES), plan)
                 else:
-                    operands = scalar.Head(self.dots, shared, self.scalars, self.columns, head, plan.tiles.heads, plan)
+                    operands = scalar.Head(self.dots, shared, self.numbers, head, plan)
                 result.append(operands)
         return result
-
-    def on_tile(self, x: Array, rows: slice) -> Array:
-        """A chunk's rows, zeros around them."""
-        parts = [x if chunk == rows else jnp.zeros_like(x) for chunk in self.chunks]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
     def store_changes(self, columns: list[Array]) -> None:
         """Columns [C, 1] as rows of `changes`."""
@@ -115,9 +116,9 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
     def body(indices):
         tiles = [ForwardTile(Tile(plan, refs, dots, index, block)) for index in indices]
         states = [refs.state[first_head + head] for head in range(plan.tiles.heads)]
-        run(tiles[0].prepare())
-        for tile, following in zip(tiles, [*tiles[1:], None], strict=True):
-            run(tile.scan(states), following and following.prepare())
+        in_turns([tile.prepare() for tile in tiles])
+        for tile in tiles:
+            tile.scan(states)
         for head, state in enumerate(states):
             refs.state[first_head + head] = state
 
@@ -125,52 +126,47 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
 
 
 class ForwardTile:
-    """What a tile needs without a state (`prepare`), and with one (`scan`), in steps."""
+    """What a tile needs without a state (`prepare`, in turns with other tiles), and with one (`scan`)."""
 
     def __init__(self, tile: Tile):
         self.tile = tile
 
     def prepare(self) -> Iterator[None]:
         tile, plan, dots = self.tile, self.tile.plan, self.tile.dots
-        self.heads, self.betas = [], [tile.beta(head) for head in range(plan.tiles.heads)]
+        self.heads, betas = [], [tile.beta(head) for head in range(plan.tiles.heads)]
         self.attentions, systems = [], []
         for head in tile.heads():
-            self.heads.append(head)
             system, attention = head.scores()
-            self.attentions.append(attention * self.betas[len(systems)])
+            self.attentions.append(passes.left(dots, attention * betas[len(systems)]))
+            self.heads.append(head)
             systems.append(system)
             yield
-        solved = yield from resolvents(dots, systems, self.betas, plan.tiles.chunk)
-        self.inverses = [x * beta for x, beta in zip(solved, self.betas, strict=True)]
+        solved = yield from resolvents(dots, systems, betas, plan.tiles.chunk)
+        self.inverses = [passes.left_split(dots, x * beta) for x, beta in zip(solved, betas, strict=True)]
         if hasattr(tile.refs, "resolvent"):
             for index, x in enumerate(solved):
                 lanes = slice(index * TILE, (index + 1) * TILE)
                 tile.refs.resolvent[tile.resolvent_rows(), lanes] = x
 
-    def scan(self, states: list[Array]) -> Iterator[None]:
+    def scan(self, states: list[Array]) -> None:
         tile, plan, dots, heads = self.tile, self.tile.plan, self.tile.dots, self.heads
-        outs, errors = [[] for _ in heads], [[] for _ in heads]
-        values = [tile.load("v", head, plan.value_dim) for head in range(len(heads))]
-        for rows in tile.chunks:
+        each = range(len(heads))
+        for number, rows in enumerate(tile.chunks):
             # Step by step for all heads: the compiler overlaps what stands side by side.
             found = [head.reads(rows, state) for head, state in zip(heads, states, strict=True)]
-            yield
-            right = [value[rows].astype(jnp.float32) - by_key for value, (by_key, _) in zip(values, found, strict=True)]
-            corrected = [product(dots, x, tile.on_tile(y, rows)) for x, y in zip(self.inverses, right, strict=True)]
-            yield
+            values = [tile.load("v", head, plan.value_dim, rows) for head in each]
+            given = [value.astype(jnp.float32) - by_key for value, (by_key, _) in zip(values, found, strict=True)]
+            given = [passes.round_to(dots, x) for x in given]
+            corrected = [
+                dots.nn(x[number], passes.rounded(dots, y, number)) for x, y in zip(self.inverses, given, strict=True)
+            ]
             for index, head in enumerate(heads):
-                error = right[index] - corrected[index]
-                errors[index].append(error)
-                padded = tile.on_tile(error, rows)
-                within, states[index] = head.within(
-                    self.attentions[index], rows, padded, self.betas[index], states[index]
-                )
-                outs[index].append(found[index][1] + within)
-            yield
-        for index in range(len(heads)):
-            tile.store("out", index, jnp.concatenate(outs[index]))
-            if hasattr(tile.refs, "error"):
-                tile.store("error", index, jnp.concatenate(errors[index]))
+                error = given[index] - corrected[index]
+                if hasattr(tile.refs, "error"):
+                    tile.store("error", index, error, rows)
+                within = dots.nn(self.attentions[index][number], passes.right(dots, error, number))
+                tile.store("out", index, found[index][1] + within, rows)
+                states[index] = head.update(rows, error, states[index])
 
 
 def run(steps: Iterator[None], beside: Iterator[None] | None = None) -> None:
@@ -219,8 +215,7 @@ def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> Non
         errors = [tile.load("error", head, plan.value_dim).astype(jnp.float32) for head in range(len(heads))]
         for number, rows in enumerate(tile.chunks):
             for head, operands in enumerate(heads):
-                padded = tile.on_tile(errors[head][rows], rows)
-                states[head] = operands.update(rows, padded, tile.beta(head), states[head])
+                states[head] = operands.update(rows, errors[head][rows], states[head])
                 refs.states[index * plan.chunks + number + 1, head] = states[head].astype(plan.dtype)
         return tuple(states)
 
@@ -241,9 +236,10 @@ class BackwardTile:
         self.betas = [tile.beta_column(head, width) for head in range(self.count)]
         self.heads, self.given, self.transposed = [], [], []
         for head, operands in enumerate(tile.heads()):
-            x = tile.refs.resolvent[tile.resolvent_rows(), head * TILE : (head + 1) * TILE].astype(jnp.float32)
-            self.transposed.append(jnp.concatenate([x] * plan.chunks).T)
-            self.given.append(dots.tn(operands.scores()[1], self.d_outs[head]))
+            x = tile.refs.resolvent[tile.resolvent_rows(), head * TILE : (head + 1) * TILE]
+            weighted = x * passes.beside(self.betas[head][:, :LANES], plan.chunks)
+            self.transposed.append(passes.left_split_transposed(dots, weighted))
+            self.given.append(dots.tn(spread_left(operands.scores()[1], plan.tiles.chunk), self.d_outs[head]))
             self.heads.append(operands)
             yield
 
@@ -257,8 +253,11 @@ class BackwardTile:
             betas = [self.betas[head][rows] for head in each]
             du = [self.given[head][rows] + self.heads[head].writes(rows, d_states[head]) for head in each]
             yield
-            weighted = [tile.on_tile(beta * x, rows) for beta, x in zip(betas, du, strict=True)]
-            dr = [du[head] - product(dots, self.transposed[head][rows], weighted[head]) for head in each]
+            du = [passes.round_to(dots, x) for x in du]
+            dr = [
+                x - dots.nn(y[number], passes.rounded(dots, x, number))
+                for x, y in zip(du, self.transposed, strict=True)
+            ]
             yield
             for head in each:
                 dv, later = betas[head] * dr[head], refs.states[index + 1, head].astype(jnp.float32)

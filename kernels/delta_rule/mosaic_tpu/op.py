@@ -18,10 +18,10 @@ from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.delta_rule import specs
 from kernels.delta_rule.mosaic_tpu import launch
+from kernels.delta_rule.mosaic_tpu.columns import padded
 from kernels.delta_rule.mosaic_tpu.plan import Plan
-from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
-from kernels.linear_attention.mosaic_tpu.plan import FASTEST, SEGMENT_START
+from kernels.linear_attention.mosaic_tpu.plan import FASTEST, LOG2E, SEGMENT_START
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 
@@ -62,7 +62,7 @@ def mosaic_tpu(
     groups, key_dim = q.shape[2:]
     if max(key_dim, value_dim) > specs.WIDEST_HEAD:
         raise NotImplementedError(f"K {key_dim}, V {value_dim}: states of more than {specs.WIDEST_HEAD} a side")
-    padded = [dim + -dim % LANES for dim in (key_dim, value_dim)]
+    widths = [dim + -dim % LANES for dim in (key_dim, value_dim)]
     if log_decay is None:
         log_decay = jnp.zeros((batch, time, num_heads, 1), jnp.float32)
     per_key = log_decay.shape[-1] > 1
@@ -71,11 +71,11 @@ def mosaic_tpu(
         time=time,
         groups=groups,
         heads=num_heads,
-        key_dim=padded[0],
-        value_dim=padded[1],
+        key_dim=widths[0],
+        value_dim=widths[1],
         dtype=v.dtype,
         scale=scale,
-        tiles=_tiles.get() or specs.tiles(device, time, num_heads, groups, *padded, v.dtype, chunk_size),
+        tiles=_tiles.get() or specs.tiles(device, time, num_heads, groups, *widths, v.dtype, per_key, chunk_size),
         per_key=per_key,
         interpret=how,
     )
@@ -87,14 +87,14 @@ def mosaic_tpu(
     decay = jnp.maximum(log_decay.astype(jnp.float32), -1e30 if v.dtype == jnp.float32 else FASTEST)
     if segment_ids is not None:
         decay = jnp.where(segment_starts(segment_ids)[:, :, None, None], SEGMENT_START, decay)
-    state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, padded[0] - key_dim), (0, padded[1] - value_dim)))
+    state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, widths[0] - key_dim), (0, widths[1] - value_dim)))
     out, state = correct(
         plan,
-        lanes(q.astype(v.dtype), padded[0]),
-        lanes(k.astype(v.dtype), padded[0]),
-        lanes(v, padded[1]),
+        lanes(q.astype(v.dtype), widths[0]),
+        lanes(k.astype(v.dtype), widths[0]),
+        lanes(v, widths[1]),
         beta.astype(jnp.float32),
-        lanes(decay, padded[0]) if per_key else decay[..., 0],
+        lanes(decay, widths[0]) if per_key else decay[..., 0],
         state.mT if per_key else state,
     )
     out = out.reshape(batch, time, num_heads, -1)[..., :value_dim]
@@ -139,22 +139,21 @@ correct.defvjp(correct_forward, correct_backward)
 
 
 def operands(plan: Plan, q: Array, k: Array, beta: Array, decay: Array) -> dict[str, Array]:
-    """What both kernels read. `rows` [B, steps, rows, T padded]: sums of scalar log-decays (scalar.py); the betas."""
-    exact, rows = Dots(plan.dtype).exact, []
+    """What both kernels read. `rows` [B, steps, rows, T padded]: the betas; sums of scalar log-decays (scalar.py)."""
+    kinds = [step_rows(plan, beta)]
     if not plan.per_key:
-        g = step_rows(plan, decay)
-        rows = [chunk_sums(plan, g, jnp.triu)]
-        if exact:
-            rows += [chunk_sums(plan, g, lambda ones: jnp.tril(ones, -1)), g]
-    rows = jnp.concatenate([*rows, step_rows(plan, beta)], axis=2)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, plan.row_padding), (0, 0)))
+        exact = plan.dots.exact
+        g = step_rows(plan, decay if exact else LOG2E * decay)
+        kinds += [chunk_sums(plan, g, jnp.triu), chunk_sums(plan, g, lambda ones: jnp.tril(ones, -1))] + [g] * exact
+    rows = jnp.concatenate(kinds, axis=2)
     return {"q": q, "k": k, "rows": rows} | ({"decay": decay} if plan.per_key else {})
 
 
 def step_rows(plan: Plan, x: Array) -> Array:
-    """[B, T, H] -> [B, steps, heads of a step, T padded]"""
+    """[B, T, H] -> [B, steps, heads of a step and padding, T padded]"""
     x = jnp.pad(x, ((0, 0), (0, plan.blocks * plan.tiles.block - plan.time), (0, 0))).transpose(0, 2, 1)
-    return x.reshape(plan.batch, plan.outer * plan.inner, plan.tiles.heads, -1)
+    x = x.reshape(plan.batch, plan.outer * plan.inner, plan.tiles.heads, -1)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, padded(plan.tiles.heads) - plan.tiles.heads), (0, 0)))
 
 
 def tokens(plan: Plan, x: Array) -> Array:

@@ -8,9 +8,11 @@ The pairs (i, j) are split by the highest bit in which i and j differ, their lev
 (../../linear_attention/mosaic_tpu/per_key.py): at level s they lie on both sides of the middle m of a block of 2 s
 tokens, and (q_i 2^(b_i - m)) . (k_j 2^(m - b_j)) has no large exponent, whatever the decays.
 
-For bfloat16 inputs each m is rounded to an integer, so that what a key is rounded by, its mantissa times that of
-2^b, is the same at all levels and in the reads and writes of the state: what is computed is the delta rule of keys a
-rounding away, and no error is multiplied by the resolvent of near-parallel keys. For float32 inputs each exponent is
+For bfloat16 inputs each m is an integer, so that what a key is rounded by, its mantissa times that of 2^b, is the same
+at all levels and in the reads and writes of the state: what is computed is the delta rule of keys a rounding away, and
+no error is multiplied by the resolvent of near-parallel keys. Between b_i and b_j there need be no integer: q_i takes
+the one above the middle and k_j the one below it, so that no exponent is positive, and the product is doubled. For
+float32 inputs each exponent is
 the sum of the very log-decays between two tokens, by a matmul with a matrix of ones. States are transposed, [V, K]:
 decays are then rows, which broadcast.
 """
@@ -23,8 +25,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.array_typing import Array
+from kernels.delta_rule.mosaic_tpu import passes
 from kernels.delta_rule.mosaic_tpu.columns import over_lanes
-from kernels.delta_rule.mosaic_tpu.solve import product
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
 from kernels.linear_attention.mosaic_tpu.per_key import COMPACT, at_middle, interleave, level_sizes, second
@@ -40,27 +42,30 @@ class Head:
         self.q, self.k, self.beta = plan.scale * q.astype(jnp.float32), k.astype(jnp.float32), beta
         decays = exact_decays if dots.exact else rounded_decays
         self.levels, self.read, self.write, self.totals, self.tails = decays(dots, g, self.chunk)
+        self.times = 1.0 if dots.exact else 2.0  # what the levels' exponents leave out
         self.q_read, self.k_read = self.q * self.read, self.k * self.read
         self.k_write = self.k * self.write
 
     def scores(self) -> tuple[Array, Array]:
-        """B, of which what is below the diagonal in chunks counts, and tril(q k^T) of each chunk."""
-        i, j = grid_index(TILE)
+        """B and tril(q k^T), compact."""
+        dots, count = self.dots, TILE // self.chunk
+        i, j = passes.places(self.chunk)
         bits = i ^ j
-        systems, attention = jnp.zeros(bits.shape, jnp.float32), jnp.zeros(bits.shape, jnp.float32)
+        systems = attention = jnp.zeros(bits.shape, jnp.float32)
         for level, e in self.levels.items():
             k = self.k * e
             if level < COMPACT:
-                both = self.dots.nt(jnp.concatenate([self.q * e, k]), k)
-                of_q, of_k = both[:TILE], both[TILE:]
+                both = dots.nt(jnp.concatenate([self.q * e, k]), k)
+                of_q, of_k = (passes.beside(x, count) for x in (both[:TILE], both[TILE:]))
             else:
-                both = self.dots.nt(jnp.concatenate([second(self.q, level) * second(e, level), second(k, level)]), k)
-                of_q, of_k = (interleave(x, x, level) for x in (both[: TILE // 2], both[TILE // 2 :]))
+                both = dots.nt(jnp.concatenate([second(self.q, level) * second(e, level), second(k, level)]), k)
+                of_q, of_k = (passes.beside(x, count) for x in (both[: TILE // 2], both[TILE // 2 :]))
+                of_q, of_k = (interleave(x, x, level) for x in (of_q, of_k))
             systems = jnp.where(bits >= level, of_k, systems)
             attention = jnp.where(bits >= level, of_q, attention)
-        own = jnp.sum(self.q * self.k, axis=1, keepdims=True)
-        attention = jnp.where((i > j) & (bits < self.chunk), attention, jnp.where(i == j, own, 0.0))
-        return jnp.where(i > j, systems, 0.0), attention
+        own = jnp.broadcast_to(jnp.sum(self.q * self.k, axis=1, keepdims=True), (TILE, TILE))
+        attention = jnp.where(i > j, self.times * attention, jnp.where(i == j, passes.beside(own, count), 0.0))
+        return jnp.where(i > j, self.times * systems, 0.0), attention
 
     def reads(self, rows: slice, state: Array) -> tuple[Array, Array]:
         """What the keys and the queries of a chunk find in the state before it, [c, V] each."""
@@ -68,18 +73,12 @@ class Head:
         found = self.dots.nt(jnp.concatenate([self.k_read[rows], self.q_read[rows]]), state)
         return found[:size], found[size:]
 
-    def within(self, attention: Array, rows: slice, padded: Array, beta: Array, state: Array) -> tuple[Array, Array]:
-        """What the chunk's outputs get from its own tokens [c, V], and the next state.
-
-        padded: e on all rows of the tile, 0 outside of the chunk."""
-        return product(self.dots, attention[rows], padded), self.update(rows, padded, beta, state)
-
-    def update(self, rows: slice, padded: Array, beta: Array, state: Array) -> Array:
-        del beta  # a row; it is in the keys
-        index = rows.start // self.chunk
-        write = self.k_write * over_lanes(self.beta, self.k.shape[1])
-        written = product(self.dots, padded.T, write)
-        return self.totals[index] * state + self.tails[index] * written
+    def update(self, rows: slice, error: Array, state: Array) -> Array:
+        """The next state. error: e, [c, V]."""
+        dots, number = self.dots, rows.start // self.chunk
+        u = over_lanes(self.beta[rows], error.shape[1]) * error
+        k = self.k_write if dots.exact else jnp.concatenate([self.k_write[rows]] * 2)
+        return self.totals[number] * state + self.tails[number] * dots.tn(passes.right(dots, u, number), k)
 
     def writes(self, rows: slice, d_state: Array) -> Array:
         """The gradient of what a chunk's tokens write, [c, V]."""
@@ -104,7 +103,7 @@ class Head:
         self.d_own = jnp.sum(jnp.where(i == j, d_attention, 0.0), axis=1, keepdims=True)
         dq = dk_reads = dk_writes = jnp.zeros_like(self.q)
         for level, e in self.levels.items():
-            here = jnp.where((bits >= level) & (bits < 2 * level), 1.0, 0.0)
+            here = jnp.where((bits >= level) & (bits < 2 * level), self.times, 0.0)
             q, k = self.q * e, self.k * e
             both = jnp.concatenate([d_attention * here, d_system * here])
             if level < COMPACT:
@@ -149,12 +148,13 @@ def rounded_decays(dots: Dots, g: Array, chunk: int) -> Decays:
             middle = jnp.where((row & 1) != 0, pltpu.roll(sums, 1, axis=0), sums)
         else:
             middle = at_middle(sums, row, level)
-        past = sums - jnp.round(middle)
-        levels[level] = jnp.exp2(jnp.where((row & level) != 0, past, -past))
+        past = sums - jnp.ceil(middle)
+        levels[level] = jnp.exp2(jnp.minimum(jnp.where((row & level) != 0, past, -1.0 - past), 0.0))
     lasts = [sums[end - 1 : end] for end in range(chunk, TILE + 1, chunk)]
-    write = jnp.concatenate([jnp.round(last) - sums[n * chunk : (n + 1) * chunk] for n, last in enumerate(lasts)])
-    tails = [jnp.exp2(last - jnp.round(last)) for last in lasts]
-    return levels, jnp.exp2(sums), jnp.exp2(write), [jnp.exp2(last) for last in lasts], tails
+    write = [jnp.floor(last) - sums[n * chunk : (n + 1) * chunk] for n, last in enumerate(lasts)]
+    write = jnp.exp2(jnp.minimum(jnp.concatenate(write), 0.0))
+    tails = [2.0 * jnp.exp2(last - jnp.floor(last) - 1.0) for last in lasts]
+    return levels, jnp.exp2(jnp.minimum(sums, 0.0)), write, [jnp.exp2(last) for last in lasts], tails
 
 
 def exact_decays(dots: Dots, g: Array, chunk: int) -> Decays:

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from kernels.delta_rule.mosaic_tpu.scalar import rows_per_head
+from kernels.delta_rule.mosaic_tpu import scalar
+from kernels.delta_rule.mosaic_tpu.columns import padded
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.mosaic_tpu.heads import HeadGrid
@@ -17,9 +18,13 @@ class Plan(HeadGrid):
         return TILE // self.tiles.chunk
 
     @property
-    def rows(self) -> int:  # of numbers that a step reads of each token
-        return self.tiles.heads * (1 if self.per_key else 1 + rows_per_head(Dots(self.dtype)))
+    def dots(self) -> Dots:
+        return Dots(self.dtype)
 
     @property
-    def row_padding(self) -> int:
-        return -self.rows % 8
+    def kinds(self) -> int:  # of numbers that a step reads of each token and head
+        return 1 if self.per_key else scalar.kinds(self.dots)
+
+    @property
+    def rows(self) -> int:
+        return self.kinds * padded(self.tiles.heads)

@@ -1,12 +1,13 @@
 """A tile of TILE tokens of one head whose state decays by one number a token.
 
-    P_ij = exp(sum of g over (j, i]), 0 above the diagonal and between chunks        read_i, write_j, total: likewise
+    P_ij = exp(sum of g over (j, i]), 0 above the diagonal        read_i, write_j, total: up to i, after j, of all
 
-The decays act on rows of values and outputs, so that heads of v may share q and k. States are [K, V].
+tokens of a chunk. The decays act on rows of values and outputs, so that heads of v may share q and k. States are
+[K, V]; scores are compact (passes.py).
 
-For bfloat16 inputs the exponents are differences of cumulative sums; for float32 ones they are sums of the very
-log-decays between two tokens, by a matmul with a matrix of ones, which takes no digits from a mild decay after a
-strong one.
+For bfloat16 inputs the exponents are differences of cumulative sums, to the base 2; for float32 ones they are sums of
+the very log-decays between two tokens, by a matmul with a matrix of ones, which takes no digits from a mild decay after
+a strong one.
 """
 
 import dataclasses
@@ -16,15 +17,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.array_typing import Array
-from kernels.delta_rule.mosaic_tpu.columns import lane_broadcast, over_lanes
-from kernels.delta_rule.mosaic_tpu.solve import product
+from kernels.delta_rule.mosaic_tpu import passes
+from kernels.delta_rule.mosaic_tpu.columns import Numbers, over_lanes
+from kernels.delta_rule.mosaic_tpu.solve import spread_left
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
 
+# Kinds of numbers of a token: those that the caller prepares, sums of log-decays in a chunk among them (up to a token,
+# after it), and, if exact, the log-decay; in the kernels, what of a token's correction is left at the chunk's end.
+BETA, UPTO, AFTER, LOG_DECAY = range(4)
 
-def rows_per_head(dots: Dots) -> int:
-    """Rows of sums of log-decays in a chunk that the caller prepares: up to a token; if exact, after it, and g."""
-    return 3 if dots.exact else 1
+
+def kinds(dots: Dots) -> int:
+    return 4 if dots.exact else 3
+
+
+def with_written(dots: Dots, numbers: Numbers) -> Numbers:
+    return numbers.more(numbers.kind(BETA) * exp(dots, numbers.kind(AFTER)))
+
+
+def exp(dots: Dots, x: Array) -> Array:
+    return jnp.exp(x) if dots.exact else jnp.exp2(x)
 
 
 @dataclasses.dataclass
@@ -33,90 +46,86 @@ class Group:
 
     q: Array
     k: Array
-    q32: Array  # float32: registers of bfloat16 are not cut
-    k32: Array
-    qk: Array  # [C, C]
+    qk: Array  # compact
     kk: Array
-    k_transposed: Array  # [K, C], float32
+    keys: list[Array]  # of each chunk, k^T
 
 
-def group(dots: Dots, q: Array, k: Array) -> Group:
-    q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-    return Group(q, k, q32, k32, dots.nt(q, k), dots.nt(k, k), k32.T)
+def group(dots: Dots, q: Array, k: Array, chunk: int) -> Group:
+    both, count = dots.nt(jnp.concatenate([q, k]), k), TILE // chunk
+    qk, kk = (passes.beside(x, count) for x in (both[:TILE], both[TILE:]))
+    return Group(q, k, qk, kk, passes.keys(dots, k, chunk))
 
 
 class Head:
-    """Operands of one head. rows [., C], columns their transpose; of each of `rows_per_head`, `num_heads` rows."""
+    """Operands of one head."""
 
-    def __init__(self, dots: Dots, group: Group, rows: Array, columns: Array, head: int, num_heads: int, plan: Any):
-        i, j = grid_index(TILE)
-        self.dots, self.group, self.scale = dots, group, plan.scale
-        chunk = plan.tiles.chunk
-        row, column = rows[head : head + 1], lane_broadcast(columns, head)
-        starts = range(0, TILE, chunk)
-        lasts = [row[:, start + chunk - 1 : start + chunk] for start in starts]
+    def __init__(self, dots: Dots, group: Group, numbers: Numbers, head: int, plan: Any):
+        self.dots, self.group, self.scale, self.chunk = dots, group, plan.scale, plan.tiles.chunk
+        self.numbers, self.head = numbers, head
+        row, column = numbers.row(UPTO, head), numbers.column(UPTO, head)
+        self.i, self.j = passes.places(self.chunk)
+        count = TILE // self.chunk
         if dots.exact:
-            write_row = rows[num_heads + head : num_heads + head + 1]
-            write = lane_broadcast(columns, num_heads + head)
-            log_decay = over_lanes(lane_broadcast(columns, 2 * num_heads + head), TILE)
+            i, j = grid_index(TILE)
+            log_decay = over_lanes(numbers.column(LOG_DECAY, head), TILE)
             between = dots.nn((j <= i).astype(jnp.float32), jnp.where(i > j, log_decay, 0.0))
+            between = passes.beside(between, count)
         else:
-            parts = [(last, start) for last, start in zip(lasts, starts, strict=True)]
-            write_row = jnp.concatenate([last - row[:, start : start + chunk] for last, start in parts], axis=1)
-            write = jnp.concatenate([last - column[start : start + chunk] for last, start in parts])
-            between = over_lanes(column, TILE) - row
-        self.strict = (i > j) & ((i ^ j) < chunk)
-        self.pairs = jnp.where((i >= j) & ((i ^ j) < chunk), jnp.exp(jnp.minimum(between, 0.0)), 0.0)
-        self.read, self.write = jnp.exp(column), jnp.exp(write)
-        self.write_row = jnp.exp(write_row)
-        self.totals = [jnp.exp(last) for last in lasts]
+            between = passes.beside(column, count) - row
+        self.pairs = exp(dots, jnp.minimum(between, 0.0))
+        ends = range(self.chunk, TILE + 1, self.chunk)
+        self.totals = [exp(dots, row[:, end - 1 : end]) for end in ends]
 
     def scores(self) -> tuple[Array, Array]:
-        """B, of which what is below the diagonal in chunks counts, and tril(q k^T) of each chunk, scaled."""
-        system = jnp.where(self.strict, self.group.kk * self.pairs, 0.0)
-        return system, self.scale * self.group.qk * self.pairs
+        """B, and tril(q k^T), scaled."""
+        system = jnp.where(self.i > self.j, self.group.kk * self.pairs, 0.0)
+        return system, jnp.where(self.i >= self.j, self.scale * self.group.qk * self.pairs, 0.0)
 
     def reads(self, rows: slice, state: Array) -> tuple[Array, Array]:
         """What the keys and the queries of a chunk find in the state before it, [c, V] each, the latter scaled."""
         size = rows.stop - rows.start
-        found = self.dots.nn(jnp.concatenate([self.group.k32[rows], self.group.q32[rows]]), state)
-        read = over_lanes(self.read[rows], state.shape[1])
+        found = self.dots.nn(jnp.concatenate([self.group.k[rows], self.group.q[rows]]), state)
+        read = over_lanes(self.read(rows), state.shape[1])
         return read * found[:size], (self.scale * read) * found[size:]
 
-    def within(self, attention: Array, rows: slice, padded: Array, beta: Array, state: Array) -> tuple[Array, Array]:
-        """What the chunk's outputs get from its own tokens [c, V], and the next state.
-
-        padded: e on all rows of the tile, 0 outside of the chunk."""
-        return product(self.dots, attention[rows], padded), self.update(rows, padded, beta, state)
-
-    def update(self, rows: slice, padded: Array, beta: Array, state: Array) -> Array:
-        size = rows.stop - rows.start
-        write = self.group.k_transposed * (self.write_row * beta)
-        return self.totals[rows.start // size] * state + product(self.dots, write, padded)
+    def update(self, rows: slice, error: Array, state: Array) -> Array:
+        """The next state. error: e, [c, V]."""
+        number = rows.start // self.chunk
+        written = over_lanes(self.numbers.column(kinds(self.dots), self.head, rows), error.shape[1])
+        more = self.dots.nn(self.group.keys[number], passes.right(self.dots, written * error, number))
+        return self.totals[number] * state + more
 
     def writes(self, rows: slice, d_state: Array) -> Array:
         """The gradient of what a chunk's tokens write, [c, V]."""
-        return over_lanes(self.write[rows], d_state.shape[1]) * self.dots.nn(self.group.k32[rows], d_state)
+        return over_lanes(self.write(rows), d_state.shape[1]) * self.dots.nn(self.group.k[rows], d_state)
+
+    def read(self, rows: slice) -> Array:  # [c, 128]
+        return exp(self.dots, self.numbers.column(UPTO, self.head, rows))
+
+    def write(self, rows: slice) -> Array:  # [c, 128]
+        return exp(self.dots, self.numbers.column(AFTER, self.head, rows))
 
     def state_gradients(
         self, rows: slice, state: Array, d_end: Array, d_out: Array, dv: Array, u: Array
     ) -> tuple[Array, ...]:
         """Through the states: parts of dq, dk as what reads, dk as what writes [c, K], and the gradient of a state."""
         dots, size = self.dots, rows.stop - rows.start
-        read = over_lanes(self.read[rows], dv.shape[1])
+        read = over_lanes(self.read(rows), dv.shape[1])
         d_found = jnp.concatenate([(self.scale * read) * d_out, -read * dv])
         d_read = dots.nt(d_found, state)
-        d_write = dots.nt(over_lanes(self.write[rows], dv.shape[1]) * u, d_end)
-        d_state = dots.tn(jnp.concatenate([self.group.q32[rows], self.group.k32[rows]]), d_found)
+        d_write = dots.nt(over_lanes(self.write(rows), dv.shape[1]) * u, d_end)
+        d_state = dots.tn(jnp.concatenate([self.group.q[rows], self.group.k[rows]]), d_found)
         d_state = self.totals[rows.start // size] * d_end + d_state
         return d_read[:size], d_read[size:], d_write, d_state
 
     def score_gradients(self, d_attention: Array, d_system: Array) -> tuple[Array, Array, Array]:
-        """Through the scores: parts of dq, dk as what reads, dk as what writes [C, K]."""
+        """Through the scores [C, C]: parts of dq, dk as what reads, dk as what writes [C, K]."""
         dots, group = self.dots, self.group
-        d_attention = self.scale * self.pairs * d_attention
-        d_system = jnp.where(self.strict, self.pairs * d_system, 0.0)
-        both = jnp.concatenate([d_attention, d_system])
+        d_attention, d_system = (passes.beside(x, TILE // self.chunk) for x in (d_attention, d_system))
+        d_attention = jnp.where(self.i >= self.j, self.scale * self.pairs * d_attention, 0.0)
+        d_system = jnp.where(self.i > self.j, self.pairs * d_system, 0.0)
+        both = jnp.concatenate([spread_left(x, self.chunk) for x in (d_attention, d_system)])
         d_read = dots.nn(both, group.k)
         return d_read[:TILE], d_read[TILE:], dots.tn(both, jnp.concatenate([group.q, group.k]))
 

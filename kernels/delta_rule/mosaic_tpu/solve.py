@@ -5,7 +5,7 @@ For B [C, C] strictly lower triangular and b the diagonal matrix of the betas, X
     X = B - B b X = B - X b B        (I + B b)^-1 = I - X b        (I + b B)^-1 = I - b X
 
 so that one matrix serves the system and its transpose, and the ones on the diagonals are never stored or rounded.
-Inside blocks of 16 tokens, X comes row after row (exact substitution, on the vector unit: the blocks side by side in
+Inside blocks of 8 tokens, X comes row after row (exact substitution, on the vector unit: the blocks side by side in
 the lanes). Two blocks become one of twice the size, with C the part of B below them:
 
     X_21 = (I - X_2 b) C (I - b X_1)
@@ -23,16 +23,16 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.array_typing import Array
+from kernels.delta_rule.mosaic_tpu.passes import parts
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 
-BASE = 16  # tokens of the blocks that are solved by substitution
+BASE = 8  # tokens of the blocks that are solved by substitution
 SUBLANES = 8
 
 
 def resolvents(dots: Dots, systems: list[Array], betas: list[Array], chunk: int) -> Generator[None, None, list[Array]]:
-    """X of each B, compact [chunk, TILE], in steps. systems: [TILE, TILE], of which only what is below the diagonal in
-    blocks of `chunk` is read; betas: [1, TILE]."""
+    """X of each B, both compact [chunk, TILE], in steps. systems: zero but below the diagonals; betas: [1, TILE]."""
     result = yield from substitute([fold(system, BASE, 0) for system in systems], betas)
     size = BASE
     while size < chunk:
@@ -46,11 +46,12 @@ def lane_block(shape: tuple[int, int], size: int) -> Array:
 
 
 def fold(x: Array, size: int, below: int) -> Array:
-    """The blocks [size, size] that lie `below` blocks below the diagonal, compact; with `below` 1 those of odd rows, in
-    the lanes of even blocks."""
-    result = jnp.zeros((size, x.shape[1]), x.dtype)
-    lanes = lane_block(result.shape, size)
-    for block in range(below, x.shape[0] // size, 1 + below):
+    """The blocks [size, size] that lie `below` blocks below the diagonals of a compact x, compact; with `below` 1
+    those of odd rows, in the lanes of even blocks, and anything in the others."""
+    count = x.shape[0] // size
+    lanes = lane_block((size, x.shape[1]), size) & (count - 1)
+    result = x[below * size : (below + 1) * size]
+    for block in range(1 + 2 * below, count, 1 + below):
         result = jnp.where(lanes == block - below, x[block * size : (block + 1) * size], result)
     return result
 
@@ -59,6 +60,12 @@ def spread(x: Array, size: int, below: int) -> Array:
     """[TILE, TILE], zero but for the compact blocks of x, each `below` blocks below the diagonal (or in the corner)."""
     lanes, count = lane_block(x.shape, size), x.shape[1] // size
     return jnp.concatenate([jnp.where(lanes == (block - below) % count, x, 0.0) for block in range(count)])
+
+
+def spread_left(x: Array, size: int) -> Array:
+    """As `spread`, by products: an operand on the left whose elements were selected has the profiler abort."""
+    lanes, count = lane_block(x.shape, size), x.shape[1] // size
+    return jnp.concatenate([x * jnp.where(lanes == block, 1.0, 0.0) for block in range(count)])
 
 
 def substitute(systems: list[Array], betas: list[Array]) -> Generator[None, None, list[Array]]:
@@ -127,19 +134,3 @@ def products(dots: Dots, a: list[Array], b: list[Array], size: int, below: int) 
     ]
     low = [dots.nn(x, spread(y_low, size, below)) for (x, _), (_, y_low) in zip(a, b, strict=True)]
     return [x[:size] + x[size:] + y for x, y in zip(both, low, strict=True)]
-
-
-def product(dots: Dots, a: Array, b: Array) -> Array:
-    """a b, as `products` does it."""
-    if dots.exact:
-        return dots.nn(a, b)
-    (a, a_low), (b, b_low) = parts(a), parts(b)
-    both = dots.nn(jnp.concatenate([a, a_low]), b)
-    return both[: a.shape[0]] + both[a.shape[0] :] + dots.nn(a, b_low)
-
-
-def parts(x: Array) -> tuple[Array, Array]:
-    """x = a bfloat16 + what is left of it, both float32."""
-    x = x.astype(jnp.float32)
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16), jnp.float32)
-    return high, x - high
