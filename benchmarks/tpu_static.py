@@ -13,8 +13,9 @@ All numbers are static. Against published timings of other kernels they read 0.9
 0.85 where latency or vector operations do: believe a difference of 25%.
 
     --check   compare with benchmarks/results/tpu_static.json: exit 1 if a kernel takes 10% more cycles than it says
-    --sweep   tiles of one shape of linear attention and chip, best first: what `specs.tiles` was chosen by. One axis at
-              a time, from those that it chooses, until no other value of an axis takes fewer cycles
+    --sweep   tiles of one chip and shape of linear attention or the delta rule, best first: what `specs.tiles` was
+              chosen by. One axis at a time, from those that it chooses, until no other value of an axis takes fewer
+              cycles
 
 Needs libtpu (pip install 'jax[tpu]'). No TPU.
 """
@@ -32,7 +33,7 @@ from benchmarks.tpu_cycles import CHIPS, Job, measure
 RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_static.json"
 LIMIT = 1.1  # of the stored cycles
 KERNELS = ("forward", "backward")
-UNROLLED = (1, 2, 4)
+UNROLLED = (1, 2, 4, 8)
 SWEPT = {"chunk": (64, 128, 256), "block": (256, 512, 1024), "heads": (1, 2, 4, 8)} | {
     "unroll": UNROLLED,
     "backward's": UNROLLED,
@@ -79,15 +80,9 @@ def check(stored: dict, jobs: list[Job]) -> list[str]:
 
 def sweep(chip: str, shape: str) -> None:
     """One axis at a time, from the tiles that `specs` chooses, until no other value of an axis takes fewer cycles."""
-    import jax.numpy as jnp
+    from benchmarks.tpu_static_ops import tiles_of
 
-    from benchmarks.tpu_static_ops import counted
-    from kernels.dispatch import Device
-    from kernels.linear_attention import specs
-
-    sizes = counted(specs.SHAPES[shape])
-    slots = specs.slots(sizes.heads, sizes.groups, sizes.key_dim, sizes.value_dim, sizes.decay == "vector")
-    chosen = dataclasses.astuple(specs.tiles(Device("tpu", chip), 4096, slots, jnp.bfloat16))
+    chosen, possible = tiles_of(shape, chip)
     costs: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     def total(tiles):
@@ -101,9 +96,8 @@ def sweep(chip: str, shape: str) -> None:
     while best != before:
         before = best
         for axis, values in enumerate(SWEPT.values()):
-            others = [(*best[:axis], value, *best[axis + 1 :]) for value in values if value <= slots.heads or axis != 2]
-            others = [tiles for tiles in others if tiles[0] * slots.pack >= 128]
-            best = min([best, *(tiles for tiles in others if tiles[1] >= tiles[0] * max(tiles[3:]))], key=total)
+            others = [(*best[:axis], value, *best[axis + 1 :]) for value in values]
+            best = min([best, *filter(possible, others)], key=total)
     print(f"\n{shape} {chip}, of {len(costs)} tiles, {' '.join(SWEPT)}: forward, backward")
     for tiles in sorted(costs, key=total)[:5]:
         mark = "  chosen by specs.tiles" * (tiles == chosen)
@@ -111,7 +105,7 @@ def sweep(chip: str, shape: str) -> None:
 
 
 def main():
-    from benchmarks.tpu_static_ops import SHAPES
+    from benchmarks.tpu_static_ops import SHAPES, TILED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default=",".join(CHIPS))
@@ -127,6 +121,8 @@ def main():
     if args.sweep:
         if len(chips) != 1 or len(shapes) != 1:
             parser.error("--sweep needs one chip and one shape: --chips=v5e --shapes=square")
+        if shapes[0] not in TILED:
+            parser.error(f"--sweep has no tiles for {shapes[0]}; expected one of {', '.join(TILED)}")
         return sweep(chips[0], shapes[0])
     jobs = [Job(chip, shape) for shape in shapes for chip in chips]
     if args.check:

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 
 import kernels
 from kernels.delta_rule import mosaic_tpu as delta_rule_tpu
-from kernels.delta_rule.specs import Tiles as DeltaRuleTiles
+from kernels.delta_rule import specs as delta_rule_specs
+from kernels.dispatch import Device
 from kernels.divisors import largest_divisor
 from kernels.dplr_delta_rule import mosaic_tpu as dplr_delta_rule_tpu
 from kernels.linear_attention import mosaic_tpu, specs
+
+TIME = 4096  # tokens of the shapes that tiles were chosen by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +76,13 @@ def linear_attention(shape: specs.Shape, time, implementation, tiles) -> Op:
     return Op(function, arrays, ((1, time, h * v), jnp.bfloat16), time, "head", h)
 
 
+DELTA_RULE_HEADS = 8
+
+
 def delta_rule(decay, implementation, tiles) -> Op:
     """8 heads of q, k and v, K = V = 128; `decay` is "none", "scalar" or "vector"."""
-    heads, width = 8, 128
-    time = 2048 if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes
+    heads, width = DELTA_RULE_HEADS, 128
+    time = TIME if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes
     rows = {name: ((1, time, heads * width), jnp.bfloat16) for name in ("q", "k", "v")}
     numbers = {"beta": ((1, time, heads), jnp.float32)}
     if decay != "none":
@@ -86,7 +92,7 @@ def delta_rule(decay, implementation, tiles) -> Op:
         arrays = dict(arrays)
         for name in (*rows, *(("log_decay",) if decay == "vector" else ())):
             arrays[name] = arrays[name].reshape(1, time, heads, width)
-        with delta_rule_tpu.use(tiles=DeltaRuleTiles(*tiles) if tiles else None):
+        with delta_rule_tpu.use(tiles=delta_rule_specs.Tiles(*tiles) if tiles else None):
             out, _ = kernels.delta_rule(**arrays, implementation=implementation)
         return out.reshape(1, time, heads * width)
 
@@ -149,7 +155,7 @@ def linear_scan(channels, dtype, implementation, tiles) -> Op:
 
 SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
     **{
-        name: functools.partial(linear_attention, shape, 4096 if name.startswith("square") else 2048)
+        name: functools.partial(linear_attention, shape, TIME if name.startswith("square") else 2048)
         for name, shape in specs.SHAPES.items()
     },
     **{f"delta_rule_{decay}": functools.partial(delta_rule, decay) for decay in ("none", "scalar", "vector")},
@@ -160,3 +166,26 @@ SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
     "scan": functools.partial(linear_scan, 1024, jnp.float32),
     "scan_complex": functools.partial(linear_scan, 1024, jnp.complex64),
 }
+
+TILED = [*specs.SHAPES, *(name for name in SHAPES if name.startswith("delta_rule_"))]
+
+
+def tiles_of(shape: str, chip: str) -> tuple[tuple[int, ...], Callable[[tuple[int, ...]], bool]]:
+    """Of a shape of TILED: the tiles that `specs` chooses for a chip, and which are possible."""
+    device = Device("tpu", chip)
+    if shape.startswith("delta_rule_"):
+        heads, tile, per_key = DELTA_RULE_HEADS, delta_rule_specs.TILE, shape.endswith("vector")
+        chosen = delta_rule_specs.tiles(device, TIME, heads, heads, 128, 128, jnp.bfloat16, per_key)
+
+        def possible(tiles):
+            return tiles[0] <= tile and tiles[1] >= tile * max(tiles[3:]) and tiles[2] <= heads
+
+        return dataclasses.astuple(chosen), possible
+    sizes = counted(specs.SHAPES[shape])
+    slots = specs.slots(sizes.heads, sizes.groups, sizes.key_dim, sizes.value_dim, sizes.decay == "vector")
+
+    def possible(tiles):
+        lanes = tiles[0] * slots.pack
+        return lanes >= 128 and tiles[1] >= tiles[0] * max(tiles[3:]) and tiles[2] <= slots.heads
+
+    return dataclasses.astuple(specs.tiles(device, TIME, slots, jnp.bfloat16)), possible

@@ -116,7 +116,8 @@ def test_near_parallel_keys_are_right_on_a_tpu_too(monkeypatch, decays):
 @pytest.mark.slow
 @pytest.mark.parametrize("decays", ["none", "scalar", "vector"])
 def test_near_parallel_keys_in_bfloat16_cost_what_rounding_them_costs(monkeypatch, decays):
-    """Of out and the final state, with inputs that are rounded too. In one pass they would be wrong by 0.1."""
+    """Of out and the final state, with inputs that are rounded too: `benchmarks.near_parallel` has what rounding alone
+    costs."""
     errors = errors_on_a_tpu(monkeypatch, "near_parallel_keys_beta_2", decays, jnp.bfloat16, passes=6)
     assert max(errors[:2]) < 2.5e-2
 
