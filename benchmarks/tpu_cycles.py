@@ -73,6 +73,8 @@ def count(job: Job) -> None:
             counted = _cycles(pathlib.Path(dump, "cycles"))
             operation = max(counted, key=counted.get)  # there is no other but copies
             cycles, bundles = counted[operation], _bundles(pathlib.Path(dump, "text"))[operation]
+            if not cycles:
+                sys.exit(f"{name}: the profiler counts nothing")  # of some kernels for v5p
             in_kernels += cycles
             costs = pallas_costs.kernel(equation)
             row = {
