@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Of kernels by a part of their name: cycles over the larger floor on each of COUNTED, at least 1. From
-# benchmarks/results/tpu_static.json: gla_1.3b, mamba2_8b, mamba_1.3b. The linear scan reads below its floor.
+# benchmarks/results/tpu_static.json: gla_1.3b, mamba2_8b, delta_rule_scalar, mamba_1.3b. The linear scan reads below
+# its floor.
 COUNTED = ("TPU v5 lite", "TPU v5", "TPU v6")
 TPU_CYCLES = {
     "linear_attention_per_key_forward": (1.05, 1.47, 1.27),
     "linear_attention_per_key_backward": (1.20, 1.21, 1.60),
     "linear_attention_scalar_forward": (1.16, 1.73, 1.54),
     "linear_attention_scalar_backward": (2.25, 2.28, 3.56),
+    "delta_rule_scalar_forward": (1.12, 2.02, 1.65),
+    "delta_rule_scalar_backward": (2.14, 2.47, 2.89),
     "selective_scan_forward": (3.31, 5.32, 5.71),
     "selective_scan_backward": (5.50, 8.56, 8.97),
 }

@@ -134,6 +134,7 @@ def test_what_kernels_take_over_their_floors_is_what_is_stored():
     shapes = {
         "linear_attention_per_key": "gla_1.3b",
         "linear_attention_scalar": "mamba2_8b",
+        "delta_rule_scalar": "delta_rule_scalar",
         "selective_scan": "mamba_1.3b",
     }
     assert len(pallas_costs.TPU_CYCLES) == 2 * len(shapes)
