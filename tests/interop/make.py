@@ -172,8 +172,10 @@ def build(name: str, folder: pathlib.Path) -> torch.nn.Module:
 
 
 def load(folder: pathlib.Path) -> torch.nn.Module:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    """Of the class that its config.json names: fla takes the name `mamba` over, but not transformers' class."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    found = getattr(transformers, name, None) or getattr(sys.modules["fla.models"], name)
+    return found.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def tokens() -> torch.Tensor:

@@ -20,6 +20,7 @@ from zoo.errors import UsageError
 from zoo.interop import exporting, families, family, importing
 from zoo.interop.files import open_folder, write_shards
 from zoo.interop.table import SAME, table
+from zoo.model import LanguageModel
 from zoo.training import step
 
 
@@ -118,9 +119,9 @@ def test_what_stands_beside_the_weights_is_carried(tmp_path):
 
 def test_what_a_format_cannot_say_is_named():
     model = zoo_config.ModelConfig(mixer="attention", num_layers=2, d_model=64, vocab_size=64)
-    assert exporting.choose(model, "", "").name == "llama"
+    assert exporting.choose(model, "", "")[0].name == "llama"
     model.attention.qk_norm = True
-    assert exporting.choose(model, "", "").name == "qwen3"
+    assert exporting.choose(model, "", "")[0].name == "qwen3"
     with pytest.raises(UsageError, match="llama, .* model.attention.qk_norm: True, of which it has False"):
         exporting.choose(model, "llama", "")
     with pytest.raises(UsageError, match="has the mixers of this run, gateloop"):
@@ -191,3 +192,29 @@ def test_a_checkpoint_of_parameters_alone(tmp_path):
         assert checkpointer.restore(abstract).state.opt is not None
         shutil.rmtree(tmp_path / "1" / "opt")
         assert checkpointer.restore(abstract).step == 0
+
+
+def test_numbers_that_a_run_leaves_to_defaults_are_written(tmp_path):
+    """Heads, widths of MLPs; and a head of its own, where the format ties none."""
+    for mixer, name in (("attention", "phi3"), ("mlstm", "xlstm")):
+        sizes = {"num_layers": 1, "d_model": 32, "vocab_size": 320, "logit_softcap": 30.0 if name == "xlstm" else 0.0}
+        config = zoo_config.Config(model=zoo_config.ModelConfig(mixer=mixer, **sizes))
+        _run_of(config, tmp_path / name)
+        out = interop.export_run(str(tmp_path / name), str(tmp_path / f"{name}_out"), model_type=name)
+        again = interop.import_model(str(out.folder), str(tmp_path / f"{name}_again"))
+        assert again.config.model.d_ff and getattr(again.config.model, mixer).num_heads == 4
+        one, other = (_parameters(path) for path in (tmp_path / name, again.workdir))
+        assert name == "phi3" or (other.pop("head.kernel") == one["embed.embedding"].T).all()
+        assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
+
+
+def _parameters(workdir):
+    return checkpoints.named_leaves(nnx.state(checkpoints.load_run(workdir).model, nnx.Param))
+
+
+def _run_of(config, workdir):
+    """Of step 0, with bytes for tokens."""
+    params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)), nnx.Param)
+    with contextlib.closing(checkpoints.Checkpointer(workdir / "checkpoints")) as checkpointer:
+        checkpointer.save(0, importing._State(checkpoints.named_leaves(params)))
+    (workdir / "config.json").write_text(zoo_config.to_json(config))

@@ -65,7 +65,7 @@ def _import(arguments: argparse.Namespace) -> None:
     )
     if made.ignored:
         print(one_line(f"ignored     {', '.join(made.ignored)}"))
-    print(f"evaluate    python -m zoo generate --workdir={one_line(made.workdir)} --prompt='def main('")
+    print(f"write       python -m zoo generate --workdir={one_line(made.workdir)} --prompt='def main('")
     print(
         f"train on    python -m zoo train --config={one_line(made.workdir)}/config.json --workdir=NEW "
         f"--init_from={one_line(made.workdir)} --config.data.source=..."

@@ -5,6 +5,7 @@ config says all that the model is. Tensors are made and written a shard at a tim
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from zoo import config as zoo_config
 from zoo.config import ModelConfig
 from zoo.errors import UsageError
 from zoo.interop import card, families, tokenizer
-from zoo.interop.family import HARMLESS, Family, to_fields, unsaid
+from zoo.interop.family import HARMLESS, Family, to_fields, to_model, unsaid
 from zoo.interop.files import DTYPES, new_folder, write_shards
 from zoo.interop.importing import MAX_JSON
 from zoo.interop.table import Table, table
@@ -54,13 +55,15 @@ def export_run(
         raise UsageError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPE_NAMES)}")
     config = checkpoints.read_config(source)
     origin = _origin(source)
-    family = choose(config.model, model_type, origin.get("model_type", ""))
+    family, model = choose(config.model, model_type, origin.get("model_type", ""))
     with new_folder(target) as temporary:
         run = checkpoints.load_run(source, step)
         parameters = checkpoints.named_leaves(nnx.state(run.model, nnx.Param))
-        places = table(family.rules_of(config.model), zoo_config.pattern(config.model), parameters)
+        if config.model.tie_embeddings and not model.tie_embeddings:
+            parameters["head.kernel"] = parameters["embed.embedding"].T
+        places = table(family.rules_of(model), zoo_config.pattern(model), parameters)
         write_shards(temporary, places.shapes, _tensors(places, parameters), DTYPES[DTYPE_NAMES[dtype]], shard_bytes)
-        fields = _fields(family, config, source, run.tokenizer, dtype)
+        fields = _fields(family, model, config, source, run.tokenizer, dtype)
         files.write(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
         tokenizer.write(source, config, temporary)
         files.write(temporary / "README.md", card.text(source, run, family, dtype, origin))
@@ -68,8 +71,9 @@ def export_run(
     return Exported(target, family.name, run.step, len(places.shapes), names)
 
 
-def choose(model: ModelConfig, asked: str, origin: str) -> Family:
-    """The family that an export is of.
+def choose(model: ModelConfig, asked: str, origin: str) -> tuple[Family, ModelConfig]:
+    """The family that an export is of, and the model as its config says it: with all numbers, and with a head of its
+    own where no family ties it.
 
     Raises:
       UsageError: none can say all that the model is; what the nearest cannot.
@@ -80,10 +84,14 @@ def choose(model: ModelConfig, asked: str, origin: str) -> Family:
     fitting = [name for name in families.exported() if layers <= set(families.FAMILIES[name].mixers)]
     names = [asked] if asked else sorted(fitting, key=lambda name: name != origin)
     found: dict[str, list[str]] = {}
-    for name in names:
-        found[name] = unsaid(families.FAMILIES[name], model)
-        if not found[name]:
-            return families.FAMILIES[name]
+    untied = [dataclasses.replace(model, tie_embeddings=False)] if model.tie_embeddings else []
+    for one in [model, *untied]:
+        for name in names:
+            family = families.FAMILIES[name]
+            missing = unsaid(family, one)
+            if not missing:
+                return family, to_model(family, to_fields(family, one))[0]
+            found.setdefault(name, missing)
     if not found:
         raise UsageError(f"no format of {', '.join(families.exported())} has the mixers of this run, {model.mixer}")
     nearest = min(found, key=lambda name: len(found[name]))
@@ -96,7 +104,9 @@ def _tensors(places: Table, parameters: dict[str, Any]) -> Iterator[tuple[str, n
         yield from zip(entry.theirs, entry.transform.write(*map(np.asarray, ours)), strict=True)
 
 
-def _fields(family: Family, config: Any, workdir: pathlib.Path, of_run: Any, dtype: str) -> dict[str, Any]:
+def _fields(
+    family: Family, model: ModelConfig, config: Any, workdir: pathlib.Path, of_run: Any, dtype: str
+) -> dict[str, Any]:
     """config.json: what the model is, and of an imported one what its own said of other things."""
     separator = of_run.separator_id
     before = {
@@ -109,7 +119,9 @@ def _fields(family: Family, config: Any, workdir: pathlib.Path, of_run: Any, dty
         if isinstance(theirs, dict) and theirs.get("model_type") == family.name:
             before |= {name: value for name, value in theirs.items() if name in HARMLESS | set(family.harmless)}
     said = {"architectures": [family.architecture], "model_type": family.name, "torch_dtype": dtype, "dtype": dtype}
-    return before | to_fields(family, config.model) | said
+    of_model = to_fields(family, model)
+    kept = {name for name in family.fixed if name in before}  # what an import said counts, where nothing hangs on it
+    return before | {name: value for name, value in of_model.items() if name not in kept} | said
 
 
 def _origin(workdir: pathlib.Path) -> dict[str, Any]:

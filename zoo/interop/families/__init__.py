@@ -38,6 +38,7 @@ REFUSED = {
     "kimi_linear": "experts, latent attention", "jamba": "experts", "zamba": "shared blocks", "zamba2": "shared blocks",
     "dbrx": "experts", "olmoe": "experts", "granitemoe": "experts", "granitemoeshared": "experts", "phimoe": "experts",
     "lfm2": "gated short convolutions", "recurrent_gemma": "real-gated linear recurrent units",
+    "nemotron_h": "MLPs of squared ReLU that are layers of their own", "qwen3_5": "images; its text is qwen3_5_text",
     "mllama": "images", "t5": "an encoder", "bert": "an encoder",
 }  # fmt: skip
 

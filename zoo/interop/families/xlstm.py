@@ -54,13 +54,14 @@ FAMILIES = [
             "norm_eps": Field("norm_epsilon", 1e-6),
             "gate_soft_cap": Field("mlstm.gate_soft_cap", 15.0),
             "output_logit_soft_cap": Field("logit_softcap", 30.0),
-            "tie_word_embeddings": Field("tie_embeddings", False),
+            "tie_word_embeddings": Only(False),  # the package has no code that ties them
             "use_bias": Only(False),
             "add_out_norm": Only(True),
             "weight_mode": Only("single"),
             "eps": Only(1e-6),
         },
-        settings={"mixer": "mlstm", "mlp": "swiglu", "positions": "none"},
+        settings={"mixer": "mlstm", "mlp": "swiglu", "positions": "none", "tie_embeddings": False},
+        fixed={"autocast_kernel_dtype": "float32"},
         rules=[
             rule("backbone.embeddings.weight", "embed.embedding"),
             rule("backbone.out_norm.weight", "norm.scale"),
