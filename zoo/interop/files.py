@@ -11,6 +11,8 @@ import math
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -215,20 +217,22 @@ def write_shards(
       shapes: of all tensors in the order of `arrays`, which is read once; a shard's are held at a time.
     """
     shards: list[list[str]] = [[]]
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes, held = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, 0
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+        if shards[-1] and held + size > shard_bytes:
             shards.append([])
+            held = 0
         shards[-1].append(name)
+        held += size
     count, weight_map = len(shards), {}
     for i, names in enumerate(shards):
         path = SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
-        held = {}
+        of_shard = {}
         for name in names:
             got, array = next(arrays)
             assert got == name, f"{got}, expected {name}"
-            held[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
-        safetensors.numpy.save_file(held, folder / path, metadata={"format": "pt"})
+            of_shard[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
+        safetensors.numpy.save_file(of_shard, folder / path, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, path)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -242,13 +246,10 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UsageError: something stands at `path`.
     """
-    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        raise UsageError(f"{path} stands there already, and nothing is overwritten; choose another folder")
-    import secrets
-    import shutil
-
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(4)}.unfinished"
     try:
+        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+            raise UsageError(f"{path} stands there already, and nothing is overwritten; choose another folder")
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}); choose another folder") from error

@@ -33,6 +33,7 @@ from zoo.training import placement, step
 from zoo.training.workdir import ORIGIN
 
 MAX_JSON = 16 << 20  # bytes of a config.json
+MORE = "import on more devices, spread by --fsdp"
 AT_ONCE = 10**9  # bytes of parameters that are written at a time
 LEARNING_RATE = 2e-5  # of a run that goes on from it, where nobody says otherwise
 CONTEXT = 1024  # tokens, the same
@@ -82,16 +83,14 @@ def import_model(
         raise UsageError(f"{source / 'config.json'} ({of_model.name}): {error}") from error
     config = _config(model, mesh or MeshConfig(), values)
     size = sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in weights.tensors.values() if t.dtype in DTYPES)
-    memory.check(
-        f"{source}: {num_parameters(model):,} parameters", 2 * num_parameters(model), jax.devices(), "use more"
-    )
+    memory.check(f"{source}: {num_parameters(model):,} parameters", 2 * num_parameters(model), jax.devices(), MORE)
     placement.check(config, jax.device_count())
     spec = tokenizer.choose(source, asked_tokenizer, model.vocab_size)
     config.data.tokenizer = BYTES if spec == BYTES else str(to / tokenizer.FILE)
     weights = _renamed(without_unread(weights, of_model, model), of_model.renamed)
     places = table(of_model.rules_of(model, values), zoo_config.pattern(model), _abstract(config))
     compare(weights, places.shapes)
-    memory.check(f"{source}: {size:,} bytes of parameters", size, jax.devices(), "import on more devices")
+    memory.check(f"{source}: {size:,} bytes of parameters", size, jax.devices(), MORE)
     with contextlib.ExitStack() as stack:
         made = str(stack.enter_context(new_folder(to))) if processes.is_first() else None
         temporary = pathlib.Path(processes.broadcast(made))
