@@ -17,6 +17,7 @@ from zoo.interop.families import (
     llama,
     mamba,
     mamba2,
+    qwen,
     qwen3_next,
     retnet,
     rwkv6,
@@ -27,7 +28,7 @@ from zoo.interop.family import Family
 from zoo.settings import shown
 
 _FILES = (
-    llama, mamba, mamba2, bamba, granite, xlstm, qwen3_next,
+    llama, qwen, mamba, mamba2, bamba, granite, xlstm, qwen3_next,
     linear_attn, retnet, gla, hgrn2, rwkv6, delta_net, gated_deltanet, kda, rwkv7,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for file in _FILES for family in file.FAMILIES}

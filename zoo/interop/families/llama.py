@@ -1,8 +1,8 @@
-"""Llama and what is built as it is (transformers: llama, mistral, qwen2, qwen3, phi3).
+"""Llama and what is built as it is (transformers: llama, mistral, phi3; qwen.py has qwen2 and qwen3).
 
     model.layers.N.input_layernorm, .self_attn.{q,k,v,o}_proj, .post_attention_layernorm, .mlp.{gate,up,down}_proj
 
-Qwen-2 has biases on q, k and v; Qwen-3 a norm on each head's q and k; Phi-3 q, k, v in one matrix, and gate and up.
+Phi-3 has q, k, v in one matrix, and gate and up.
 Refused: experts, layers that differ in their window, other activations.
 """
 
@@ -56,7 +56,7 @@ def write_heads(mixer: Any, fields: dict[str, Any]) -> None:
         fields["head_dim"] = mixer.head_dim
 
 
-def _biases(fields: Fields, found: dict[str, Any], names: str) -> None:
+def set_biases(found: dict[str, Any], names: str) -> None:
     if names:
         found["attention.biases"] = names
 
@@ -64,7 +64,7 @@ def _biases(fields: Fields, found: dict[str, Any], names: str) -> None:
 def _read(fields: Fields, found: dict[str, Any]) -> None:
     read_heads(fields, found)
     rope.read(fields, found)
-    _biases(fields, found, "q,k,v,out" if fields.take("attention_bias", False) else "")
+    set_biases(found, "q,k,v,out" if fields.take("attention_bias", False) else "")
     if fields.take("mlp_bias", False):
         found["mlp_bias"] = True
 
@@ -109,56 +109,6 @@ MISTRAL = dataclasses.replace(
 )
 
 
-def _read_qwen(fields: Fields, found: dict[str, Any]) -> None:
-    read_heads(fields, found)
-    rope.read(fields, found)
-    windowed = fields.only("use_sliding_window", False)
-    if not windowed:  # what these say then is not used
-        fields.take("sliding_window", None, int), fields.take("max_window_layers", None, int)
-    if set(layers := fields.take("layer_types", [])) - {"full_attention"}:
-        fields.refuse("layer_types", f"got {', '.join(sorted(map(str, set(layers))))}; all have to be full_attention")
-
-
-def _write_qwen(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
-    write_heads(mixers[0], fields)
-    rope.write(settings, fields)
-    fields["use_sliding_window"] = False
-
-
-def _read_qwen2(fields: Fields, found: dict[str, Any]) -> None:
-    _read_qwen(fields, found)
-    _biases(fields, found, "q,k,v")
-
-
-def _read_qwen3(fields: Fields, found: dict[str, Any]) -> None:
-    _read_qwen(fields, found)
-    _biases(fields, found, "q,k,v,out" if fields.take("attention_bias", False) else "")
-
-
-def _write_qwen3(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
-    _write_qwen(settings, mixers, fields)
-    fields["attention_bias"] = bool(settings.get("attention.biases"))
-
-
-QWEN2 = dataclasses.replace(
-    LLAMA,
-    name="qwen2",
-    architecture="Qwen2ForCausalLM",
-    fields={name: field for name, field in LLAMA.fields.items() if name != "head_dim"},
-    read=_read_qwen2,
-    write=_write_qwen,
-)
-QWEN3 = dataclasses.replace(
-    LLAMA,
-    name="qwen3",
-    architecture="Qwen3ForCausalLM",
-    fields=LLAMA.fields | {"head_dim": Field("attention.head_dim", 128)},
-    settings=LLAMA.settings | {"attention.qk_norm": True},
-    read=_read_qwen3,
-    write=_write_qwen3,
-)
-
-
 def _phi3_rules(model: ModelConfig) -> list:
     heads = model.attention.num_heads
     width = model.attention.head_dim or model.d_model // heads
@@ -181,4 +131,4 @@ PHI3 = dataclasses.replace(
     rules=_phi3_rules,
     harmless=("original_max_position_embeddings",),
 )
-FAMILIES = [LLAMA, MISTRAL, QWEN2, QWEN3, PHI3]
+FAMILIES = [LLAMA, MISTRAL, PHI3]
