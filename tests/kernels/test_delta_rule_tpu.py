@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from kernels import delta_rule, dispatch, dplr_delta_rule
-from kernels.delta_rule import mosaic_tpu
+from kernels.delta_rule import mosaic_tpu, specs
 from kernels.delta_rule.specs import Tiles
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from tests.kernels import races, tpu_rounding
@@ -82,6 +82,30 @@ def test_many_tiles_are_the_reference(name):
     with mosaic_tpu.use(tiles=tiles):
         results = jax.jit(value_and_gradients("mosaic_tpu", segment_ids))(inputs, cotangents(inputs))
     assert_the_reference(inputs, results, segment_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_chunks_of_128_in_bfloat16(decay):
+    inputs = make(decay, dtype=jnp.bfloat16)
+    with mosaic_tpu.use(tiles=Tiles(128, 384, 2, 3, 1)):
+        values, gradients = jax.jit(value_and_gradients("mosaic_tpu"))(inputs, cotangents(inputs))
+    expected, expected_gradients = jax.jit(value_and_gradients("reference"))(inputs, cotangents(inputs))
+    assert max(map(error_ratio, values, expected)) < 5e-3
+    assert max(error_ratio(gradients[key], expected_gradients[key]) for key in expected_gradients) < 2e-2
+
+
+@pytest.mark.parametrize("kind, per_key, block, heads", [
+    ("TPU v5 lite", False, 512, 8), ("TPU v5 lite", True, 256, 8), ("TPU v5", False, 1024, 4), ("TPU v5", True, 512, 4),
+])  # fmt: skip
+def test_a_step_has_work_enough_to_hide_what_waits(kind, per_key, block, heads):
+    """The same number of tiles, of tokens of a head, where heads are left for a second core. No padded block more."""
+
+    def tiles(time):
+        return specs.tiles(dispatch.Device("tpu", kind), time, 8, 8, 128, 128, jnp.dtype("bfloat16"), per_key)
+
+    assert tiles(4096) == Tiles(64, block, heads, block // 128, 1)
+    assert tiles(block + 1).block == block // 2 + 128
 
 
 def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes):
