@@ -6,18 +6,21 @@ the larger of both floors that was.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Of kernels by a part of their name: cycles over the larger floor on each of COUNTED, at least 1. From
-# benchmarks/results/tpu_static.json: gla_1.3b, mamba2_8b, delta_rule_scalar, mamba_1.3b. The linear scan reads below
-# its floor.
+# benchmarks/results/tpu_static.json: gla_1.3b, mamba2_8b, delta_rule_vector and _scalar, mamba_1.3b. The linear scan
+# reads below its floor.
 COUNTED = ("TPU v5 lite", "TPU v5", "TPU v6")
 TPU_CYCLES = {
     "linear_attention_per_key_forward": (1.05, 1.47, 1.27),
     "linear_attention_per_key_backward": (1.20, 1.21, 1.60),
     "linear_attention_scalar_forward": (1.16, 1.73, 1.54),
     "linear_attention_scalar_backward": (2.25, 2.28, 3.56),
+    "delta_rule_per_key_forward": (1.61, 1.88, 2.34),
+    "delta_rule_per_key_backward": (1.59, 1.77, 4.05),
     "delta_rule_scalar_forward": (1.12, 2.02, 1.65),
     "delta_rule_scalar_backward": (2.14, 2.47, 2.89),
     "selective_scan_forward": (3.31, 5.32, 5.71),
@@ -28,7 +31,8 @@ LANES = 128  # of a TPU's registers and matrix units
 
 def over_floor(name: str, device_kind: str) -> float:
     """How many times its floor a kernel takes by its static count; 1 if it was not counted, v5p's on other TPUs."""
-    ratios = next((ratios for part, ratios in TPU_CYCLES.items() if part in name), None)
+    # Not those of an op whose name ends with another's, as dplr_delta_rule's.
+    ratios = next((ratios for part, ratios in TPU_CYCLES.items() if re.search(rf"(?<![a-z_]){part}", name)), None)
     if ratios is None or not device_kind.startswith("TPU"):
         return 1.0
     return ratios[COUNTED.index(device_kind) if device_kind in COUNTED else 1]

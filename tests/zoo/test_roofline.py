@@ -134,6 +134,7 @@ def test_what_kernels_take_over_their_floors_is_what_is_stored():
     shapes = {
         "linear_attention_per_key": "gla_1.3b",
         "linear_attention_scalar": "mamba2_8b",
+        "delta_rule_per_key": "delta_rule_vector",
         "delta_rule_scalar": "delta_rule_scalar",
         "selective_scan": "mamba_1.3b",
     }
@@ -149,6 +150,7 @@ def test_what_kernels_take_over_their_floors_is_what_is_stored():
             name,
         )
     assert pallas_costs.over_floor("selective_scan_forward", "H200") == 1.0
+    assert pallas_costs.over_floor("dplr_delta_rule_per_key_forward", "TPU v6") == 1.0
 
 
 def operation(kind, flops, moved, count=1, cycles=0, name=""):
