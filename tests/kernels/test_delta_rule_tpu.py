@@ -108,7 +108,7 @@ def test_a_step_has_work_enough_to_hide_what_waits(kind, per_key, block, heads):
     assert tiles(block + 1).block == block // 2 + 128
 
 
-def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes):
+def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes, time=64):
     """Of values and gradients in a TPU's rounding, `passes` of bfloat16 for a float32 product."""
 
     def dot(self, a, b, contracted):
@@ -121,7 +121,7 @@ def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes):
         return tpu_rounding.product(a.astype(self.dtype), b.astype(self.dtype), params, passes)
 
     monkeypatch.setattr(Dots, "_dot", dot)
-    (inputs, d_results), (values, gradients) = exact(name, decays, 64)
+    (inputs, d_results), (values, gradients) = exact(name, decays, time)
     narrow = {key: jnp.asarray(inputs[key]).astype(dtype) for key in ("q", "k", "v", "a", "b") if key in inputs}
     results = jax.jit(value_and_gradients("mosaic_tpu"))(
         {key: jnp.asarray(x) for key, x in inputs.items()} | narrow, (d_results[0].astype(dtype), d_results[1])
@@ -141,9 +141,9 @@ def test_near_parallel_keys_are_right_on_a_tpu_too(monkeypatch, decays):
 @pytest.mark.parametrize("decays", ["none", "scalar", "vector"])
 def test_near_parallel_keys_in_bfloat16_cost_what_rounding_them_costs(monkeypatch, decays):
     """Of out and the final state, with inputs that are rounded too: `benchmarks.near_parallel` has what rounding alone
-    costs."""
-    errors = errors_on_a_tpu(monkeypatch, "near_parallel_keys_beta_2", decays, jnp.bfloat16, passes=6)
-    assert max(errors[:2]) < 2.5e-2
+    costs. Over two chunks and a half: a resolvent without its low part is five times as far off, and in one not."""
+    errors = errors_on_a_tpu(monkeypatch, "near_parallel_keys_beta_2", decays, jnp.bfloat16, passes=6, time=150)
+    assert max(errors[:2]) < 3.5e-2
 
 
 @pytest.mark.slow
