@@ -57,6 +57,10 @@ class _ModelFields:
         0, "entries of the vocabulary", zero="the tokenizer's, rounded up to a multiple of 64", also=("n_vocab",)
     )
     mlp: str = setting("swiglu", "what follows the mixer in a block", choices=MLP_CHOICES)
+    mlp_layer: str = setting(
+        "swiglu", "what layers named `mlp` are, where blocks have none (mlp=none)",
+        choices={name: "" for name in MLPS},
+    )  # fmt: skip
     mlp_bias: bool = setting(False, "a bias on each projection of the MLP")
     positions: str = setting("rope", "what tells tokens their positions", choices=POSITIONS)
     max_positions: int = setting(0, "the table's length, where positions are learned", unit="token", zero="no table")
@@ -296,7 +300,7 @@ def mlp_width(model: ModelConfig, place: Place) -> int:
 
 def mlp_class(model: ModelConfig) -> type:
     """Of the blocks, and of MLPs that are layers of their own."""
-    return MLPS["swiglu" if model.mlp == "none" else model.mlp]
+    return MLPS[model.mlp_layer if model.mlp == "none" else model.mlp]
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

@@ -51,6 +51,15 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.25,
 }
+NEMOTRON = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+    "head_dim": 6,
+    "mamba_num_heads": 3,
+    "mamba_head_dim": 8,
+    "n_groups": 3,
+    "ssm_state_size": 8,
+}
 QWEN = {
     "head_dim": 8,
     "linear_key_head_dim": 4,
@@ -101,6 +110,7 @@ CASES = {
     "bamba": ("bamba", HEADS | HYBRID | {"attn_layer_indices": [1]}),
     "granite": ("granitemoehybrid", HEADS | HYBRID | GRANITE | {"tie_word_embeddings": True}),
     "granite_rope": ("granitemoehybrid", HEADS | HYBRID | GRANITE | {"position_embedding_type": "rope"}),
+    "nemotron_h": ("nemotron_h", HEADS | NEMOTRON),
     "xlstm": ("xlstm", SIZES | {"hidden_size": 64, "num_heads": 2, "norm_eps": 0.1} | XLSTM),
     "qwen3_next": ("qwen3_next", HEADS | QWEN | {"num_experts": 0}),
     "qwen3_5": ("qwen3_5_text", HEADS | QWEN | {"linear_key_head_dim": 8}),

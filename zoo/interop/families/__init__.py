@@ -17,6 +17,7 @@ from zoo.interop.families import (
     llama,
     mamba,
     mamba2,
+    nemotron_h,
     qwen,
     qwen3_next,
     retnet,
@@ -28,7 +29,7 @@ from zoo.interop.family import Family
 from zoo.settings import shown
 
 _FILES = (
-    llama, qwen, mamba, mamba2, bamba, granite, xlstm, qwen3_next,
+    llama, qwen, mamba, mamba2, bamba, granite, nemotron_h, xlstm, qwen3_next,
     linear_attn, retnet, gla, hgrn2, rwkv6, delta_net, gated_deltanet, kda, rwkv7,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for file in _FILES for family in file.FAMILIES}
@@ -39,7 +40,7 @@ REFUSED = {
     "kimi_linear": "experts, latent attention", "jamba": "experts", "zamba": "shared blocks", "zamba2": "shared blocks",
     "dbrx": "experts", "olmoe": "experts", "granitemoe": "experts", "granitemoeshared": "experts", "phimoe": "experts",
     "lfm2": "gated short convolutions", "recurrent_gemma": "real-gated linear recurrent units",
-    "nemotron_h": "MLPs of squared ReLU that are layers of their own", "qwen3_5": "images; its text is qwen3_5_text",
+    "qwen3_5": "images; its text is qwen3_5_text",
     "mllama": "images", "t5": "an encoder", "bert": "an encoder",
 }  # fmt: skip
 

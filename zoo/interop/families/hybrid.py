@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+from zoo.config import MLP_LAYER
 from zoo.interop.families.mamba2 import read_limit, write_limit
 from zoo.interop.family import Fields, shortest_pattern
 
 # What transformers calls a layer, now and before its release 5, and the family of ours.
-LAYERS = {"linear_attention": "mamba2", "full_attention": "attention", "mamba": "mamba2", "attention": "attention"}
+LAYERS = {
+    "linear_attention": "mamba2", "full_attention": "attention", "mamba": "mamba2", "attention": "attention",
+    "mlp": MLP_LAYER,
+}  # fmt: skip
 
 
 def read_layers(fields: Fields, found: dict[str, Any], name: str, layers: Sequence[Any]) -> None:
