@@ -33,8 +33,8 @@ def weights(text: str) -> list[float]:
 
 
 def names(text: str) -> list[str]:
-    """ "q,k,v" as names; empty: none."""
-    found = [entry.strip() for entry in text.split(",")] if text.strip() else []
+    """ "q,k,v", or "q+k+v", as names; empty: none."""
+    found = [entry.strip() for entry in re.split("[,+]", text)] if text.strip() else []
     for i, name in enumerate(found):
         if not name or name in found[:i]:
             raise ValueError(f"got {shown(text)}, expected different names, comma-separated, or nothing")

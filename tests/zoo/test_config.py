@@ -84,7 +84,7 @@ def test_mlp_layers_and_models_without_mlps():
 def test_a_place_of_the_pattern_has_settings_of_its_own():
     model = preset("tiny").model
     model.mixer, model.num_layers, model.attention.num_kv_heads = (
-        "attention@window=8@rope_scaling.factor=2.0,attention,mlp",
+        "attention@window=8@rope_scaling.factor=2.0@biases=q+k,attention,mlp",
         3,
         2,
     )

@@ -20,7 +20,10 @@ from zoo.settings import nearest, setting, shown
 @dataclasses.dataclass
 class MixerConfig:
     biases: str = setting(
-        "", "projections that have a bias, comma-separated, as q,k,v", parse=lists.names, also=("use_bias",)
+        "",
+        "projections that have a bias, as q,k,v (q+k+v at a place of a pattern)",
+        parse=lists.names,
+        also=("use_bias",),
     )
 
 
