@@ -181,10 +181,14 @@ def build(name: str, folder: pathlib.Path) -> torch.nn.Module:
     return load(folder)
 
 
+def class_of(architecture: str) -> type:
+    """fla takes the name `mamba` over from transformers, but not the class."""
+    return getattr(transformers, architecture, None) or getattr(importlib.import_module("fla.models"), architecture)
+
+
 def load(folder: pathlib.Path) -> torch.nn.Module:
-    """Of the class that its config.json names: fla takes the name `mamba` over, but not transformers' class."""
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    found = getattr(transformers, name, None) or getattr(sys.modules["fla.models"], name)
+    """Of the class that its config.json names."""
+    found = class_of(json.loads((folder / "config.json").read_text())["architectures"][0])
     return found.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 

@@ -198,6 +198,26 @@ def test_one_line_and_nothing_left(case, tmp_path, capsys):
     assert "opened" not in capsys.readouterr().out
 
 
+NOT_READ = r"partial_rotary_factor: got 0\.5, which the package does not read"
+NAN, INFINITY = float("nan"), {"__float__": "Infinity"}
+FIELDS = [
+    ("llama", {"partial_rotary_factor": 0.5}, NOT_READ),
+    ("qwen3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, NOT_READ),
+    *(("granite", {"embedding_multiplier": x}, r"embedding_multiplier: got .*, expected from 1e-6 to 1e6")
+      for x in (NAN, float("inf"), 1e39, 1e-320, 0.0, -1.0)),
+    *(("mamba2", {"time_step_limit": limit}, r"time_step_limit: got .*, expected two numbers")
+      for limit in ([0, 0], [1, 0], [NAN, 1], [0, NAN], [True, False], [False, True], [INFINITY] * 2, ["0", "1"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("golden, fields, message", FIELDS)
+def test_a_field_of_another_range(golden, fields, message):
+    about, _ = tiny.golden(golden)
+    values = about["config"] | fields
+    with pytest.raises(UsageError, match=message):
+        family.to_model(families.of_config(values, "config.json"), values)
+
+
 @pytest.mark.parametrize("golden", ["yarn_rope", "bamba", "rwkv7"])
 def test_any_field_may_hold_anything(golden):
     """It is another model, or a UsageError."""

@@ -64,7 +64,7 @@ def test_a_part_is_read_alone(tmp_path):
     abstract = nnx.state(step.abstract_model(zoo_config.Config(model=model)), nnx.Param)
     places = table(of_model.rules_of(model), ["attention"], checkpoints.named_leaves(abstract))
     for name, shape in checkpoints.shapes(abstract).items():
-        read = importing._reader(places.of_parameter()[name], weights)
+        read = importing._reader(places.of_parameter()[name], weights, set())
         whole = read(tuple(slice(None) for _ in shape))
         assert whole.shape == tuple(shape)
         part = tuple(slice(size // 2, None) for size in shape)
@@ -124,6 +124,10 @@ def test_what_a_format_cannot_say_is_named():
     assert exporting.choose(model, "", "")[0].name == "qwen3"
     with pytest.raises(UsageError, match="llama, .* model.attention.qk_norm: True, of which it has False"):
         exporting.choose(model, "llama", "")
+    model.attention.qk_norm, model.attention.rotary_fraction = False, 0.5
+    assert exporting.choose(model, "", "")[0].name == "phi3"  # whose package reads it
+    with pytest.raises(UsageError, match="partial_rotary_factor: got 0.5, which the package does not read"):
+        exporting.choose(model, "llama", "")
     with pytest.raises(UsageError, match="has the mixers of this run, gateloop"):
         exporting.choose(zoo_config.ModelConfig(mixer="gateloop", vocab_size=64), "", "")  # no model is made
     with pytest.raises(UsageError, match="--format: got 'x'"):
@@ -138,6 +142,17 @@ def test_shards_hold_what_they_should(tmp_path):
     assert files == [f"model-{i}-of-00003.safetensors" for i in ("00001", "00002", "00003")]
     found = open_folder(tmp_path)
     assert all((found.tensors[name].view() == arrays[name]).all() for name in shapes)
+
+
+def test_numbers_that_are_none(tmp_path, capsys):
+    """Of weights: said by name; that another type would make: refused."""
+    folder = tiny.folder(tmp_path / "theirs")
+    rewritten(folder, **{"model.norm.weight": np.asarray([1e5] * 15 + [np.nan], np.float32)})
+    made = interop.import_model(str(folder), str(tmp_path / "run"))
+    assert "1 tensors hold NaN or infinity: model.norm.weight" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="model.norm.weight: it has values that float16 cannot hold"):
+        interop.export_run(str(made.workdir), str(tmp_path / "out"), dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_that_misses_a_parameter_is_a_fault():

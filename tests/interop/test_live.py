@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ if importlib.util.find_spec("fla") is None:  # not imported yet: it takes `mamba
 from tests.interop import make, tiny  # noqa: E402
 from zoo import checkpoints, interop, sharding  # noqa: E402
 from zoo import config as zoo_config  # noqa: E402
+from zoo.interop import families, family  # noqa: E402
 from zoo.training import step  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -49,6 +51,20 @@ def theirs(folder, model_type, tokens):
 
 def same(ours, wanted):
     assert np.max(np.abs(np.asarray(ours) - wanted)) < 1e-5 * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("name", families.exported())
+def test_an_absent_field_means_what_it_means_there(name):
+    """A config.json that says nothing is the model of the config class' defaults."""
+    of_model = families.FAMILIES[name]
+    kind = make.class_of(of_model.architecture).config_class
+    needed = {"qwen3_next": {"num_experts": 0}, "granitemoehybrid": {"num_local_experts": 0}}
+    needed |= {"linear_attn": {"feature_map": "elu"}}
+    for heads in ({}, {"num_attention_heads": 64}) if hasattr(kind(), "rope_parameters") else ({},):
+        given = needed.get(name, {}) | heads
+        said = json.loads(kind(**given).to_json_string(use_diff=False))
+        there, here = (family.to_model(of_model, values)[0] for values in (said, {"model_type": name} | given))
+        assert family._function(here) == family._function(there)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -231,12 +231,20 @@ def write_shards(
         for name in names:
             got, array = next(arrays)
             assert got == name, f"{got}, expected {name}"
-            of_shard[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
+            of_shard[name] = _as_type(name, array, dtype)
         safetensors.numpy.save_file(of_shard, folder / path, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, path)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         files.write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _as_type(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        made = np.ascontiguousarray(array.astype(dtype, copy=False))
+    if made.dtype != array.dtype and (np.isinf(made) & np.isfinite(array)).any():
+        raise UsageError(f"{name}: it has values that {dtype} cannot hold; write another --dtype")
+    return made
 
 
 @contextlib.contextmanager

@@ -23,10 +23,10 @@ from zoo import checkpoints, files, memory, processes, sharding
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
 from zoo.data.tokenizer import BYTES
-from zoo.errors import RunError, UsageError
+from zoo.errors import RunError, UsageError, warn
 from zoo.flops import num_parameters
 from zoo.interop import families, family, hub, tokenizer
-from zoo.interop.files import DTYPES, Tensor, Weights, compare, new_folder, open_folder, read_json, sha256
+from zoo.interop.files import DTYPES, Tensor, Weights, compare, listed, new_folder, open_folder, read_json, sha256
 from zoo.interop.table import Entry, Table, table
 from zoo.sharding import MeshConfig
 from zoo.training import placement, step
@@ -95,12 +95,15 @@ def import_model(
         made = str(stack.enter_context(new_folder(to))) if processes.is_first() else None
         temporary = pathlib.Path(processes.broadcast(made))
         try:
-            _save(temporary, load(places, _abstract(config), weights), config)
+            not_finite: set[str] = set()
+            _save(temporary, load(places, _abstract(config), weights, not_finite), config)
         except checkpoints.SaveError as error:
             raise RunError(f"{to} cannot be written ({error.__cause__ or error})") from error
         if processes.is_first():
             _write(temporary, source, said, weights, config, spec, of_model.name, ignored)
         processes.barrier()
+    if not_finite:
+        warn(f"{source}: {len(not_finite)} tensors hold NaN or infinity: {listed(sorted(not_finite))}")
     dtypes = sorted({tensor.dtype for tensor in weights.tensors.values()})
     return Imported(to, of_model.name, config, num_parameters(model), dtypes, ignored)
 
@@ -170,15 +173,23 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(places: Table, wanted: Mapping[str, jax.ShapeDtypeStruct], weights: Weights) -> dict[str, jax.Array]:
-    """Our parameters by name, in the files' own type, each part read by the device that holds it."""
+def load(
+    places: Table, wanted: Mapping[str, jax.ShapeDtypeStruct], weights: Weights, not_finite: set[str]
+) -> dict[str, jax.Array]:
+    """Our parameters by name, in the files' own type, each part read by the device that holds it.
+
+    Args:
+      not_finite: gets the names of tensors with NaN or infinity in what was read.
+    """
     return {
-        name: jax.make_array_from_callback(wanted[name].shape, wanted[name].sharding, _reader(entries, weights))
+        name: jax.make_array_from_callback(
+            wanted[name].shape, wanted[name].sharding, _reader(entries, weights, not_finite)
+        )
         for name, entries in places.of_parameter().items()
     }
 
 
-def _reader(entries: list[tuple[Entry, int]], weights: Weights) -> Callable[[Any], np.ndarray]:
+def _reader(entries: list[tuple[Entry, int]], weights: Weights, not_finite: set[str]) -> Callable[[Any], np.ndarray]:
     """index of a part -> the part, of a parameter that has one entry a unit, or one."""
     dtypes = {
         np.dtype(np.float32) if entry.transform.computes else DTYPES[weights.tensors[name].dtype]
@@ -189,11 +200,14 @@ def _reader(entries: list[tuple[Entry, int]], weights: Weights) -> Callable[[Any
 
     def of_entry(entry: Entry, place: int, index: tuple[slice, ...]) -> np.ndarray:
         views = [weights.tensors[name].view() for name in entry.theirs]
-        return entry.transform.read(*views)[place][index]
+        found = np.asarray(entry.transform.read(*views)[place][index], order="C")
+        if not all(np.isfinite(row).all() for row in np.atleast_2d(found)):  # by rows: no mask as large as it
+            not_finite.update(entry.theirs)
+        return found
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if entries[0][0].unit is None:
-            return np.ascontiguousarray(of_entry(*entries[0], index)).astype(dtype, copy=False)
+            return of_entry(*entries[0], index).astype(dtype, copy=False)
         units = entries[index[0]]
         first = of_entry(*units[0], index[1:])
         found = np.empty((len(units), *first.shape), dtype)

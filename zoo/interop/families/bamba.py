@@ -66,7 +66,13 @@ FAMILIES = [
         fields=llama.SIZES
         | llama.HEADS
         | MAMBA_FIELDS
-        | {"rms_norm_eps": Field("norm_epsilon", 1e-5), "hidden_act": Only("silu")},
+        | {
+            "vocab_size": Field("vocab_size", 128000),
+            "intermediate_size": Field("d_ff", 14336),
+            "num_key_value_heads": Field("attention.num_kv_heads", 8),
+            "rms_norm_eps": Field("norm_epsilon", 1e-5),
+            "hidden_act": Only("silu"),
+        },
         settings={"mlp": "swiglu", "positions": "rope", "mamba2.groups": 1},
         rules=_rules,
         read=_read,

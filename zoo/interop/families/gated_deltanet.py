@@ -32,6 +32,7 @@ FAMILIES = [
         "GatedDeltaNetForCausalLM",
         mixer="gated_delta_net",
         fields={
+            "num_hidden_layers": Field("num_layers", 21),
             "num_heads": Field("gated_delta_net.num_heads", 6),
             "conv_size": Field("gated_delta_net.conv_width", 4),
             "use_gate": Only(True),

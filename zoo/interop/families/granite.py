@@ -5,7 +5,7 @@
 
 Its four multipliers go into weights: embedding_multiplier into the embedding, logits_scaling (and, with a tied head,
 the former) into the last norm, residual_multiplier into what mixers and MLPs put out, attention_multiplier into q. An
-export writes them as 1. Refused: experts, several groups of B and C.
+export writes them as 1. Refused: experts, several groups of B and C, multipliers below 1e-6 or above 1e6.
 """
 
 from collections.abc import Mapping
@@ -33,8 +33,15 @@ def _rules(model: ModelConfig) -> list[Rule]:
     ]
 
 
+def _multiplier(fields: Fields, name: str) -> float:
+    value = fields.take(name, 1.0)
+    if not 1e-6 <= value <= 1e6:  # NaN too; products of these and weights stay far from the ends of float32
+        fields.refuse(name, f"got {value}, expected from 1e-6 to 1e6")
+    return value
+
+
 def _factors(values: Mapping[str, Any], model: ModelConfig) -> dict[str, float]:
-    embedding, logits, residual, attention = (float(values.get(name, 1.0)) for name in MULTIPLIERS)
+    embedding, logits, residual, attention = (_multiplier(Fields(values), name) for name in MULTIPLIERS)
     width = model.attention.head_dim or model.d_model // max(1, model.attention.num_heads)
     return {
         "embed.embedding": embedding,
@@ -58,8 +65,7 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
     if fields.take("attention_bias", False):
         found["attention.biases"] = "q,k,v,out"
     for name in MULTIPLIERS:
-        if fields.take(name, 1.0) <= 0:
-            fields.refuse(name, f"got {fields.values[name]}, expected more than 0")
+        _multiplier(fields, name)
 
 
 def _write(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:

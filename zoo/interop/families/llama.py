@@ -103,10 +103,20 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     name="mistral",
     architecture="MistralForCausalLM",
-    fields=LLAMA.fields | {"sliding_window": Field("attention.window", 4096)},
+    fields=LLAMA.fields
+    | {
+        "intermediate_size": Field("d_ff", 14336),
+        "num_key_value_heads": Field("attention.num_kv_heads", 8),
+        "sliding_window": Field("attention.window", 4096),
+    },
     read=_read_mistral,
     write=_write_mistral,
 )
+
+
+def _read_phi3(fields: Fields, found: dict[str, Any]) -> None:
+    read_heads(fields, found)
+    rope.read(fields, found, fraction=1.0)
 
 
 def _phi3_rules(model: ModelConfig) -> list:
@@ -127,8 +137,16 @@ PHI3 = dataclasses.replace(
     MISTRAL,
     name="phi3",
     architecture="Phi3ForCausalLM",
-    fields={name: field for name, field in MISTRAL.fields.items() if name != "head_dim"},
+    fields={name: field for name, field in LLAMA.fields.items() if name != "head_dim"}
+    | {
+        "vocab_size": Field("vocab_size", 32064),
+        "hidden_size": Field("d_model", 3072),
+        "intermediate_size": Field("d_ff", 8192),
+        "rms_norm_eps": Field("norm_epsilon", 1e-5),
+        "sliding_window": Field("attention.window"),
+    },
     rules=_phi3_rules,
+    read=_read_phi3,
     harmless=("original_max_position_embeddings",),
 )
 FAMILIES = [LLAMA, MISTRAL, PHI3]

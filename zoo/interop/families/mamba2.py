@@ -12,6 +12,7 @@ from zoo.config import ModelConfig
 from zoo.interop.families.mamba import NORMS, read_authors
 from zoo.interop.family import Family, Field, Fields, Only
 from zoo.interop.table import CONVOLUTION, Rule, linears, rule, same, split
+from zoo.settings import shown
 
 MIXER = "backbone.layers.{N}.mixer."
 
@@ -39,12 +40,11 @@ def _rules(model: ModelConfig) -> list[Rule]:
 def read_limit(fields: Fields, found: dict[str, Any]) -> None:
     """time_step_limit, [0, inf] for none; release 5 writes numbers that JSON lacks as {"__float__": "Infinity"}."""
     limit = fields.take("time_step_limit", [0.0, math.inf])
-    numbers = [n.get("__float__") if isinstance(n, dict) else n for n in limit]
-    try:
-        low, high = (float(n) for n in numbers)
-    except (TypeError, ValueError):
-        fields.refuse("time_step_limit", f"got {limit}, expected two numbers")
+    numbers = [math.inf if n == {"__float__": "Infinity"} else n for n in limit]
+    if [type(n) in (int, float) for n in numbers] != [True, True] or not (numbers[0] < numbers[1] > 0):
+        fields.refuse("time_step_limit", f"got {shown(limit)}, expected two numbers, the second larger and above 0")
         return
+    low, high = map(float, numbers)
     if low > 0:
         found["mamba2.dt_limit_min"] = low
     if high < math.inf:

@@ -41,11 +41,16 @@ def _write_qwen3(settings: dict[str, Any], mixers: list[Any], fields: dict[str, 
     fields["attention_bias"] = bool(settings.get("attention.biases"))
 
 
+FIELDS = llama.LLAMA.fields | {
+    "vocab_size": Field("vocab_size", 151936),
+    "intermediate_size": Field("d_ff", 22016),
+    "num_key_value_heads": Field("attention.num_kv_heads", 32),
+}
 QWEN2 = dataclasses.replace(
     llama.LLAMA,
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    fields={name: field for name, field in llama.LLAMA.fields.items() if name != "head_dim"},
+    fields={name: field for name, field in FIELDS.items() if name != "head_dim"},
     read=_read_qwen2,
     write=_write_qwen,
 )
@@ -53,7 +58,7 @@ QWEN3 = dataclasses.replace(
     llama.LLAMA,
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    fields=llama.LLAMA.fields | {"head_dim": Field("attention.head_dim", 128)},
+    fields=FIELDS | {"head_dim": Field("attention.head_dim", 128)},
     settings=llama.LLAMA.settings | {"attention.qk_norm": True},
     read=_read_qwen3,
     write=_write_qwen3,

@@ -140,6 +140,10 @@ NEXT = Family(
     architecture="Qwen3NextForCausalLM",
     fields=llama.SIZES
     | {
+        "vocab_size": Field("vocab_size", 151936),
+        "hidden_size": Field("d_model", 2048),
+        "intermediate_size": Field("d_ff", 5632),
+        "num_hidden_layers": Field("num_layers", 48),
         "num_attention_heads": Field("attention.num_heads", 16),
         "num_key_value_heads": Field("attention.num_kv_heads", 2),
         "head_dim": Field("attention.head_dim", 256),
@@ -168,6 +172,14 @@ TEXT_5 = dataclasses.replace(
     NEXT,
     name="qwen3_5_text",
     architecture="Qwen3_5ForCausalLM",
+    fields=NEXT.fields
+    | {
+        "vocab_size": Field("vocab_size", 248320),
+        "hidden_size": Field("d_model", 4096),
+        "intermediate_size": Field("d_ff", 12288),
+        "num_hidden_layers": Field("num_layers", 32),
+        "num_key_value_heads": Field("attention.num_kv_heads", 4),
+    },
     rules=_rules_5,
     read=_read,
     fixed={},

@@ -5,6 +5,7 @@
 from typing import Any
 
 from zoo.interop.family import Fields
+from zoo.settings import shown
 
 SCALING = "attention.rope_scaling."
 # Their name of each number of a kind: ours, and what an absent one means (None: it has to be there).
@@ -28,17 +29,23 @@ NUMBERS: dict[str, dict[str, tuple[str, Any]]] = {
 }
 
 
-def read(fields: Fields, found: dict[str, Any], fraction: float = 1.0) -> None:
-    """The settings of `attention` that say how q and k are turned; `fraction` of a head, where nothing says."""
-    outer = fields.take("rope_theta", 10_000.0), fields.take("partial_rotary_factor", fraction)
+def read(fields: Fields, found: dict[str, Any], fraction: float | None = None) -> None:
+    """The settings of `attention` that say how q and k are turned.
+
+    Args:
+      fraction: of a head, where nothing says; None: the package's class turns all of it, whatever the config says.
+    """
+    outer = fields.take("rope_theta", 10_000.0), fields.take("partial_rotary_factor", fraction or 1.0)
     name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
     fields.take("rope_parameters", {}, dict), fields.take("rope_scaling", {}, dict)
     inner = fields.section(name)
     found["attention.rope_base"] = inner.take("rope_theta", outer[0])
-    found["attention.rotary_fraction"] = inner.take("partial_rotary_factor", outer[1])
+    found["attention.rotary_fraction"] = share = inner.take("partial_rotary_factor", outer[1])
+    if fraction is None and share != 1.0:
+        fields.refuse("partial_rotary_factor", f"got {shown(share)}, which the package does not read for this model")
     kind = inner.take("rope_type", inner.take("type", "default"))
     if kind not in NUMBERS:
-        inner.refuse("rope_type", f"{kind!r}, of which only {', '.join(NUMBERS)} can be expressed")
+        inner.refuse("rope_type", f"{shown(kind)}, of which only {', '.join(NUMBERS)} can be expressed")
         return
     if kind != "default":
         found[f"{SCALING}kind"] = kind
@@ -53,7 +60,7 @@ def read(fields: Fields, found: dict[str, Any], fraction: float = 1.0) -> None:
         found[SCALING + ours] = value
     for left in inner.rest():
         if inner.values[left] is not None:
-            inner.refuse(left, f"{inner.values[left]!r} cannot be expressed with {kind}")
+            inner.refuse(left, f"{shown(inner.values[left])} cannot be expressed with {kind}")
 
 
 def write(settings: dict[str, Any], fields: dict[str, Any]) -> None:
