@@ -59,6 +59,18 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return file
 
 
+def inside(path: str | os.PathLike) -> str | os.PathLike:
+    """`path`, of a folder that others made. OSError where it is a link out of that folder: what it names may be no
+    part of what was handed over. A snapshot in the Hugging Face hub's cache has its files in ../../blobs.
+    """
+    folder, real = (os.path.realpath(name) for name in (os.path.dirname(path) or ".", path))
+    above, snapshots = os.path.split(os.path.dirname(folder))
+    blobs = [os.path.join(above, "blobs")] if snapshots == "snapshots" else []
+    if os.path.dirname(real) not in blobs and os.path.commonpath([folder, real]) != folder:
+        raise OSError(errno.EXDEV, "it is a link out of its folder; put a copy in its place")
+    return path
+
+
 def read_bytes(path: str | os.PathLike, limit: int | None) -> bytes:
     """The content of a regular file of at most `limit` bytes (None: any number). OSError for others."""
     with open_regular(path) as file:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import re
+import shutil
 import struct
 import sys
 
@@ -16,6 +17,7 @@ from zoo import interop
 from zoo.__main__ import main
 from zoo.errors import RunError, UsageError
 from zoo.interop import families, family, files
+from zoo.training import start
 
 
 def header(path):
@@ -125,6 +127,16 @@ def small_tokenizer(size):
     return change
 
 
+def link(name):
+    """To a file that is no part of the model."""
+
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(__file__)
+
+    return change
+
+
 NAME = "model.norm.weight"
 NORM = np.ones(16, np.float32)
 CASES = {
@@ -183,6 +195,9 @@ CASES = {
     "a tokenizer of another vocabulary": (small_tokenizer(50), r"50 ids, and the model's vocabulary has 40"),
     "a tokenizer that is none": (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"is no tokenizer\.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; --tokenizer="),
+} | {
+    f"{name}, a link out of the folder": (link(name), rf"{re.escape(name)}: cannot be read \(it is a link out of")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
 }  # fmt: skip
 
 
@@ -246,6 +261,33 @@ def test_what_stands_there_is_not_overwritten(tmp_path):
     for name in ("run", "out"):
         assert [path.name for path in (tmp_path / name).iterdir()] == ["mine"]
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
+def test_links(tmp_path):
+    """Into the hub's cache they are what a snapshot is made of; of a run's origin they would publish what they name."""
+    for folder in ("name/snapshots/abc", "name/blobs", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "name/blobs/hash").write_text("")
+    for target, found in (("../../blobs/hash", True), ("../../../other", False), ("a.json", True)):
+        path = tmp_path / "name/snapshots/abc/config.json"
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        with contextlib.nullcontext() if found else pytest.raises(OSError, match="link out of its folder"):
+            assert files.files.inside(path) == path
+    made = interop.import_model(str(tiny.folder(tmp_path / "theirs")), str(tmp_path / "run"))
+    origin = made.workdir / "origin"
+    for path, target in ((origin / "tokenizer.model", __file__), (origin, tmp_path / "moved")):
+        if path == origin:
+            origin.rename(target)
+        path.symlink_to(target)
+        with pytest.raises(UsageError, match=f"{path.name}: cannot be handed on .*link out"):
+            interop.export_run(str(made.workdir), str(tmp_path / "out"))
+        with pytest.raises(UsageError, match="link out") if path == origin else contextlib.nullcontext():
+            start._carry_origin(made.workdir, tmp_path / "next")  # of a run that begins with it
+            assert (tmp_path / "next" / "origin" / path.name).is_symlink()
+        shutil.rmtree(tmp_path / "next", ignore_errors=True)
+        (tmp_path / "moved" if path == origin else path).rename(tmp_path / f"gone{path.name}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -103,7 +103,8 @@ def test_the_authors_own_folder(golden, layer, tmp_path):
 
 
 def test_what_stands_beside_the_weights_is_carried(tmp_path):
-    folder = tiny.folder(tmp_path / "theirs", custom_field=None)
+    said = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "eos_token_id": [{}], "pad_token_id": 3}
+    folder = tiny.folder(tmp_path / "theirs", custom_field=None, initializer_range=float("nan"), **said)
     (folder / "generation_config.json").write_text('{"temperature": 0.6}')
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     made = interop.import_model(str(folder), str(tmp_path / "run"))
@@ -114,7 +115,9 @@ def test_what_stands_beside_the_weights_is_carried(tmp_path):
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert origin["sha256"]["model.safetensors"] in (tmp_path / "out/README.md").read_text()
-    assert json.loads((tmp_path / "out/config.json").read_text())["bos_token_id"] == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 0, 3)
+    assert "auto_map" not in config and "initializer_range" not in config
 
 
 def test_what_a_format_cannot_say_is_named():

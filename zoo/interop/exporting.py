@@ -7,6 +7,7 @@ config says all that the model is. Tensors are made and written a shard at a tim
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -117,14 +118,37 @@ def _fields(
     with contextlib.suppress(OSError, ValueError):
         theirs = files.read_json(workdir / ORIGIN / "config.json", MAX_JSON)
         if isinstance(theirs, dict) and theirs.get("model_type") == family.name:
-            before |= {name: value for name, value in theirs.items() if name in HARMLESS | set(family.harmless)}
+            carried = (HARMLESS | set(family.harmless)) - {"auto_map"}  # which names code to run
+            before |= {name: value for name, value in theirs.items() if name in carried and _plain(name, value)}
     said = {"architectures": [family.architecture], "model_type": family.name, "torch_dtype": dtype, "dtype": dtype}
     of_model = to_fields(family, model)
     kept = {name for name in family.fixed if name in before}  # what an import said counts, where nothing hangs on it
     return before | {name: value for name, value in of_model.items() if name not in kept} | said
 
 
+def _plain(name: str, value: Any) -> bool:
+    """Numbers and words, or a list of them; an id is a whole number."""
+    parts = value if isinstance(value, list) else [value]
+    if name.endswith("_token_id"):
+        return value is None or all(type(part) is int for part in parts)
+    return all(
+        part is None or isinstance(part, int | str) or (isinstance(part, float) and math.isfinite(part))
+        for part in parts
+    )
+
+
 def _origin(workdir: pathlib.Path) -> dict[str, Any]:
+    """What origin.json says.
+
+    Raises:
+      UsageError: a link in the workdir's folder of origins, which would publish what it names.
+    """
+    path = folder = workdir / ORIGIN
+    try:
+        for path in (folder, *(sorted(folder.iterdir()) if folder.is_dir() else ())):
+            files.inside(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be handed on ({error.strerror or error})") from error
     try:
         found = files.read_json(workdir / ORIGIN / "origin.json", MAX_JSON)
         return found if isinstance(found, dict) else {}

@@ -120,7 +120,7 @@ def _is_shard(name: Any) -> bool:
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
     try:
-        with files.open_regular(path) as file:
+        with files.open_regular(files.inside(path)) as file:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8)) if size >= 8 else (0,)
             if not 2 <= length <= min(LARGEST_HEADER, size - 8):
@@ -159,7 +159,7 @@ def _parse(text: bytes) -> Any:
 def read_json(path: pathlib.Path, limit: int) -> Any:
     """JSON of others. UsageError: it is not there, too large, no JSON, or says something twice."""
     try:
-        return _parse(files.read_bytes(path, limit))
+        return _parse(files.read_bytes(files.inside(path), limit))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:

@@ -85,6 +85,7 @@ def import_model(
     size = sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in weights.tensors.values() if t.dtype in DTYPES)
     memory.check(f"{source}: {num_parameters(model):,} parameters", 2 * num_parameters(model), jax.devices(), MORE)
     placement.check(config, jax.device_count())
+    tokenizer.beside(source)  # or it says now which cannot be carried
     spec = tokenizer.choose(source, asked_tokenizer, model.vocab_size)
     config.data.tokenizer = BYTES if spec == BYTES else str(to / tokenizer.FILE)
     weights = _renamed(without_unread(weights, of_model, model), of_model.renamed)

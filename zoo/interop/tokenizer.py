@@ -47,15 +47,27 @@ def choose(folder: pathlib.Path, asked: str, vocab_size: int) -> str:
     return spec
 
 
+def beside(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of `folder` that are carried along, by name.
+
+    Raises:
+      UsageError: one that cannot be read, or that is a link out of the folder.
+    """
+    found = {}
+    for path in [folder / name for name in CARRIED if (folder / name).is_file()]:
+        try:
+            found[path.name] = files.read_bytes(files.inside(path), LARGEST_FILE)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return found
+
+
 def carry(folder: pathlib.Path, to: pathlib.Path) -> list[str]:
     """Copy the files of `folder` that are there; their names."""
-    found = [name for name in CARRIED if (folder / name).is_file()]
-    for name in found:
-        try:
-            files.write(to / name, files.read_bytes(folder / name, LARGEST_FILE))
-        except OSError as error:
-            raise UsageError(f"{folder / name}: cannot be read ({error.strerror or error})") from error
-    return found
+    found = beside(folder)
+    for name, content in found.items():
+        files.write(to / name, content)
+    return list(found)
 
 
 def write(workdir: pathlib.Path, config: Any, to: pathlib.Path) -> list[str]:

@@ -73,7 +73,7 @@ def _carry_origin(source: pathlib.Path, workdir: pathlib.Path) -> None:
     """What imported weights came with: an export of this run hands it on."""
     if (source / workdirs.ORIGIN).is_dir() and not (workdir / workdirs.ORIGIN).exists():
         try:
-            shutil.copytree(source / workdirs.ORIGIN, workdir / workdirs.ORIGIN)
+            shutil.copytree(files.inside(source / workdirs.ORIGIN), workdir / workdirs.ORIGIN, symlinks=True)
         except OSError as error:  # shutil's own among them
             raise UsageError(f"--init_from={source}: its {workdirs.ORIGIN} cannot be copied ({error})") from error
 
