@@ -138,7 +138,7 @@ def link(name):
 
 
 NAME = "model.norm.weight"
-NORM = np.ones(16, np.float32)
+NORM, POINT = np.ones(16, np.float32), np.ones((), np.float32)
 CASES = {
     "truncated": (truncated, r"model\.safetensors.*(damaged|cut)"),
     "a header of 10 GB": (huge_header, r"header of 10,000,000,000 bytes"),
@@ -159,6 +159,10 @@ CASES = {
     "an absolute path in the index": (
         lambda folder: shards(folder, {"model.norm.weight": "/etc/x.safetensors"}), r"got '/etc/x\.safetensors'",
     ),
+    "a shard's name without end": (
+        lambda folder: shards(folder, {"model.norm.weight": "a" * 5000 + ".safetensors"}),
+        r"files beside it, got 'a{50,60}\.\.\.$",
+    ),
     "an index that is no object": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), r"no weight_map",
     ),
@@ -176,6 +180,13 @@ CASES = {
     "a config nested without end": (config("[" * 100_000), r"config\.json: no JSON"),
     "a config that is a list": (config("[]"), r"expected an object"),
     "an unknown model": (config(model_type="lama"), r"model_type 'lama' is not one of.*did you mean llama"),
+    "tied numbers": (
+        lambda folder: (
+            config(tie_word_embeddings=True)(folder),
+            with_tensors(**{"lm_head.weight": POINT, "model.embed_tokens.weight": POINT})(folder),
+        ),
+        r"model\.embed_tokens\.weight: \[\] in the file",
+    ),
     "experts": (config(model_type="mixtral"), r"mixtral cannot be expressed here: experts"),
     "a model_type that is a number": (config(model_type=7), r"model_type 7 is not one of"),
     "an absurd width": (config(hidden_size=10**30), r"hidden_size: got 1"),
@@ -231,6 +242,14 @@ def test_a_field_of_another_range(golden, fields, message):
     values = about["config"] | fields
     with pytest.raises(UsageError, match=message):
         family.to_model(families.of_config(values, "config.json"), values)
+
+
+def test_a_multiplier_that_is_null_is_one():
+    about, _ = tiny.golden("granite")
+    values = about["config"] | {"embedding_multiplier": None, "attention_multiplier": None}
+    of_model = families.of_config(values, "config.json")
+    model, _ = family.to_model(of_model, values)
+    assert of_model.factors(values, model)["embed.embedding"] == 1.0
 
 
 @pytest.mark.parametrize("golden", ["yarn_rope", "bamba", "rwkv7"])
@@ -297,6 +316,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="run cannot be written .*No space left"):
         interop.import_model(str(folder), str(tmp_path / "run"))
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_an_export_onto_a_full_disk(tmp_path, monkeypatch):
+    made = interop.import_model(str(tiny.folder(tmp_path / "theirs")), str(tmp_path / "run"))
+    full = safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(safetensors.numpy, "save_file", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(UsageError, match="out cannot be written .*model.safetensors: .*No space left"):
+        interop.export_run(str(made.workdir), str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"a.x00b is no path"):
+        interop.export_run(str(made.workdir), str(tmp_path / "a\0b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
 
 
 def test_the_command_says_it_in_one_line(tmp_path, capsys, monkeypatch):

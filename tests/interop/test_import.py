@@ -78,9 +78,25 @@ def test_a_tied_head_may_be_there_if_it_is_the_embedding(tmp_path):
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     rewritten(folder, **{"lm_head.weight": embedding.copy()}, **buffer)
     interop.import_model(str(folder), str(tmp_path / "run"))
+    embedding[1, 1] = np.nan
+    rewritten(folder, **{"lm_head.weight": embedding, "model.embed_tokens.weight": embedding.copy()})
+    interop.import_model(str(folder), str(tmp_path / "strange"))
     rewritten(folder, **{"lm_head.weight": embedding + 1})
     with pytest.raises(UsageError, match="lm_head.weight differs from model.embed_tokens.weight"):
         interop.import_model(str(folder), str(tmp_path / "other"))
+
+
+def test_layers_of_two_types_are_float32_together(tmp_path):
+    folder, name = tiny.folder(tmp_path / "theirs"), "model.layers.{}.self_attn.q_proj.weight"
+    held = safetensors.numpy.load_file(folder / "model.safetensors")
+    mixed = {name.format(0): held[name.format(0)].astype(ml_dtypes.bfloat16)}
+    mixed[name.format(1)] = held[name.format(1)].astype(np.float16)
+    rewritten(folder, **mixed)
+    made = interop.import_model(str(folder), str(tmp_path / "run"))
+    assert made.dtypes == ["BF16", "F16", "F32"]
+    for i, x in enumerate(mixed.values()):
+        got = _parameters(made.workdir)["units.blocks.0.mixer.q.kernel"][i]
+        np.testing.assert_array_equal(got, x.astype(np.float32).T)
 
 
 @pytest.mark.parametrize("golden, layer", [("mamba", "Mamba1"), ("mamba2", "Mamba2")])

@@ -24,6 +24,7 @@ import safetensors.numpy
 
 from zoo import files
 from zoo.errors import UsageError
+from zoo.settings import shown
 from zoo.terminal import one_line
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -91,7 +92,7 @@ def _open_shards(folder: pathlib.Path) -> Weights:
         raise UsageError(f"{where}: no weight_map of tensors and files")
     bad = [name for name in weight_map.values() if not _is_shard(name)]
     if bad:
-        raise UsageError(f"{where}: expected names of .safetensors files beside it, got {listed(map(repr, bad))}")
+        raise UsageError(f"{where}: expected names of .safetensors files beside it, got {listed(map(shown, bad))}")
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or len(shards) > MAX_SHARDS:
@@ -115,7 +116,7 @@ def _open_shards(folder: pathlib.Path) -> Weights:
 
 
 def _is_shard(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[0-9A-Za-z_][0-9A-Za-z_.-]*\.safetensors", name) is not None
+    return isinstance(name, str) and re.fullmatch(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,200}\.safetensors", name) is not None
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
@@ -232,7 +233,10 @@ def write_shards(
             got, array = next(arrays)
             assert got == name, f"{got}, expected {name}"
             of_shard[name] = _as_type(name, array, dtype)
-        safetensors.numpy.save_file(of_shard, folder / path, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(of_shard, folder / path, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk too
+            raise OSError(f"{path}: {error}") from error
         weight_map |= dict.fromkeys(names, path)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -254,6 +258,8 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UsageError: something stands at `path`.
     """
+    if "\0" in str(path):
+        raise UsageError(f"{one_line(path)} is no path; choose another folder")
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(4)}.unfinished"
     try:
         if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):

@@ -35,6 +35,7 @@ from zoo.training.workdir import ORIGIN
 MAX_JSON = 16 << 20  # bytes of a config.json
 MORE = "import on more devices, spread by --fsdp"
 AT_ONCE = 10**9  # bytes of parameters that are written at a time
+PIECE = 16 << 20  # bytes that are compared at a time
 LEARNING_RATE = 2e-5  # of a run that goes on from it, where nobody says otherwise
 CONTEXT = 1024  # tokens, the same
 
@@ -164,11 +165,13 @@ def _renamed(weights: Weights, renamed: Mapping[str, str]) -> Weights:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    """Byte by byte: NaN is itself."""
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in DTYPES:
         return False
-    rows = max(1, (16 << 20) // max(1, math.prod(a.shape[1:]) * DTYPES[a.dtype].itemsize))
-    there, here = a.view(), b.view()
-    return all(np.array_equal(there[i : i + rows], here[i : i + rows]) for i in range(0, a.shape[0], rows))
+    if 0 in a.shape:
+        return True
+    there, here = (tensor.view().reshape(-1).view(np.uint8) for tensor in (a, b))
+    return all(np.array_equal(there[i : i + PIECE], here[i : i + PIECE]) for i in range(0, len(there), PIECE))
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ def _reader(entries: list[tuple[Entry, int]], weights: Weights, not_finite: set[
         for entry, _ in entries
         for name in entry.theirs
     }
-    dtype = np.result_type(*(dtypes or {np.dtype(np.float32)}))
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # of bfloat16 and float16 too
 
     def of_entry(entry: Entry, place: int, index: tuple[slice, ...]) -> np.ndarray:
         views = [weights.tensors[name].view() for name in entry.theirs]

@@ -84,7 +84,7 @@ def write(workdir: pathlib.Path, config: Any, to: pathlib.Path) -> list[str]:
     tokenizer = data.tokenizer.load(spec)
     if spec == BYTES:
         made = of_bytes(tokenizer.separator_id)
-        made.save(str(to / FILE))
+        files.write(to / FILE, made.to_str(pretty=True))
     else:
         shutil.copyfile(spec, to / FILE)
         made = tokenizers.Tokenizer.from_file(spec)
