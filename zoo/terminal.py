@@ -16,5 +16,11 @@ def one_line(text: object) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def brief(text: object, width: int = 200) -> str:
+    """`one_line`, and of what is longer than `width` its beginning."""
+    text = str(text)
+    return one_line(text if len(text) <= width else f"{text[:width]}...")
+
+
 def _escaped(character: str) -> str:
     return ascii(character)[1:-1]

@@ -228,6 +228,10 @@ NOT_READ = r"partial_rotary_factor: got 0\.5, which the package does not read"
 NAN, INFINITY = float("nan"), {"__float__": "Infinity"}
 FIELDS = [
     ("llama", {"partial_rotary_factor": 0.5}, NOT_READ),
+    ("llama", {"a\n\x1b" + "b" * 500: 1}, r"^a\\n\\x1bb{70,80}\.\.\.: 1 is not known here; --ignore=a.{70,110}$"),
+    ("llama", {"rope_scaling": {"rope_type": "b" * 500}, "rope_parameters": None}, r"rope_type: 'b{50,60}\.\.\.,"),
+    ("llama", {"hidden_act": "relu", "zz": 1, "rope_parameters": {"rope_type": "dynamic"}},
+     r"(?s)hidden_act: 'relu'.*rope_type: 'dynamic'.*zz: 1 is not known"),
     ("qwen3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, NOT_READ),
     *(("granite", {"embedding_multiplier": x}, r"embedding_multiplier: got .*, expected from 1e-6 to 1e6")
       for x in (NAN, float("inf"), 1e39, 1e-320, 0.0, -1.0)),
@@ -242,6 +246,15 @@ def test_a_field_of_another_range(golden, fields, message):
     values = about["config"] | fields
     with pytest.raises(UsageError, match=message):
         family.to_model(families.of_config(values, "config.json"), values)
+
+
+def test_what_ignore_names_is_there_to_be_ignored():
+    about, _ = tiny.golden("llama")
+    values = about["config"] | {"zz": 1}
+    _, ignored = family.to_model(families.FAMILIES["llama"], values, ["zz"])
+    assert ignored == ["zz"]
+    with pytest.raises(UsageError, match=r"(?s)hidden_act: is read, and cannot.*nosuch: there is no such field; leave"):
+        family.to_model(families.FAMILIES["llama"], values, ["zz", "nosuch", "hidden_act"])
 
 
 def test_a_multiplier_that_is_null_is_one():
@@ -264,7 +277,7 @@ def test_any_field_may_hold_anything(golden):
                 family.to_model(families.of_config(fields, "config.json"), fields)
 
 
-def test_what_stands_there_is_not_overwritten(tmp_path):
+def test_what_stands_there_is_not_overwritten(tmp_path, capsys):
     folder = tiny.folder(tmp_path / "theirs")
     for name in ("run", "out"):
         (tmp_path / name).mkdir()
@@ -274,6 +287,14 @@ def test_what_stands_there_is_not_overwritten(tmp_path):
     interop.import_model(str(folder), str(tmp_path / "new"))
     with pytest.raises(UsageError, match="stands there already"):
         interop.export_run(str(tmp_path / "new"), str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="float16"), files.new_folder(tmp_path / "a/b/c"):
+        assert (tmp_path / "a/b").is_dir()
+        raise UsageError("float16")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / ".again.0123abcd.unfinished").mkdir()
+    with files.new_folder(tmp_path / "again"):
+        assert f"{tmp_path}: .again.0123abcd.unfinished is of one that was killed" in capsys.readouterr().err
+    (tmp_path / ".again.0123abcd.unfinished").rmdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="stands there already"):
         interop.export_run(str(tmp_path / "new"), str(tmp_path / "link"))

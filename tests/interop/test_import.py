@@ -125,12 +125,15 @@ def test_what_stands_beside_the_weights_is_carried(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     made = interop.import_model(str(folder), str(tmp_path / "run"))
     assert made.ignored == ["custom_field"]
-    origin = json.loads((made.workdir / "origin/origin.json").read_text())
+    path = made.workdir / "origin/origin.json"
+    origin = json.loads(path.read_text())
+    path.write_text(json.dumps(origin | {"folder": "x`[y](z)|"}))
     assert origin["model_type"] == "llama" and len(origin["sha256"]["model.safetensors"]) == 64
     interop.export_run(str(made.workdir), str(tmp_path / "out"))
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
-    assert origin["sha256"]["model.safetensors"] in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert origin["sha256"]["model.safetensors"] in card and "`x''y'(z)'`" in card
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 0, 3)
     assert "auto_map" not in config and "initializer_range" not in config
@@ -147,6 +150,12 @@ def test_what_a_format_cannot_say_is_named():
     assert exporting.choose(model, "", "")[0].name == "phi3"  # whose package reads it
     with pytest.raises(UsageError, match="partial_rotary_factor: got 0.5, which the package does not read"):
         exporting.choose(model, "llama", "")
+    # Of formats of these mixers alone, what the nearest lacks; not of hybrids.
+    model.attention.rotary_fraction, model.mlp, model.d_ff, model.tie_embeddings = 1.0, "gelu", 64, False
+    with pytest.raises(UsageError, match="^llama, the nearest format, .* model is: model.mlp: 'gelu', of which it has"):
+        exporting.choose(model, "", "")
+    one = zoo_config.ModelConfig(mixer="mamba2", num_layers=2, d_model=64, vocab_size=64)
+    assert exporting.choose(one, "", "")[0].name == "bamba"  # a hybrid without layers of attention
     with pytest.raises(UsageError, match="has the mixers of this run, gateloop"):
         exporting.choose(zoo_config.ModelConfig(mixer="gateloop", vocab_size=64), "", "")  # no model is made
     with pytest.raises(UsageError, match="--format: got 'x'"):
@@ -198,7 +207,8 @@ def test_a_run_goes_on_from_what_was_imported(tmp_path):
     assert (tmp_path / "tuned/origin/origin.json").read_bytes() == (made.workdir / "origin/origin.json").read_bytes()
     out = interop.export_run(str(tmp_path / "tuned"), str(tmp_path / "out"))
     text = (tmp_path / "out/README.md").read_text()
-    assert out.step == 2 and "| steps | 2 |" in text and f"{summary['eval_loss']:.4f} nats" in text
+    assert out.step == 2 and "| steps | 2 |" in text and "| data | text.txt (" in text
+    assert f"{summary['eval_loss']:.4f} nats" in text
     assert train(config, made.workdir)["step"] == 2  # where it stands, with its own data and optimizer
     assert checkpoints.complete_steps(made.workdir / "checkpoints") == [0, 2]
     config.model.norm_epsilon = 1e-3

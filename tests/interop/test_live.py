@@ -29,6 +29,7 @@ FRESH = {
     "llama": {"mixer": "attention", "norm_epsilon": 1e-4},
     "qwen3": {"mixer": "attention", "attention.qk_norm": True, "tie_embeddings": False},
     "mamba2": {"mixer": "mamba2", "mlp": "none", "mamba2.head_dim": 16, "mamba2.groups": 2},
+    "bamba": {"mixer": "mamba2", "mamba2.head_dim": 16},  # without a layer of attention
     "xlstm": {"mixer": "mlstm", "logit_softcap": 30.0},
     "gla": {"mixer": "gla"},
     "retnet": {"mixer": "retnet"},

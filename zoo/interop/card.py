@@ -2,12 +2,13 @@
 
 import contextlib
 import pathlib
+import re
 from typing import Any
 
 from zoo import files, flops, metrics
 from zoo.checkpoints import Run, evaluation_loss
 from zoo.interop.family import Family
-from zoo.terminal import one_line
+from zoo.terminal import brief, one_line
 
 
 def text(workdir: pathlib.Path, run: Run, family: Family, dtype: str, origin: dict[str, Any]) -> str:
@@ -21,11 +22,9 @@ def text(workdir: pathlib.Path, run: Run, family: Family, dtype: str, origin: di
         "## Where it comes from", "",
     ]  # fmt: skip
     if origin:
-        lines.append(
-            f"Imported from `{one_line(origin.get('folder', ''))}` ({one_line(origin.get('model_type', ''))}):"
-        )
+        lines.append(f"Imported from `{_plain(origin.get('folder', ''))}` ({_plain(origin.get('model_type', ''))}):")
         hashes = origin.get("sha256") if isinstance(origin.get("sha256"), dict) else {}
-        lines += ["", *(f"- {one_line(name)}: sha256 {one_line(digest)}" for name, digest in hashes.items()), ""]
+        lines += ["", *(f"- {_plain(name)}: sha256 {_plain(digest)}" for name, digest in hashes.items()), ""]
     lines += _training(run, summary, evaluation_loss(workdir, run.step))
     return "\n".join(lines) + "\n"
 
@@ -39,13 +38,13 @@ def _training(run: Run, summary: dict[str, Any], loss: float | None) -> list[str
     rows = {
         "steps": f"{run.step:,}",
         "tokens": f"{tokens:,}, {train.batch_size} x {train.context_length} a step",
-        "data": f"{one_line(run.config.data.source)}",
+        "data": _plain(", ".join(map(_source, run.config.data.source.split(",")))),
         "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}",
         "seed": str(train.seed),
     }
     corpus = summary.get("corpus")
     if isinstance(corpus, dict) and corpus.get("fingerprint"):
-        rows["data"] += f" (fingerprint {one_line(corpus['fingerprint'])})"
+        rows["data"] += f" (fingerprint {_plain(corpus['fingerprint'])})"
     if summary.get("step") == run.step:  # else it is of another checkpoint
         for name, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
             if isinstance(summary.get(name), int | float):
@@ -55,8 +54,19 @@ def _training(run: Run, summary: dict[str, Any], loss: float | None) -> list[str
     elif loss is not None:
         rows["validation loss"] = f"{loss:.4f} nats a token"
     if summary.get("init_from"):
-        rows["started from"] = one_line(pathlib.PurePath(str(summary["init_from"])).name)
+        rows["started from"] = _plain(pathlib.PurePath(str(summary["init_from"])).name)
     return ["| trained | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _plain(text: object) -> str:
+    """Without what Markdown would obey, whoever wrote it."""
+    return re.sub(r"[`|<>\[\]]", "'", brief(text))
+
+
+def _source(spec: str) -> str:
+    """Of a path its last name; where it lies on this machine is nobody's business."""
+    spec = spec.strip()
+    return spec if spec.startswith("hf:") else pathlib.PurePath(spec).name
 
 
 def _summary(workdir: pathlib.Path) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def choose(model: ModelConfig, asked: str, origin: str) -> tuple[Family, ModelCo
             found.setdefault(name, missing)
     if not found:
         raise UsageError(f"no format of {', '.join(families.exported())} has the mixers of this run, {model.mixer}")
-    nearest = min(found, key=lambda name: len(found[name]))
+    nearest = min(found, key=lambda name: (set(families.FAMILIES[name].mixers) != layers, len(found[name])))
     raise UsageError(f"{nearest}, the nearest format, cannot say what this model is: {'; '.join(found[nearest])}")
 
 

@@ -23,6 +23,7 @@ from zoo.errors import UsageError
 from zoo.interop.table import Rule, multiplied
 from zoo.model import LanguageModel
 from zoo.settings import declarations, shown
+from zoo.terminal import brief
 
 SETTINGS = dict(declarations(ModelConfig))
 _KINDS = {
@@ -101,7 +102,7 @@ class Fields:
         return value
 
     def refuse(self, name: str, problem: str) -> None:
-        self.problems.append(f"{self.prefix}{name}: {problem}")
+        self.problems.append(f"{brief(self.prefix + name, 80)}: {brief(problem, 400)}")
 
     def section(self, name: str) -> "Fields":
         """Fields of an object in it; absent, of none. Its problems are `name`'s."""
@@ -178,7 +179,7 @@ def to_model(family: Family, values: Mapping[str, Any], ignore: Iterable[str] = 
     Raises:
       UsageError: naming every field that cannot be expressed, that is none, or that is out of range.
     """
-    fields, found = Fields(values), dict(family.settings)
+    fields, found, broken = Fields(values), dict(family.settings), False
     for name, field in family.fields.items():
         if isinstance(field, Only):
             fields.only(name, *field.values)
@@ -195,18 +196,23 @@ def to_model(family: Family, values: Mapping[str, Any], ignore: Iterable[str] = 
         given = values.get(name) is not None
         if problem := (dataclasses.replace(declared, special={}) if given else declared).problem(value):
             fields.refuse(name, problem)
+        broken |= bool(problem)
         found[field.setting] = value
-    if not fields.problems and family.read:  # it may compute with them
+    if not broken and family.read:  # it computes with them
         try:
             family.read(fields, found)
         except (TypeError, ValueError, ArithmeticError, KeyError, IndexError) as error:  # of what nests in a field
             if isinstance(error, UsageError):
                 raise
-            fields.problems.append(f"a field holds what it cannot ({type(error).__name__}: {error})")
-    unknown = fields.rest(HARMLESS | set(family.harmless))
-    on = [name for name in unknown if values[name] not in (None, False, 0, "", [], {}) and name not in set(ignore)]
-    for name in on if not fields.problems or family.read is None else ():
-        fields.refuse(name, f"{shown(values[name])} is not known here; --ignore={name} goes on without it")
+            broken = True
+            fields.problems.append(f"a field holds what it cannot ({type(error).__name__}: {brief(error)})")
+    unknown, ignore = fields.rest(HARMLESS | set(family.harmless)), set(ignore)
+    on = [name for name in unknown if values[name] not in (None, False, 0, "", [], {}) and name not in ignore]
+    for name in on if not broken else ():  # else nobody has taken what is left
+        fields.refuse(name, f"{shown(values[name])} is not known here; --ignore={brief(name, 80)} goes on without it")
+    for name in sorted(ignore.difference(unknown)) if not broken else ():
+        what = "is read, and cannot be ignored" if name in values else "there is no such field"
+        fields.refuse(name, f"{what}; leave it out of --ignore")
     zoo_config.refuse(fields.problems)
     model = with_settings(ModelConfig(), found)
     zoo_config.validate_model(model)

@@ -5,6 +5,7 @@ cut or transposed, only what is copied is read. bfloat16 is ml_dtypes', as jax h
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -23,9 +24,9 @@ import safetensors
 import safetensors.numpy
 
 from zoo import files
-from zoo.errors import UsageError
+from zoo.errors import UsageError, warn
 from zoo.settings import shown
-from zoo.terminal import one_line
+from zoo.terminal import brief, one_line
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -102,10 +103,10 @@ def _open_shards(folder: pathlib.Path) -> Weights:
     for shard in shards:
         for name, tensor in _read_header(folder / shard).items():
             if name in tensors:
-                raise UsageError(f"{one_line(name)} stands twice, in {tensors[name].path.name} and in {shard}")
+                raise UsageError(f"{brief(name)} stands twice, in {tensors[name].path.name} and in {shard}")
             tensors[name] = tensor
     differ = [
-        f"{one_line(name)}: {weight_map.get(name, 'nowhere')} there, "
+        f"{brief(name, 100)}: {weight_map.get(name, 'nowhere')} there, "
         f"{tensors[name].path.name if name in tensors else 'nowhere'} in fact"
         for name in sorted(tensors.keys() | weight_map.keys())
         if name not in tensors or weight_map.get(name) != tensors[name].path.name
@@ -171,9 +172,10 @@ def compare(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """UsageError naming what the files hold and the model does not want, and the other way round."""
     found = weights.tensors
     missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in found]
-    unknown = [f"{one_line(name)} {list(tensor.shape)}" for name, tensor in found.items() if name not in wanted]
+    left = {name: tensor for name, tensor in found.items() if name not in wanted}
+    unknown = [f"{brief(name, 100)} {shown(list(tensor.shape))}" for name, tensor in left.items()]
     differ = [
-        f"{name}: {list(found[name].shape)} in the file, {list(shape)} by config.json"
+        f"{name}: {shown(list(found[name].shape))} in the file, {list(shape)} by config.json"
         for name, shape in wanted.items()
         if name in found and found[name].shape != shape
     ]
@@ -197,7 +199,7 @@ def listed(names: Iterable[str], separator: str = ", ") -> str:
     """The first few, and how many more."""
     names = list(names)
     more = f"{separator}and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return separator.join(one_line(name) for name in names[:MAX_NAMES]) + more
+    return separator.join(brief(name) for name in names[:MAX_NAMES]) + more
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -253,7 +255,7 @@ def _as_type(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that becomes `path` when all went well, and is gone otherwise.
+    """A folder that becomes `path` when all went well, and is gone otherwise, with those above that were made for it.
 
     Raises:
       UsageError: something stands at `path`.
@@ -261,12 +263,17 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if "\0" in str(path):
         raise UsageError(f"{one_line(path)} is no path; choose another folder")
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(4)}.unfinished"
+    above = [folder for folder in path.parents if not folder.exists()]
     try:
         if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
             raise UsageError(f"{path} stands there already, and nothing is overwritten; choose another folder")
         temporary.mkdir(parents=True)
+        left = [name.name for name in path.parent.glob(f".{glob.escape(path.name[:64])}.????????.unfinished")]
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
+    if len(left) > 1:
+        others = listed(sorted(set(left) - {temporary.name}))
+        warn(f"{path.parent}: {others} is of one that was killed, or that still writes; delete it if none does")
     try:
         yield temporary
         temporary.rename(path)  # an empty folder is replaced
@@ -274,3 +281,6 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UsageError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for folder in above:
+                folder.rmdir()

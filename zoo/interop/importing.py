@@ -29,6 +29,7 @@ from zoo.interop import families, family, hub, tokenizer
 from zoo.interop.files import DTYPES, Tensor, Weights, compare, listed, new_folder, open_folder, read_json, sha256
 from zoo.interop.table import Entry, Table, table
 from zoo.sharding import MeshConfig
+from zoo.terminal import brief
 from zoo.training import placement, step
 from zoo.training.workdir import ORIGIN
 
@@ -159,7 +160,7 @@ def _renamed(weights: Weights, renamed: Mapping[str, str]) -> Weights:
         for pattern, other in renamed.items():
             name = re.sub(pattern, other, name)
         if name in found:
-            raise UsageError(f"{weights.folder}: {name} stands there under two names")
+            raise UsageError(f"{weights.folder}: {brief(name)} stands there under two names")
         found[name] = tensor
     return weights._replace(tensors=found)
 

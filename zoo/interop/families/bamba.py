@@ -51,10 +51,8 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
 def _write(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
     layers = [type(mixer).__name__ for mixer in mixers] * (settings["num_layers"] // len(mixers))
     fields["attn_layer_indices"] = [i for i, name in enumerate(layers) if name == "Attention"]
-    if attention := hybrid.of_layers(mixers, "attention"):
-        llama.write_heads(attention, fields)
-    if mamba := hybrid.of_layers(mixers, "mamba2"):
-        hybrid.write_mamba(settings, mamba, fields)
+    hybrid.write_attention(settings, mixers, fields)
+    hybrid.write_mamba(settings, mixers, fields)
     rope.write(settings, fields)
     fields["attention_bias"], fields["mlp_bias"] = bool(settings["attention.biases"]), settings["mlp_bias"]
 

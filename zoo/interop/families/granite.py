@@ -71,11 +71,9 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
 def _write(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
     layers = ["full_attention" if type(mixer).__name__ == "Attention" else "linear_attention" for mixer in mixers]
     fields["layer_types"] = layers * (settings["num_layers"] // len(mixers))
-    if attention := hybrid.of_layers(mixers, "attention"):
-        llama.write_heads(attention, fields)
-        fields["attention_multiplier"] = attention.head_dim**-0.5
-    if mamba := hybrid.of_layers(mixers, "mamba2"):
-        hybrid.write_mamba(settings, mamba, fields)
+    hybrid.write_attention(settings, mixers, fields)
+    fields["attention_multiplier"] = fields["head_dim"] ** -0.5
+    hybrid.write_mamba(settings, mixers, fields)
     rope.write(settings, fields)
     fields["position_embedding_type"] = "rope" if settings["positions"] == "rope" else None
     fields["attention_bias"] = bool(settings["attention.biases"])

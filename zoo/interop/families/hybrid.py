@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo.config import MLP_LAYER
+from zoo.interop.families import llama
 from zoo.interop.families.mamba2 import read_limit, write_limit
 from zoo.interop.family import Fields, shortest_pattern
+from zoo.settings import shown
 
 # What transformers calls a layer, now and before its release 5, and the family of ours.
 LAYERS = {
@@ -16,9 +18,10 @@ LAYERS = {
 
 def read_layers(fields: Fields, found: dict[str, Any], name: str, layers: Sequence[Any]) -> None:
     """The pattern, of their names for all layers."""
-    unknown = sorted({str(layer) for layer in layers if layer not in LAYERS})
+    unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown or len(layers) != found["num_layers"]:
-        fields.refuse(name, f"{len(layers)} layers for {found['num_layers']}, {', '.join(unknown)} unknown among them")
+        said = f", {shown(unknown)} unknown among them" if unknown else ""
+        fields.refuse(name, f"{len(layers)} layers for {found['num_layers']}{said}")
         return
     found["mixer"] = shortest_pattern([LAYERS[layer] for layer in layers])
 
@@ -36,11 +39,22 @@ def read_mamba(fields: Fields, found: dict[str, Any]) -> None:
     read_limit(fields, found)
 
 
-def write_mamba(settings: dict[str, Any], mixer: Any, fields: dict[str, Any]) -> None:
-    fields["mamba_n_heads"], fields["mamba_d_head"] = mixer.heads, mixer.head_dim
-    fields["mamba_expand"] = int(settings["mamba2.expand"])
+def write_mamba(settings: dict[str, Any], mixers: Sequence[Any], fields: dict[str, Any]) -> None:
+    """Where no layer is one, a head as wide as all: numbers that fit the others."""
+    mixer = of_layers(mixers, "mamba2")
+    expand = fields["mamba_expand"] = int(settings["mamba2.expand"])
+    width = mixer.head_dim if mixer else expand * settings["d_model"]
+    fields["mamba_n_heads"], fields["mamba_d_head"] = mixer.heads if mixer else 1, width
     fields["mamba_proj_bias"] = bool(settings["mamba2.biases"])
     write_limit(settings, fields)
+
+
+def write_attention(settings: dict[str, Any], mixers: Sequence[Any], fields: dict[str, Any]) -> None:
+    """The same, of heads of attention."""
+    if attention := of_layers(mixers, "attention"):
+        llama.write_heads(attention, fields)
+    else:
+        fields |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": settings["d_model"]}
 
 
 def of_layers(mixers: Sequence[Any], family: str) -> Any:

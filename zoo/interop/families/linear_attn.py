@@ -8,6 +8,7 @@ from typing import Any
 from zoo.interop.families import fla
 from zoo.interop.family import Field, Fields, Only
 from zoo.interop.table import linears, same
+from zoo.settings import shown
 
 MAPS = {"elu": "elu1", "relu": "relu", "identity": "identity"}
 
@@ -17,7 +18,7 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
     fla.same_heads(fields, heads)
     name = fields.take("feature_map", "elementwise_product")
     if name not in MAPS:
-        fields.refuse("feature_map", f"{name!r}, of which only {', '.join(MAPS)} can be expressed")
+        fields.refuse("feature_map", f"{shown(name)}, of which only {', '.join(MAPS)} can be expressed")
     found["linear_attention.feature_map"] = MAPS.get(name, "elu1")
     found["linear_attention.key_width"] = int(fields.take("expand_k", 1.0) * found["d_model"]) // heads
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from zoo.config import ModelConfig
-from zoo.interop.families import llama, rope
+from zoo.interop.families import hybrid, llama, rope
 from zoo.interop.family import Family, Field, Fields, Only, ratio, shortest_pattern
 from zoo.interop.table import CONVOLUTION, Rule, Transform, linears, rule, same, shifted, split, then
 
@@ -100,7 +100,7 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
     keys, values = fields.take("linear_num_key_heads", 16), fields.take("linear_num_value_heads", 32)
     if keys < 1 or values % keys:
         fields.refuse("linear_num_value_heads", f"{values} heads are no multiple of linear_num_key_heads = {keys}")
-        return
+        keys = values = 1
     d = found["d_model"]
     found["gated_delta_net.num_heads"], found["gated_delta_net.num_v_heads"] = keys, values
     found["gated_delta_net.expand_k"] = ratio(keys * fields.take("linear_key_head_dim", 128), d)
@@ -125,12 +125,10 @@ def _read_next(fields: Fields, found: dict[str, Any]) -> None:
 
 def _write(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
     rope.write(settings, fields)
-    of_layer = {type(mixer).__name__: mixer for mixer in mixers}
     names = ["full_attention" if type(mixer).__name__ == "Attention" else "linear_attention" for mixer in mixers]
     fields["layer_types"] = names * (settings["num_layers"] // len(mixers))
-    if attention := of_layer.get("Attention"):
-        llama.write_heads(attention, fields)
-    if delta := of_layer.get("GatedDeltaNet"):
+    hybrid.write_attention(settings, mixers, fields)
+    if delta := hybrid.of_layers(mixers, "gateddeltanet"):
         fields["linear_num_key_heads"], fields["linear_num_value_heads"] = delta.key_heads, delta.heads
         fields["linear_key_head_dim"], fields["linear_value_head_dim"] = delta.key_width, delta.value_width
 

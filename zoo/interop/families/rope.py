@@ -46,6 +46,7 @@ def read(fields: Fields, found: dict[str, Any], fraction: float | None = None) -
     kind = inner.take("rope_type", inner.take("type", "default"))
     if kind not in NUMBERS:
         inner.refuse("rope_type", f"{shown(kind)}, of which only {', '.join(NUMBERS)} can be expressed")
+        fields.take("original_max_position_embeddings", 0)
         return
     if kind != "default":
         found[f"{SCALING}kind"] = kind

@@ -16,6 +16,7 @@ from zoo.interop.families.rwkv6 import AROUND, FFN, FIELDS
 from zoo.interop.family import Field, Fields
 from zoo.interop.table import TRANSPOSED, Transform, linears, rule, same
 from zoo.mixers.rwkv7 import MIXTURES
+from zoo.settings import shown
 
 NARROW = {"w": "decay", "a": "rate", "v": "value", "g": "gate"}
 MIX = Transform(
@@ -41,7 +42,7 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
     found["rwkv7.num_heads"] = max(1, heads)
     values = fields.take("value_dim", width, (int, list))
     if set(values if isinstance(values, list) else [values]) != {width}:
-        fields.refuse("value_dim", f"{values}, of which only hidden_size = {width} can be expressed")
+        fields.refuse("value_dim", f"{shown(values)}, of which only hidden_size = {width} can be expressed")
 
 
 def _write(settings: dict[str, Any], mixer: Any, fields: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
     multiple = fields.take("ffn_round_up_to_multiple_of", 64)
     if width < 1 or multiple < 1:
         fields.refuse("hidden_size", f"{width}, rounded to multiples of {multiple}; expected at least 1")
-        return
+        width, multiple = max(1, width), max(1, multiple)
     inner = fields.take("ffn_proj_factor", 2.667) * width
     found |= {"d_model": width, "num_layers": layers, "d_ff": int((inner + multiple - 1) // multiple * multiple)}
     found["mlstm.expand_k"] = ratio(int(fields.take("qk_dim_factor", 0.5) * width), width)
