@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from zoo.errors import UsageError, exit_with_message
+from zoo.errors import UsageError, exit_with_message, until_nobody_reads
 
 COMMANDS = {
     "train": "train a model from a config, or resume training it",
@@ -32,6 +32,11 @@ HELP = "\n".join(
 
 
 def main(argv: list[str] | None = None) -> None:
+    with until_nobody_reads():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h", "help"):
         print(HELP)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -28,6 +29,23 @@ def ended_by(error: BaseException) -> tuple[bool, int, str]:
 def warn(message: str) -> None:
     """Say what was wrong and does not stop anything."""
     print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def until_nobody_reads() -> Iterator[None]:
+    """Whoever reads stdout and has seen enough (`| head`) ends the command without a word, as it ends others."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(sys.stdout.fileno(), 0)
+        if not stdout.poll(0):  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(141)  # 128 + SIGPIPE
 
 
 @contextlib.contextmanager

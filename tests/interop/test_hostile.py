@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from tests.interop import tiny
-from zoo import interop
+from zoo import errors, interop
 from zoo.__main__ import main
 from zoo.errors import RunError, UsageError
 from zoo.interop import families, family, files
@@ -348,6 +349,18 @@ def test_an_export_onto_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"a.x00b is no path"):
         interop.export_run(str(made.workdir), str(tmp_path / "a\0b"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
+
+
+def test_a_reader_that_has_seen_enough(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit) as exit:
+            main(["--help"])
+        assert exit.value.code == 141
+        with pytest.raises(BrokenPipeError, match="another"), errors.until_nobody_reads():  # now it can be written to
+            raise BrokenPipeError("of another pipe")
 
 
 def test_the_command_says_it_in_one_line(tmp_path, capsys, monkeypatch):

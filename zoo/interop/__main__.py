@@ -12,6 +12,7 @@ import time
 
 from zoo.errors import UsageError, exit_with_message
 from zoo.files import expand
+from zoo.interop.files import SHARD_BYTES, listed
 from zoo.settings import Parser, argument
 from zoo.terminal import one_line
 
@@ -41,7 +42,7 @@ def _export_arguments(parser: Parser) -> None:
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add("--dtype", default="float32", help="of the tensors: float32, bfloat16 or float16")
     add("--format", default="", help="the model_type to write; default: the one imported, or the first that fits")
-    add("--shard_bytes", type=argument(int), default=2_000_000_000, help="largest size of a file")
+    add("--shard_bytes", type=argument(int), default=SHARD_BYTES, help="largest size of a file")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -64,7 +65,7 @@ def _import(arguments: argparse.Namespace) -> None:
         f"parameters in {', '.join(made.dtypes)}, {time.perf_counter() - begin:.1f} s"
     )
     if made.ignored:
-        print(one_line(f"ignored     {', '.join(made.ignored)}"))
+        print(f"ignored     {listed(made.ignored)}")
     print(f"write       python -m zoo generate --workdir={one_line(made.workdir)} --prompt='def main('")
     print(
         f"train on    python -m zoo train --config={one_line(made.workdir)}/config.json --workdir=NEW "

@@ -21,13 +21,12 @@ from zoo.config import ModelConfig
 from zoo.errors import UsageError
 from zoo.interop import card, families, tokenizer
 from zoo.interop.family import HARMLESS, Family, to_fields, to_model, unsaid
-from zoo.interop.files import DTYPES, new_folder, write_shards
+from zoo.interop.files import DTYPES, SHARD_BYTES, new_folder, write_shards
 from zoo.interop.importing import MAX_JSON
 from zoo.interop.table import Table, table
 from zoo.training.workdir import ORIGIN
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-SHARD_BYTES = 2_000_000_000
 
 
 class Exported(NamedTuple):

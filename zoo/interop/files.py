@@ -33,6 +33,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; the package's own limit
 LARGEST_JSON = 64 << 20  # bytes of an index
 MAX_SHARDS, MAX_NAMES = 10_000, 8
+SHARD_BYTES = 2_000_000_000  # of a file that is written, at most
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
