@@ -236,6 +236,7 @@ FIELDS = [
     ("qwen3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, NOT_READ),
     *(("granite", {"embedding_multiplier": x}, r"embedding_multiplier: got .*, expected from 1e-6 to 1e6")
       for x in (NAN, float("inf"), 1e39, 1e-320, 0.0, -1.0)),
+    ("granite", {"layer_types": ["linear_attention", "mlp"]}, r"layer_types: 2 layers for 2, \['mlp'\] unknown"),
     *(("mamba2", {"time_step_limit": limit}, r"time_step_limit: got .*, expected two numbers")
       for limit in ([0, 0], [1, 0], [NAN, 1], [0, NAN], [True, False], [False, True], [INFINITY] * 2, ["0", "1"])),
 ]  # fmt: skip

@@ -61,6 +61,7 @@ def test_an_absent_field_means_what_it_means_there(name):
     kind = make.class_of(of_model.architecture).config_class
     needed = {"qwen3_next": {"num_experts": 0}, "granitemoehybrid": {"num_local_experts": 0}}
     needed |= {"linear_attn": {"feature_map": "elu"}}
+    needed |= {"nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]}}
     for heads in ({}, {"num_attention_heads": 64}) if hasattr(kind(), "rope_parameters") else ({},):
         given = needed.get(name, {}) | heads
         said = json.loads(kind(**given).to_json_string(use_diff=False))

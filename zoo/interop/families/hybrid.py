@@ -1,29 +1,27 @@
 """What hybrids of Mamba-2 and attention share: which layer is which, and the fields of their Mamba-2 layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoo.config import MLP_LAYER
 from zoo.interop.families import llama
 from zoo.interop.families.mamba2 import read_limit, write_limit
 from zoo.interop.family import Fields, shortest_pattern
 from zoo.settings import shown
 
 # What transformers calls a layer, now and before its release 5, and the family of ours.
-LAYERS = {
-    "linear_attention": "mamba2", "full_attention": "attention", "mamba": "mamba2", "attention": "attention",
-    "mlp": MLP_LAYER,
-}  # fmt: skip
+LAYERS = {"linear_attention": "mamba2", "full_attention": "attention", "mamba": "mamba2", "attention": "attention"}
 
 
-def read_layers(fields: Fields, found: dict[str, Any], name: str, layers: Sequence[Any]) -> None:
+def read_layers(
+    fields: Fields, found: dict[str, Any], name: str, layers: Sequence[Any], known: Mapping[str, str] = LAYERS
+) -> None:
     """The pattern, of their names for all layers."""
-    unknown = [layer for layer in layers if layer not in LAYERS]
+    unknown = [layer for layer in layers if layer not in known]
     if unknown or len(layers) != found["num_layers"]:
         said = f", {shown(unknown)} unknown among them" if unknown else ""
         fields.refuse(name, f"{len(layers)} layers for {found['num_layers']}{said}")
         return
-    found["mixer"] = shortest_pattern([LAYERS[layer] for layer in layers])
+    found["mixer"] = shortest_pattern([known[layer] for layer in layers])
 
 
 def read_mamba(fields: Fields, found: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def _read(fields: Fields, found: dict[str, Any]) -> None:
     letters = fields.take("hybrid_override_pattern", "")
     layers = fields.take("layers_block_type", [LETTERS.get(letter, letter) for letter in letters])
     found["num_layers"] = fields.take("num_hidden_layers", len(layers))
-    hybrid.read_layers(fields, found, "layers_block_type", layers)
+    hybrid.read_layers(fields, found, "layers_block_type", layers, hybrid.LAYERS | {"mlp": MLP_LAYER})
     llama.read_heads(fields, found)
     inner = fields.take("mamba_num_heads", 128) * found["mamba2.head_dim"]
     found["mamba2.expand"] = ratio(inner, found["d_model"])
@@ -49,8 +49,7 @@ def _write(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) 
     names = {"Mamba2": "linear_attention", "Attention": "full_attention", "NoneType": "mlp"}
     layers = [names.get(type(mixer).__name__, "") for mixer in mixers]
     fields["layers_block_type"] = layers * (settings["num_layers"] // len(layers))
-    if attention := hybrid.of_layers(mixers, "attention"):
-        llama.write_heads(attention, fields)
+    hybrid.write_attention(settings, mixers, fields)
     if mamba := hybrid.of_layers(mixers, "mamba2"):
         fields["mamba_num_heads"], fields["mamba_head_dim"] = mamba.heads, mamba.head_dim
     fields["use_bias"] = bool(settings["mamba2.biases"])
