@@ -96,6 +96,7 @@ CASES = {
     "yarn_rope": ("llama", HEADS | rope("yarn", beta_fast=8.0, beta_slow=1.0)),
     "linear_rope": ("llama", HEADS | {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}}),
     "qwen2": ("qwen2", HEADS | {"rms_norm_eps": 1e-5}),
+    "qwen2_windows": ("qwen2", HEADS | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "mistral": ("mistral", HEADS | {"sliding_window": 5}),
     "qwen3": ("qwen3", HEADS | {"head_dim": 8, "tie_word_embeddings": True}),
     "phi3": ("phi3", HEADS),

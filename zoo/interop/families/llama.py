@@ -13,6 +13,7 @@ from zoo.config import ModelConfig
 from zoo.interop.families import rope
 from zoo.interop.family import Family, Field, Fields, Only
 from zoo.interop.table import TRANSPOSED, linears, rule, same, split
+from zoo.settings import shown
 
 BLOCK = "model.layers.{N}."
 ENDS = [
@@ -91,6 +92,9 @@ LLAMA = Family(
 def _read_mistral(fields: Fields, found: dict[str, Any]) -> None:
     read_heads(fields, found)
     rope.read(fields, found)
+    kind = "sliding_attention" if found["attention.window"] else "full_attention"  # of all, whatever a list says
+    if [layer for layer in fields.take("layer_types", []) if layer != kind]:
+        fields.refuse("layer_types", f"got {shown(fields.values['layer_types'])}; sliding_window says {kind} of all")
 
 
 def _write_mistral(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:

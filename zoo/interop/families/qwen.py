@@ -1,29 +1,53 @@
 """Qwen-2 and Qwen-3 (transformers' `qwen2`, `qwen3`): Llama with biases on q, k, v, or norms on each head's q and k.
 
-Refused: sliding windows, which are of some of the layers there.
+Some layers may have a window: the pattern says it by places. Refused: windows of several sizes.
 """
 
 import dataclasses
 from typing import Any
 
 from zoo.interop.families import llama, rope
-from zoo.interop.family import Field, Fields
+from zoo.interop.family import Field, Fields, shortest_pattern
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def _read_qwen(fields: Fields, found: dict[str, Any]) -> None:
     llama.read_heads(fields, found)
     rope.read(fields, found)
-    windowed = fields.only("use_sliding_window", False)
-    if not windowed:  # what these say then is not used
-        fields.take("sliding_window", None, int), fields.take("max_window_layers", None, int)
-    if set(layers := fields.take("layer_types", [])) - {"full_attention"}:
-        fields.refuse("layer_types", f"got {', '.join(sorted(map(str, set(layers))))}; all have to be full_attention")
+    _read_windows(fields, found)
+
+
+def _read_windows(fields: Fields, found: dict[str, Any]) -> None:
+    """Layers of sliding_attention: listed, or those from max_window_layers on."""
+    count, windowed = found["num_layers"], fields.take("use_sliding_window", False)
+    window = fields.take("sliding_window", 0 if "sliding_window" in fields.values else 4096)
+    first = fields.take("max_window_layers", 28)
+    first = first if windowed and window else count
+    layers = fields.take("layer_types", [SLIDING if i >= first else FULL for i in range(count)])
+    if len(layers) != count or not all(layer in (FULL, SLIDING) for layer in layers):
+        fields.refuse("layer_types", f"{len(layers)} layers for {count}, expected {FULL} or {SLIDING} of each")
+    elif SLIDING in layers and not (windowed and window):
+        fields.refuse(
+            "layer_types", f"{SLIDING}, and no window: use_sliding_window or sliding_window says there is none"
+        )
+    elif SLIDING in layers:
+        found["mixer"] = shortest_pattern(
+            [f"attention@window={window}" if layer == SLIDING else "attention" for layer in layers]
+        )
+
+
+def _write_windows(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
+    windows = [mixer.window for mixer in mixers]
+    fields["use_sliding_window"] = any(windows)
+    fields["sliding_window"] = next(filter(None, windows), None)
+    fields["layer_types"] = [SLIDING if w else FULL for w in windows] * (settings["num_layers"] // len(windows))
 
 
 def _write_qwen(settings: dict[str, Any], mixers: list[Any], fields: dict[str, Any]) -> None:
     llama.write_heads(mixers[0], fields)
     rope.write(settings, fields)
-    fields["use_sliding_window"] = False
+    _write_windows(settings, mixers, fields)
 
 
 def _read_qwen2(fields: Fields, found: dict[str, Any]) -> None:
