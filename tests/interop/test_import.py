@@ -175,9 +175,12 @@ def test_shards_hold_what_they_should(tmp_path):
 def test_numbers_that_are_none(tmp_path, capsys):
     """Of weights: said by name; that another type would make: refused."""
     folder = tiny.folder(tmp_path / "theirs")
-    rewritten(folder, **{"model.norm.weight": np.asarray([1e5] * 15 + [np.nan], np.float32)})
+    up = np.full((24, 16), np.inf, np.float32)
+    norm = np.asarray([1e5] * 15 + [np.nan], np.float32)
+    rewritten(folder, **{"model.norm.weight": norm, "model.layers.1.mlp.up_proj.weight": up})
     made = interop.import_model(str(folder), str(tmp_path / "run"))
-    assert "1 tensors hold NaN or infinity: model.norm.weight" in capsys.readouterr().err
+    said = "2 tensors hold NaN or infinity: model.layers.1.mlp.up_proj.weight, model.norm.weight"
+    assert said in capsys.readouterr().err
     with pytest.raises(UsageError, match="model.norm.weight: it has values that float16 cannot hold"):
         interop.export_run(str(made.workdir), str(tmp_path / "out"), dtype="float16")
     assert not (tmp_path / "out").exists()

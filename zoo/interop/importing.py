@@ -205,19 +205,23 @@ def _reader(entries: list[tuple[Entry, int]], weights: Weights, not_finite: set[
 
     def of_entry(entry: Entry, place: int, index: tuple[slice, ...]) -> np.ndarray:
         views = [weights.tensors[name].view() for name in entry.theirs]
-        found = np.asarray(entry.transform.read(*views)[place][index], order="C")
-        if not all(np.isfinite(row).all() for row in np.atleast_2d(found)):  # by rows: no mask as large as it
+        return entry.transform.read(*views)[place][index]
+
+    def checked(entry: Entry, made: np.ndarray) -> np.ndarray:
+        if not all(np.isfinite(row).all() for row in np.atleast_2d(made)):  # by rows: no mask as large as it
             not_finite.update(entry.theirs)
-        return found
+        return made
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if entries[0][0].unit is None:
-            return of_entry(*entries[0], index).astype(dtype, copy=False)
+            made = np.asarray(of_entry(*entries[0], index), order="C")
+            return checked(entries[0][0], made).astype(dtype, copy=False)
         units = entries[index[0]]
         first = of_entry(*units[0], index[1:])
         found = np.empty((len(units), *first.shape), dtype)
         for i, unit in enumerate(units):
             found[i] = first if i == 0 else of_entry(*unit, index[1:])
+            checked(unit[0], found[i])
         return found
 
     return part
