@@ -5,10 +5,12 @@
 The norm is over a group of heads. Refused: other activations, a convolution without bias, hybrids with attention.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 from zoo.config import ModelConfig
+from zoo.interop.families import mamba
 from zoo.interop.families.mamba import NORMS, read_authors
 from zoo.interop.family import Family, Field, Fields, Only
 from zoo.interop.table import CONVOLUTION, Rule, linears, rule, same, split
@@ -120,21 +122,11 @@ def _read_originals(fields: Fields, found: dict[str, Any]) -> None:
         section.refuse(left, "cannot be expressed")
 
 
-ORIGINALS = Family(
+ORIGINALS = dataclasses.replace(
+    mamba.ORIGINALS,
     name="state-spaces mamba2",
-    architecture="MambaLMHeadModel",
-    fields={
-        "vocab_size": Field("vocab_size", 50277),
-        "d_model": Field("d_model", 2560),
-        "n_layer": Field("num_layers", 64),
-        "tie_embeddings": Field("tie_embeddings", True),
-        "d_intermediate": Only(0),
-        "rms_norm": Only(True),
-    },
-    settings={"mixer": "mamba2", "mlp": "none", "positions": "none", "norm_epsilon": 1e-5},
+    settings=mamba.ORIGINALS.settings | {"mixer": "mamba2"},
     rules=_rules,
     read=_read_originals,
-    renamed={r"^backbone\.embedding\.": "backbone.embeddings."},
-    exports=False,
 )
 FAMILIES = [MAMBA2, ORIGINALS]
