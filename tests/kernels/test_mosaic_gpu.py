@@ -90,7 +90,7 @@ def test_parts_of_the_time_are_one_sequence(decay, monkeypatch):
     assert_close(*make(decay, time=300))
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", ["scalar", pytest.param("vector", marks=pytest.mark.slow)])
 def test_heads_that_share_queries_and_keys(decay):
     assert_close(*make(decay, heads=4, groups=2, time=65))
 

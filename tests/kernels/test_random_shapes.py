@@ -31,7 +31,10 @@ CASE = "linear_attention-vector-bonus"
 TAKING_FLOAT32 = [name for name in CASES[CASE].implementations if name != "mosaic_gpu" and supported(CASE, name)]
 
 
-@pytest.mark.parametrize("implementation", TAKING_FLOAT32)
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "mosaic_tpu")) for name in TAKING_FLOAT32],
+)
 @few
 @given(
     batch=st.integers(1, 3),
