@@ -115,8 +115,10 @@ class Head:
         d_found = jnp.concatenate([(self.scale * read) * d_out, -read * dv])
         d_read = dots.nt(d_found, state)
         d_write = dots.nt(over_lanes(self.write(rows), dv.shape[1]) * u, d_end)
-        d_state = dots.tn(jnp.concatenate([self.group.q[rows], self.group.k[rows]]), d_found)
-        d_state = self.totals[rows.start // size] * d_end + d_state
+        number = rows.start // size
+        d_state = dots.tn(self.group.q[rows], d_found[:size])
+        d_state = d_state + dots.nn(self.group.keys[number], passes.right(dots, d_found[size:], number))
+        d_state = self.totals[number] * d_end + d_state
         return d_read[:size], d_read[size:], d_write, d_state
 
     def score_gradients(self, d_attention: Array, d_system: Array) -> tuple[Array, Array, Array]:
