@@ -170,3 +170,18 @@ def finish_key_sums(grid: HeadGrid, refs: Any) -> None:
         def _():
             refs.dq[...] = refs.dq_sum[...].astype(grid.dtype)
             refs.dk[...] = refs.dk_sum[...].astype(grid.dtype)
+
+
+def over_pieces(count: int, unroll: int, body: Callable[[list], None], reverse: bool = False) -> None:
+    """`body` of the indices of `count` pieces of a step, `unroll` at a time, or one by one where that is no divisor."""
+    unroll = unroll if count % unroll == 0 else 1
+
+    def some(i, carry):
+        indices = [i * unroll + n for n in range(unroll)]
+        body([count - 1 - index for index in indices] if reverse else indices)
+        return carry
+
+    if count == unroll:
+        some(0, 0)
+    else:
+        jax.lax.fori_loop(0, count // unroll, some, 0)

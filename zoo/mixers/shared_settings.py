@@ -58,11 +58,11 @@ def put_around(family: type, sizes_of: Callable[[int], Any]) -> None:
         @functools.wraps(check)
         def with_names(config, d_model):
             problems = check(config, d_model)
-            known = {} if problems or not _biases(config) else _projections(family, config, sizes_of(d_model))
-            for name in _biases(config) if known else ():
-                if name not in known:
-                    problems = [*problems, f"biases: got {shown(name)}, expected some of {nearest(name, known)}"]
-            return problems
+            if problems or not _biases(config):
+                return problems
+            known = _projections(family, config, sizes_of(d_model))
+            unknown = [name for name in _biases(config) if name not in known]
+            return [f"biases: got {shown(name)}, expected some of {nearest(name, known)}" for name in unknown]
 
         family.check = staticmethod(with_names)
 

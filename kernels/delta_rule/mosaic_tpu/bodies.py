@@ -17,7 +17,7 @@ were kept by the forward pass; the states of the chunks inside are computed agai
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
 from kernels.linear_attention.mosaic_tpu.turns import in_turns
-from kernels.mosaic_tpu.heads import finish_key_sums, start_key_sums
+from kernels.mosaic_tpu.heads import finish_key_sums, over_pieces, start_key_sums
 
 BESIDE = 6  # steps of the other tiles' work for each of a tile's `scan`
 
@@ -122,7 +122,7 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
         for head, state in enumerate(states):
             refs.state[first_head + head] = state
 
-    over_tiles(plan, plan.tiles.unroll, body)
+    over_pieces(plan.tiles.block // TILE, plan.tiles.unroll, body)
 
 
 class ForwardTile:
@@ -200,7 +200,7 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
         for head, d_state in enumerate(d_states):
             refs.d_state[first_head + head] = d_state
 
-    over_tiles(plan, plan.tiles.unroll_backward, body, reverse=True)
+    over_pieces(plan.tiles.block // TILE, plan.tiles.unroll_backward, body, reverse=True)
     finish_key_sums(plan, refs)
 
 
@@ -299,19 +299,3 @@ class BackwardTile:
                 tile.store("dq", group, dq)
                 tile.store("dk", group, dk)
         tile.store_changes([x[2] for x in result if not plan.per_key] + [x[3] for x in result])
-
-
-def over_tiles(plan: Plan, unroll: int, body: Callable, reverse: bool = False) -> None:
-    """`body` of the indices of `unroll` tiles at a time, of all of the block's."""
-    count = plan.tiles.block // TILE
-    unroll = unroll if count % unroll == 0 else 1
-
-    def step(i, carry):
-        indices = [i * unroll + n for n in range(unroll)]
-        body([count - 1 - index for index in indices] if reverse else indices)
-        return carry
-
-    if count == unroll:
-        step(0, 0)
-    else:
-        lax.fori_loop(0, count // unroll, step, 0)

@@ -20,11 +20,10 @@ by the forward pass.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.array_typing import Array
@@ -37,6 +36,7 @@ from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.per_key import head_products
 from kernels.linear_attention.mosaic_tpu.plan import Plan
 from kernels.linear_attention.mosaic_tpu.turns import rounds
+from kernels.mosaic_tpu.heads import over_pieces
 
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
@@ -55,7 +55,7 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
         for slot, state in enumerate(states):
             refs.state[slot] = state
 
-    over_chunks(plan, plan.tiles.unroll, body)
+    over_pieces(plan.tiles.block // plan.tiles.chunk, plan.tiles.unroll, body)
 
 
 def backward_kernel(plan: Plan, refs: Any) -> None:
@@ -76,23 +76,7 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
         for slot, d_state in enumerate(d_states):
             refs.d_state[slot] = d_state
 
-    over_chunks(plan, plan.tiles.unroll_backward, body, reverse=True)
-
-
-def over_chunks(plan: Plan, unroll: int, body: Callable, reverse: bool = False) -> None:
-    """`body` of the indices of `unroll` chunks at a time, of all of the block's."""
-    count = plan.tiles.block // plan.tiles.chunk
-    unroll = unroll if count % unroll == 0 else 1
-
-    def step(i, carry):
-        indices = [i * unroll + n for n in range(unroll)]
-        body([count - 1 - index for index in indices] if reverse else indices)
-        return carry
-
-    if count == unroll:
-        step(0, 0)
-    else:
-        lax.fori_loop(0, count // unroll, step, 0)
+    over_pieces(plan.tiles.block // plan.tiles.chunk, plan.tiles.unroll_backward, body, reverse=True)
 
 
 def keys_of(plan: Plan, chunk: Chunk, slot: int) -> Keys:
