@@ -181,7 +181,7 @@ def test_hessian_products_are_differences_of_gradients(tokens):
     "mixer", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS if name != "attention")]
 )
 def test_every_family_has_hessian_products(mixer, tokens):
-    settings = {"mlp": family_config(mixer).model.mlp, "num_layers": 1, "d_model": 64}
+    settings = {"mlp": family_config(mixer).model.mlp, "num_layers": 1, "d_model": 64, "d_ff": 64}
     gradient, product, parameters = hessian_product(build(tiny(mixer=mixer, **settings)), tokens)
     twice = jax.grad(lambda p: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(p))))
     with dispatch.use_implementation("reference"):
