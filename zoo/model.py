@@ -22,13 +22,10 @@ from zoo.labelled import at_labels
 from zoo.layers import NORMS, dropout, embedding, linear, soft_cap
 from zoo.mixers import MIXERS, Sizes
 from zoo.mixers.shared_settings import add_bias, projections
+from zoo.states import State
 
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
 UNROLLED_UNITS = 4
-
-# {"position": int32 [B], "layers": {"mixer": ..., "mlp": ...} for each layer of the unit, stacked over units,
-#  "input": by family, of those that read the model's input in each layer}
-State = Mapping[str, Any]
 
 
 class Block(nnx.Module):

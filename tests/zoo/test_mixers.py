@@ -15,6 +15,7 @@ from tests.zoo.cases import CASES, D_MODEL, PARAMETERS, TIME_INVARIANT, applied,
 from tests.zoo.count_flops import dot_flops
 from zoo.config import Config, from_json, to_json
 from zoo.mixers import MIXERS
+from zoo.states import put_rows, take_rows
 
 # By case, so that its tests follow each other and share its programs.
 pytestmark = pytest.mark.parametrize("case", PARAMETERS, scope="module")
@@ -63,6 +64,29 @@ def test_prefill_and_decoding_equal_the_full_pass(case, inputs):
         start += length
     assert start == TIME
     assert error_ratio(jnp.concatenate(pieces, 1), full) < 2e-6
+
+
+def test_a_row_moves_between_batches(case, inputs):
+    """Of two batches at different lengths, a row of the one takes a place of the other; each goes on as before."""
+    mixer, parameters, call = applied(case)
+
+    def step(t, state):
+        return call(parameters, inputs[:, t : t + 1], None, positions(t, 1), state)
+
+    def of_model(state):  # as the second of two units
+        stacked = jax.tree.map(lambda leaf: np.stack([0 * leaf, leaf]), state)
+        return {"position": np.zeros(BATCH, np.int32), "layers": [stacked], "input": {}}
+
+    _, short = call(parameters, inputs[:, :CUT], None, positions(0, CUT), mixer.init_state(BATCH, TIME, jnp.float32))
+    _, long = step(CUT + 1, step(CUT, short)[1])
+    move = jax.jit(lambda state, other: put_rows(state, [0], take_rows(other, [1])))
+    mixed = jax.tree.map(lambda leaf: np.asarray(leaf)[1], move(of_model(long), of_model(short))["layers"][0])
+    x, at = np.asarray(inputs)[1, [CUT, CUT + 2]][:, None], jnp.array([[CUT], [CUT + 2]])
+    y, after = call(parameters, x, None, at, mixed)
+    for row, (t, before) in enumerate(((CUT, short), (CUT + 2, long))):
+        expected, expected_after = step(t, before)
+        np.testing.assert_array_equal(y[row], expected[1])
+        jax.tree.map(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b[1]), after, expected_after)
 
 
 def test_a_packed_row_equals_its_documents_alone(case, inputs):

@@ -18,6 +18,7 @@ from zoo.layers import GELU, embedding
 from zoo.mixers import MIXERS, Sizes
 from zoo.mixers.attention import AttentionConfig
 from zoo.model import LanguageModel
+from zoo.states import put_rows, take_rows
 
 BATCH, TIME, VOCAB = 2, 12, 64
 
@@ -136,6 +137,22 @@ def test_more_tokens_than_a_cache_holds_are_refused_or_nan(window):
         call(jnp.ones((1, 6, 16)), mixer.init_state(1, 5, jnp.float32))
     with pytest.raises(ValueError, match="state has 1 sequences, expected the 3 of x"):
         mixer(jnp.ones((3, 1, 16)), state=mixer.init_state(1, 5, jnp.float32))
+
+
+def test_rows_of_a_state_are_those_of_a_model_alike():
+    model, wider = build(tiny(mixer="attention")), build(tiny(mixer="attention", d_model=32))
+    state = model.init_state(3, 8)
+    for rows in ([3], np.array([-1])):
+        with pytest.raises(ValueError, match="expected numbers from 0 to 2"):
+            take_rows(state, rows)
+    for other, message in (
+        (model.init_state(2, 9), "max_length"),
+        (model.init_state(1, 8), "a sequence for each row"),
+        (wider.init_state(2, 8), "of the same model"),
+        (build(tiny(mixer="gla")).init_state(2, 8), "of the same model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            put_rows(state, [0, 2], other)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])

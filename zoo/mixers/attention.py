@@ -5,12 +5,13 @@
 Optional: a norm on q and k (2302.05442), of each head or of all together (OLMo 2's, 2501.00656), a sliding window of
 `window` tokens, rotary positions on a part of each head or scaled to longer contexts, a gate on what is read
 (2505.06708, as in Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
-State: the keys and values so far, [batch, max_length, kv_heads, K], the number of tokens in them, and where the
-current segment starts. More than max_length tokens, of all segments and padding together, with a window too, are a
-ValueError where their number is known, else NaN.
+State: the keys and values so far, [batch, max_length, kv_heads, K], and of each row the number of tokens in them and
+where its current segment starts. More than max_length tokens, of all segments and padding together, with a window too,
+are a ValueError where their number is known, else NaN.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +55,17 @@ def _check_state(state: dict[str, jax.Array], batch: int, time: int) -> None:
     sequences, length = state["k"].shape[:2]
     if sequences != batch:
         raise ValueError(f"attention: state has {sequences} sequences, expected the {batch} of x")
-    before = 0 if isinstance(state["index"], jax.core.Tracer) else int(state["index"])
+    before = 0 if isinstance(state["index"], jax.core.Tracer) else int(state["index"].max())
     if before + time > length:
         raise ValueError(
             f"attention: state has room for {length} tokens, expected {before} + {time}: make it with that max_length"
         )
+
+
+def _put(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+    """`cache` [B, L, ...] with x [B, T, ...] from each row's `index` [B] on."""
+    put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    return put(cache, x.astype(cache.dtype), index)
 
 
 class Attention(Mixer):
@@ -126,25 +133,24 @@ class Attention(Mixer):
         """Append k and v to the cache and attend to it: entries of the current segment, and those before t here."""
         batch, time = q.shape[:2]
         length = state["k"].shape[1]
-        index = state["index"]  # [] tokens in the cache, the same for every row
-        keys = jax.lax.dynamic_update_slice_in_dim(state["k"], k.astype(state["k"].dtype), index, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(state["v"], v.astype(state["v"].dtype), index, axis=1)
+        index = state["index"]  # [B] tokens in the cache
+        keys = _put(state["k"], k, index)
+        values = _put(state["v"], v, index)
         slots = jnp.arange(length, dtype=jnp.int32)
         # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
-        cached = jnp.where((slots >= state["start"][:, None]) & (slots < index), 0, -1)
+        cached = jnp.where((slots >= state["start"][:, None]) & (slots < index[:, None]), 0, -1)
         count = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else segment_numbers(segment_ids)
-        kv_ids = jax.lax.dynamic_update_slice_in_dim(cached, count, index, axis=1)
-        query_slots = jnp.broadcast_to(index + jnp.arange(time, dtype=jnp.int32), (batch, time))
         o = ops.attention(
             q,
             keys.astype(q.dtype),
             values.astype(q.dtype),
             window=self.window,
-            segment_ids=(count, kv_ids),
-            q_positions=query_slots,  # keys stand at their own slot, so only the slots up to here are read
+            segment_ids=(count, _put(cached, count, index)),
+            # Keys stand at their own slot, so only the slots up to here are read.
+            q_positions=index[:, None] + jnp.arange(time, dtype=jnp.int32),
         )
         # A cache that is too short has lost a key, and which tokens saw it is nobody's to guess.
-        o = jnp.where(index + time <= length, o, jnp.nan)
+        o = jnp.where((index + time <= length)[:, None, None, None], o, jnp.nan)
         # The last segment starts at its first token here, unless the whole call continues the state's.
         last_start = index + jnp.argmax(count == count[:, -1:], axis=1).astype(jnp.int32)
         start = jnp.where(count[:, -1] == 0, state["start"], last_start)
@@ -152,8 +158,8 @@ class Attention(Mixer):
 
     def init_state(self, batch_size, max_length, dtype):
         cache = jnp.zeros((batch_size, max_length, self.kv_heads, self.head_dim), dtype)
-        zero = jnp.zeros((), jnp.int32)
-        return {"k": cache, "v": cache, "index": zero, "start": jnp.zeros((batch_size,), jnp.int32)}
+        zeros = jnp.zeros((batch_size,), jnp.int32)
+        return {"k": cache, "v": cache, "index": zeros, "start": zeros}
 
     def spread_over_tensor(self):
         # One head of k and v is on every device.
