@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import kernels
 from kernels import precision, segments
+from kernels.attention import decay
 from zoo import sharding
 from zoo.sharding import sequence
 
@@ -19,6 +20,7 @@ __all__ = [
     "associative_scan",
     "attention",
     "cross_entropy",
+    "decay_sums",
     "delta_rule",
     "diagonal_ssm",
     "dplr_delta_rule",
@@ -35,6 +37,7 @@ __all__ = [
 TILE = 128  # tokens of which a TPU's attention kernel takes a multiple
 OF_TOKENS = ("batch", "time")
 OF_CHANNELS = ("batch", "time", "heads")
+OF_QUERIES, OF_KEYS = ("q", "q_sums"), ("k", "v", "kv_sums")  # in attention
 
 
 def attention(q, k, v, *, causal=True, window=None, segment_ids=None, q_positions=None, kv_positions=None, **options):
@@ -46,11 +49,16 @@ def attention(q, k, v, *, causal=True, window=None, segment_ids=None, q_position
     """
     pair = isinstance(segment_ids, tuple)
     ids = dict(zip(("q_ids", "kv_ids"), segment_ids if pair else (segment_ids,), strict=False))
+    log_decay = options.pop("log_decay", None)
+    if log_decay is not None and not isinstance(log_decay, tuple):
+        log_decay = (decay_sums(log_decay),) * 2
+    of_decays = dict(zip(("q_sums", "kv_sums"), log_decay or (), strict=False))
 
     def call(arrays, **of_part):
         local = tuple(arrays[name] for name in ids if name in arrays)
         local = local if pair else local[0] if local else None
-        others = {name: array for name, array in arrays.items() if name not in ids}
+        others = {name: array for name, array in arrays.items() if name not in ids | of_decays}
+        others |= {"log_decay": (arrays["q_sums"], arrays["kv_sums"])} if of_decays else {}
         return kernels.attention(**others, segment_ids=local, causal=causal, window=window, **options, **of_part)
 
     groups = k.shape[2]  # a device has the heads of q that read its heads of k, or the only one
@@ -61,8 +69,16 @@ def attention(q, k, v, *, causal=True, window=None, segment_ids=None, q_position
     arrays = {"q": (q, ("batch", time, heads, None)), "k": (k, of_keys), "v": (v, of_keys)}
     of_tokens = ids | {"q_positions": q_positions, "kv_positions": kv_positions}
     arrays |= {name: (array, ("batch", time)) for name, array in of_tokens.items()}
+    arrays |= {name: (array, ("batch", time, heads, None)) for name, array in of_decays.items()}
     over_time = functools.partial(_keys_to_queries, causal=causal, window=window)
     return sharding.on_each_device(call, arrays, ("batch", time, heads, None), over_time=over_time)
+
+
+def decay_sums(log_decay, before=None):
+    """`kernels.attention.sums` of log_decay [B, T, H], on top of those of earlier tokens, `before` [B, H, 2]."""
+    zeros = jnp.zeros((log_decay.shape[0], log_decay.shape[2]), jnp.float32)
+    first = decay.pair(zeros) if before is None else (before[..., 0], before[..., 1])
+    return jnp.stack(associative_scan(decay.add, decay.pair(log_decay), first), axis=-1)
 
 
 def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None, segment_ids=None, **options):
@@ -376,23 +392,26 @@ def _keys_to_queries(call, *, causal, window):
     """Attention's `over_time`."""
 
     def run(arrays):
-        q, k, v, ids = (arrays.get(name) for name in ("q", "k", "v", "q_ids"))
-        time, shards, index = q.shape[1], jax.lax.axis_size(sequence.AXIS), jax.lax.axis_index(sequence.AXIS)
+        queries, keys = ({name: arrays[name] for name in names if name in arrays} for names in (OF_QUERIES, OF_KEYS))
+        ids, time = arrays.get("q_ids"), arrays["q"].shape[1]
+        shards, index = jax.lax.axis_size(sequence.AXIS), jax.lax.axis_index(sequence.AXIS)
         numbers = None if ids is None else sequence.segment_numbers(ids)
         if causal and window is not None and window <= (shards - 1) * time:
             # Where there is no key on the left there is a zero, of a segment that no query is of.
-            numbers = 1 + (jnp.zeros(q.shape[:2], jnp.int32) if ids is None else numbers)
+            keys["q_ids"] = 1 + (jnp.zeros(arrays["q"].shape[:2], jnp.int32) if ids is None else numbers)
             width = -(-(window - 1) // TILE) * TILE if time % TILE == 0 else window - 1
-            k, v, numbers = (jnp.concatenate([sequence.halo(x, width), x], 1) for x in (k, v, numbers))
-            return call({"q": q, "k": k, "v": v, "q_ids": numbers}, q_start=width)
+            keys = {name: jnp.concatenate([sequence.halo(x, width), x], 1) for name, x in keys.items()}
+            return call(keys | queries, q_start=width)
 
-        keys = {"k": sequence.gathered(k), "v": sequence.gathered(v)}
-        keys |= {} if ids is None else {"q_ids": sequence.gathered(numbers)}
+        keys |= {} if ids is None else {"q_ids": numbers}
+        keys = {name: sequence.gathered(x) for name, x in keys.items()}
         if not causal or time % 2:
-            return call(keys | {"q": q}, q_start=index * time)
+            return call(keys | queries, q_start=index * time)
         half = time // 2
-        own = call(keys | {"q": q[:, :half]}, q_start=index * time)
-        others = call(keys | {"q": sequence.mirrored(q[:, half:])}, q_start=(shards - 1 - index) * time + half)
+        first = {name: x[:, :half] for name, x in queries.items()}
+        second = {name: sequence.mirrored(x[:, half:]) for name, x in queries.items()}
+        own = call(keys | first, q_start=index * time)
+        others = call(keys | second, q_start=(shards - 1 - index) * time + half)
         return jnp.concatenate([own, sequence.mirrored(others)], axis=1)
 
     return run

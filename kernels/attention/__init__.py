@@ -1,5 +1,6 @@
 """Softmax attention."""
 
 from kernels.attention.api import attention
+from kernels.attention.decay import sums
 
-__all__ = ["attention"]
+__all__ = ["attention", "sums"]

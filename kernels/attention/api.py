@@ -1,4 +1,4 @@
-"""`attention`: softmax attention with grouped heads, windows, packing and positions."""
+"""`attention`: softmax attention with grouped heads, windows, packing, positions and decays."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,18 @@ from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from kernels.attention.chunked import chunked
 from kernels.attention.cudnn import cudnn
+from kernels.attention.decay import sums
 from kernels.attention.reference import reference
 from kernels.attention.splash import splash
-from kernels.checks import check_count, check_dtype, check_number, check_rank, check_segment_ids, check_shape
+from kernels.checks import (
+    check_count,
+    check_dtype,
+    check_not_above_zero,
+    check_number,
+    check_rank,
+    check_segment_ids,
+    check_shape,
+)
 from kernels.segments import segment_numbers
 
 IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
@@ -29,6 +38,7 @@ def attention(
     q_start: int | Int[Array, ""] | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     kv_positions: Int[Array, "B L"] | None = None,
+    log_decay: Float[Array, "B L H"] | tuple[Float[Array, "B T H 2"], Float[Array, "B L H 2"]] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: dispatch.Implementation = None,
@@ -36,7 +46,7 @@ def attention(
     """Softmax attention.
 
         o_t = sum_s p_ts v_s,   p_t = softmax over the visible s of z_ts,   z_ts = scale q_t . k_s,
-        or z_ts = softcap tanh(scale q_t . k_s / softcap)
+        or z_ts = softcap tanh(scale q_t . k_s / softcap), and with decays z_ts + sum of log_decay over s < u <= t
 
     Key s is visible to query t if they are of one segment, and (causal) kv_positions_s <= q_positions_t, and
     (window) q_positions_t - kv_positions_s < window. A query that sees no key gives 0.
@@ -54,11 +64,15 @@ def attention(
       q_start: the queries are those of the keys' tokens q_start, q_start + 1, ..., a part of the sequence; it and L are
         multiples of T, or it is L - T. With it, causality and windows count by the tokens' own indices.
       q_positions, kv_positions: positions in tokens; 0, 1, 2, ... by default.
+      log_decay: what each token leaves of the keys before it, at most 0 (forgetting attention, arXiv:2503.02130). Of
+        the keys' tokens, each for its query head, where the queries are among them (T = L, or q_start). Or a pair,
+        `kernels.attention.sums` of it at each query and at each key, for a cache.
       scale: None is K^-0.5.
       softcap: bound of the logits' magnitude.
 
     Raises:
       ValueError: a shape or dtype that does not fit, an empty axis, a window below 1, a scale that is not finite, a
+        log_decay above 0 that is known or without causality,
         softcap that is not above 0, a q_start beside positions or a pair of segment_ids or where no part of the keys
         starts, or an unknown implementation.
       NotImplementedError: the implementation asked for does not support the call; the message says why.
@@ -88,6 +102,10 @@ def attention(
         check_shape(OP, "q_positions", q_positions, (B, T), like="q", shape=q.shape)
     if kv_positions is not None:
         check_shape(OP, "kv_positions", kv_positions, (B, L), like="k", shape=k.shape)
+    if log_decay is not None:
+        if not causal:
+            raise ValueError(f"{OP}: log_decay counts from a key to a later query, expected causal=True")
+        log_decay = _sums_at(log_decay, q, k, q_start, positions=q_positions is not None or kv_positions is not None)
     if q_start is not None:
         q_positions = jnp.broadcast_to(q_start + jnp.arange(T), (B, T))
     check_dtype(OP, jnp.floating, q=q, k=k, v=v)
@@ -109,9 +127,27 @@ def attention(
         q_start=q_start,
         q_positions=q_positions,
         kv_positions=kv_positions,
+        log_decay=log_decay,
         scale=K**-0.5 if scale is None else scale,
         softcap=softcap,
     )
+
+
+def _sums_at(log_decay, q, k, q_start, positions):
+    """`sums` at the queries and at the keys."""
+    (B, T, H, _), L = q.shape, k.shape[1]
+    if isinstance(log_decay, tuple):
+        for name, array, length in zip(("of q", "of k"), log_decay, (T, L), strict=True):
+            check_shape(OP, f"log_decay {name}", array, (B, length, H, 2), like="q", shape=q.shape)
+            check_dtype(OP, jnp.floating, **{f"log_decay {name}": array})
+        return log_decay
+    if positions or (q_start is None and T != L):
+        raise ValueError(f"{OP}: log_decay is one array, expected a pair of sums for {T} queries among {L} keys")
+    check_shape(OP, "log_decay", log_decay, (B, L, H), like="q", shape=q.shape)
+    check_dtype(OP, jnp.floating, log_decay=log_decay)
+    check_not_above_zero(OP, log_decay=log_decay)
+    of_keys = sums(log_decay)
+    return (of_keys if q_start is None else lax.dynamic_slice_in_dim(of_keys, q_start, T, axis=1)), of_keys
 
 
 def _check_part(q_start, T, L, segment_ids, q_positions, kv_positions):

@@ -9,6 +9,9 @@ p_ts = e^{z_ts - log Z - m} block by block (Dao et al. 2022, arXiv:2205.14135, a
 
     dv_s = sum_t p_ts do_t,   dz_ts = p_ts (do_t . v_s - do_t . o_t),   dq_t = sum_s dz_ts k_s,   dk_s = sum_t dz_ts q_t
 
+With decays z gains G_t - G_s, sums of log-decays: dG_s = -sum_t dz_ts, and nothing for G_t, which all logits of a
+query have in common.
+
 Where keys stand at their own index, blocks that causality or the window hides from a whole block of queries are
 skipped, so a query at position p of a long cache reads p keys, not the cache.
 """
@@ -23,6 +26,7 @@ from jax import lax
 
 from kernels import precision
 from kernels.array_typing import Array, Float, Int
+from kernels.attention.decay import between
 from kernels.softcap import soft_cap, soft_cap_slope
 
 HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
@@ -59,6 +63,7 @@ def chunked(
     kv_positions: Int[Array, "B L"] | None,
     scale: float,
     softcap: float | None,
+    log_decay: tuple[Float[Array, "B T H 2"], Float[Array, "B L H 2"]] | None,
 ) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`."""
     (B, T, H, K), (L, G, V) = q.shape, v.shape[1:]
@@ -76,27 +81,32 @@ def chunked(
     q = jnp.pad(q, (*padding, (0, 0), (0, 0))).reshape(B, n, block_q, G, R, K)
     q = q.transpose(1, 0, 3, 4, 2, 5).reshape(n, B, G, R * block_q, K)  # heads of a group are rows of one matmul
     q_info = (blocks(q_positions), None if q_ids is None else blocks(q_ids))
-    out = _attention(q, k, v, q_info, (kv_positions, kv_ids), options)
+    if log_decay is not None:
+        of_queries = jnp.pad(log_decay[0], (*padding, (0, 0), (0, 0)), mode="edge").reshape(B, n, block_q, G, R, 2)
+        log_decay = of_queries.transpose(1, 0, 3, 4, 2, 5), log_decay[1].reshape(B, L, G, R, 2)
+    out = _attention(q, k, v, log_decay, q_info, (kv_positions, kv_ids), options)
     out = out.reshape(n, B, G, R, block_q, V).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(B, n * block_q, H, V)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, q_info, kv_info, options):
-    return _forward(q, k, v, q_info, kv_info, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, log_decay, q_info, kv_info, options):
+    return _forward(q, k, v, log_decay, q_info, kv_info, options)[0]
 
 
-def _forward(q, k, v, q_info, kv_info, options):
+def _forward(q, k, v, log_decay, q_info, kv_info, options):
     B, G, rows, _ = q.shape[1:]
+    of_queries, of_keys = (None, None) if log_decay is None else log_decay
 
     def q_block(_, inputs):
-        q, q_info = inputs  # [B, G, rows, K]
+        q, q_info, of_queries = inputs  # [B, G, rows, K]
 
         def kv_block(j, carry):
             maximum, total, out = carry
             start, visible = _visible(j, q_info, kv_info, options)
             v_j = _rows(v, start, options)
-            z, _ = _logits(q, _rows(k, start, options), visible, options)
+            gained = _gained(of_queries, of_keys, start, options)
+            z, _ = _logits(q, _rows(k, start, options), gained, visible, options)
             new_maximum = jnp.maximum(maximum, z.max(-1))
             p = _masked(jnp.exp(z - new_maximum[..., None]), visible, 0)
             correction = jnp.exp(maximum - new_maximum)
@@ -113,36 +123,45 @@ def _forward(q, k, v, q_info, kv_info, options):
         total = jnp.where(total == 0, 1, total)
         return None, ((out / total[..., None]).astype(v.dtype), maximum + jnp.log(total))
 
-    _, (out, logsumexp) = lax.scan(q_block, None, (q, q_info))
-    return out, (q, k, v, q_info, kv_info, out, logsumexp)
+    _, (out, logsumexp) = lax.scan(q_block, None, (q, q_info, of_queries))
+    return out, (q, k, v, log_decay, q_info, kv_info, out, logsumexp)
 
 
 def _backward(options, residuals, dout):
-    q, k, v, q_info, kv_info, out, logsumexp = residuals
+    q, k, v, log_decay, q_info, kv_info, out, logsumexp = residuals
+    of_queries, of_keys = (None, None) if log_decay is None else log_decay
 
     def q_block(carry, inputs):
-        q, q_info, out, logsumexp, dout = inputs
+        q, q_info, of_queries, out, logsumexp, dout = inputs
         inner = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)  # do . o, [B, G, rows]
 
         def kv_block(j, carry):
-            dq, dk, dv = carry
+            dq, dk, dv, dsums = carry
             start, visible = _visible(j, q_info, kv_info, options)
             k_j, v_j = _rows(k, start, options), _rows(v, start, options)
-            z, slope = _logits(q, k_j, visible, options)
+            gained = _gained(of_queries, of_keys, start, options)
+            z, slope = _logits(q, k_j, gained, visible, options)
             p = _masked(jnp.exp(z - logsumexp[..., None]), visible, 0)  # [B, G, rows, block_k]
             dv = _add_rows(dv, _dot("bgts,bgtv->bsgv", p.astype(v.dtype), dout), start, options)
-            dz = p * (_dot("bgtv,bsgv->bgts", dout, v_j) - inner[..., None]) * slope
-            dz = dz.astype(q.dtype)
+            dz = p * (_dot("bgtv,bsgv->bgts", dout, v_j) - inner[..., None])
+            if dsums is not None:
+                of_block = -_grouped(dz, visible).sum(3).transpose(0, 3, 1, 2)  # [B, block_k, G, R]
+                dsums = _add_rows(dsums, of_block, start, options)
+            dz = (dz * slope).astype(q.dtype)
             dk = _add_rows(dk, _dot("bgts,bgtk->bsgk", dz, q), start, options)
-            return dq + _dot("bgts,bsgk->bgtk", dz, k_j), dk, dv
+            return dq + _dot("bgts,bsgk->bgtk", dz, k_j), dk, dv, dsums
 
         carry = (jnp.zeros(q.shape, jnp.float32), *carry)
-        dq, dk, dv = lax.fori_loop(*_bounds(q_info[0], k.shape[1], options), kv_block, carry)
-        return (dk, dv), dq.astype(q.dtype)
+        dq, *carry = lax.fori_loop(*_bounds(q_info[0], k.shape[1], options), kv_block, carry)
+        return tuple(carry), dq.astype(q.dtype)
 
     zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    (dk, dv), dq = lax.scan(q_block, zeros, (q, q_info, out, logsumexp, dout))
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    zeros += (None if log_decay is None else jnp.zeros(of_keys.shape[:-1], jnp.float32),)
+    (dk, dv, dsums), dq = lax.scan(q_block, zeros, (q, q_info, of_queries, out, logsumexp, dout))
+    if log_decay is not None:
+        of_keys = jnp.stack([dsums, jnp.zeros_like(dsums)], axis=-1).astype(of_keys.dtype)
+        log_decay = jnp.zeros_like(of_queries), of_keys
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), log_decay, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -177,19 +196,33 @@ def _visible(j, q_info, kv_info, options):
     return start, visible
 
 
-def _logits(q, k, visible, options):
+def _gained(of_queries, of_keys, start, options):
+    """What decays add to the logits, [B, G, R, block_q, block_k]; None for nothing."""
+    if of_keys is None:
+        return None
+    of_keys = _rows(of_keys, start, options).transpose(0, 2, 3, 1, 4)
+    return between(of_queries[..., :, None, :], of_keys[..., None, :, :])
+
+
+def _logits(q, k, gained, visible, options):
     """Logits z [B, G, rows, block_k], and the slope dz / d(q . k)."""
     z = options.scale * _dot("bgtk,bsgk->bgts", q, k)
     slope = options.scale
     if options.softcap is not None:
         z, slope = soft_cap(z, options.softcap), slope * soft_cap_slope(z, options.softcap)
+    if gained is not None:
+        z = z + gained.reshape(z.shape)
     return _masked(z, visible, HIDDEN), slope
 
 
 def _masked(x, visible, value):
     """x [B, G, R * block_q, block_k] where visible, else `value`."""
-    grouped = x.reshape(*x.shape[:2], -1, *visible.shape[-2:])
-    return jnp.where(visible, grouped, value).reshape(x.shape)
+    return jnp.where(visible, _grouped(x, visible), value).reshape(x.shape)
+
+
+def _grouped(x, visible):
+    """[B, G, R * block_q, block_k] -> [B, G, R, block_q, block_k]"""
+    return x.reshape(*x.shape[:2], -1, *visible.shape[-2:])
 
 
 def _dot(equation, a, b):

@@ -21,9 +21,12 @@ def cudnn(
     kv_positions: Int[Array, "B L"] | None,
     scale: float,
     softcap: float | None,
+    log_decay: tuple[Float[Array, "B T H 2"], Float[Array, "B L H 2"]] | None = None,
 ) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`."""
     (B, T), L = q.shape[:2], k.shape[1]
+    if log_decay is not None:
+        raise NotImplementedError("cuDNN knows no decays")
     mask = None
     if q_start is not None and L != T:
         raise NotImplementedError("queries are those of all keys here")

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from kernels.array_typing import Array, Float, Int
+from kernels.attention.decay import between
 from kernels.softcap import soft_cap
 
 
@@ -19,6 +20,7 @@ def reference(
     kv_positions: Int[Array, "B L"] | None,
     scale: float,
     softcap: float | None,
+    log_decay: tuple[Float[Array, "B T H 2"], Float[Array, "B L H 2"]] | None,
 ) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`."""
     (B, T, H, _), (L, G) = q.shape, k.shape[1:3]
@@ -40,6 +42,9 @@ def reference(
     logits = scale * jnp.einsum("bthk,blhk->bhtl", q, k, precision="highest")
     if softcap is not None:
         logits = soft_cap(logits, softcap)
+    if log_decay is not None:
+        of_queries, of_keys = (x.swapaxes(1, 2) for x in log_decay)
+        logits += between(of_queries[:, :, :, None], of_keys[:, :, None])
     logits = jnp.where(visible, logits, -1e30)  # finite: a row without keys must not become NaN
     weights = jnp.where(visible, jnp.exp(logits - logits.max(-1, keepdims=True)), 0)
     total = weights.sum(-1, keepdims=True)

@@ -22,11 +22,14 @@ def splash(
     kv_positions: Int[Array, "B L"] | None,
     scale: float,
     softcap: float | None,
+    log_decay: tuple[Float[Array, "B T H 2"], Float[Array, "B L H 2"]] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
     """Output [B, T, H, V]; see `attention`. The gradient of a softcap is jax's, 1 - tanh^2: it has no digits from
     logits of 9 times the cap on."""
     (T, H), L = q.shape[1:3], k.shape[1]
+    if log_decay is not None:
+        raise NotImplementedError("splash attention knows no decays")
     if kv_positions is not None or (q_positions is not None and q_start is None):
         raise NotImplementedError("positions are the tokens' own indices here")
     if T != L and q_start is None:

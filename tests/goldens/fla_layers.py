@@ -21,6 +21,32 @@ def recurrent_state(cache, index):
     return {"mixer": cache[index]["recurrent_state"]}
 
 
+def forgetting_attention():
+    """The layer decodes by a kernel alone: here a cache holds the tokens of all calls, which are computed again."""
+    from fla.layers.forgetting_attn import ForgettingAttention
+
+    def call(module, x, cache, index):
+        if cache is None:
+            return module(x)[0]
+        cache[index] = torch.cat([cache[index], x], 1) if index in cache else x
+        cache["module", index] = module
+        return module(cache[index])[0][:, -x.shape[1] :]
+
+    def states(cache, index):
+        module, x = cache["module", index], cache[index]
+        return {f"mixer.{name}": getattr(module, f"{name}_proj")(x) for name in "kv"}
+
+    return Family(
+        {"forgetting_attention": {"num_heads": HEADS, "output_gate": True}},
+        lambda i: ForgettingAttention(hidden_size=D, num_heads=HEADS, use_output_gate=True, layer_idx=i),
+        call,
+        matrices(q="q_proj", k="k_proj", v="v_proj", forget="f_proj", output_gate="g_proj", out="o_proj")
+        | {"forget.bias": ("f_proj.bias", same)},
+        dict,
+        states,
+    )
+
+
 def linear_attention(feature_map="elu"):
     from fla.layers import LinearAttention
 

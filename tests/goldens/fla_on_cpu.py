@@ -106,6 +106,7 @@ def unit(x):
 
 
 def patch_fla():
+    import fla.layers.forgetting_attn
     import fla.layers.gla
     import fla.layers.hgrn2
     import fla.layers.linear_attn
@@ -116,6 +117,7 @@ def patch_fla():
     import fla.modules.rotary.ops
     from fla.modules.rotary.ops import rotary_embedding_ref
     from fla.modules.token_shift import token_shift_ref
+    from fla.ops.forgetting_attn.naive import naive_forgetting_attn
     from fla.ops.gla.naive import naive_recurrent_gla
     from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
     from fla.ops.retention.naive import naive_retention
@@ -157,6 +159,10 @@ def patch_fla():
     def rms_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=EPSILON):
         return F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, eps), weight, bias)
 
+    def forgetting_attn(q, k, v, g, **_):
+        return naive_forgetting_attn(q, k, v, g)
+
+    fla.layers.forgetting_attn.parallel_forgetting_attn = forgetting_attn
     activations = {"swish": F.silu, "silu": F.silu, "sqrelu": lambda x: F.relu(x) ** 2}
     for module in (fla.layers.gla, fla.layers.multiscale_retention, fla.layers.yoco):
         module.FusedRMSNormGated = RMSNorm

@@ -32,6 +32,7 @@ FAMILIES = {
     for function in (
         transformers_layers.attention,
         transformers_layers.attention_qwen3_next,
+        fla_layers.forgetting_attention,
         fla_layers.linear_attention,
         fla_layers.linear_attention_relu,
         fla_layers.linear_attention_taylor2,

@@ -322,19 +322,22 @@ def _short_conv(taps, activation, with_bias, channels=4):
     )
 
 
-def _attention(heads=4, kv_heads=2, **options):
+def _attention(heads=4, kv_heads=2, decay=False, **options):
+    gates = ("log_decay",) if decay else ()
+
     def inputs(rng, length):
-        return {
+        arrays = {
             "q": normal(rng, BATCH, length, heads, 8),
             "k": normal(rng, BATCH, length, kv_heads, 8),
             "v": normal(rng, BATCH, length, kv_heads, 6),
         }
+        return arrays | {gate: log_gate(rng, BATCH, length, heads) for gate in gates}
 
     def op(inputs, segment_ids, implementation):
         return attention(**inputs, **options, segment_ids=segment_ids, implementation=implementation), None
 
     # splash and cudnn need their devices: test_attention.py
-    return Case(op, inputs, ("chunked",), over_time=("q", "k", "v"))
+    return Case(op, inputs, ("chunked",), over_time=("q", "k", "v", *gates), gates=gates, float32_inputs=gates)
 
 
 CASES = {
@@ -363,6 +366,7 @@ CASES = {
     "attention-causal": _attention(),
     "attention-window": _attention(window=5),
     "attention-softcap": _attention(kv_heads=4, softcap=2.0, scale=1.0),
+    "attention-decay": _attention(decay=True),
 }
 if dispatch.device().is_hopper:  # `mosaic_gpu` has these widths only, and bfloat16 only: the other tests skip it
     CASES["linear_attention-scalar-wide"] = _linear_attention("BTH", groups=1, key_dim=64, value_dim=64)

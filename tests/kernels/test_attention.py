@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from kernels import attention, dispatch
+from kernels.attention import sums
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.splash import splash
 from tests.kernels.conformance import error_ratio, normal
@@ -136,10 +137,69 @@ def test_a_part_that_is_none_is_refused(given, message):
         attention(*qkv(5, 12), **given)
 
 
-def test_memory_is_linear_in_time():
+def decays(T, *, heads=4, batch=2):
+    """Memories of 2 to 200 tokens."""
+    return jnp.log1p(-jnp.exp(-1 - 4 * jax.random.uniform(jax.random.key(7), (batch, T, heads))))
+
+
+def test_decays_over_many_blocks_are_the_reference():
+    arrays = *qkv(300, 300), decays(300)
+    call = lambda q, k, v, g, **given: attention(q, k, v, log_decay=g, window=170, **given)  # noqa: E731
+    expected = results(functools.partial(call, implementation="reference"), arrays)
+    for actual, wanted in zip(results(call, arrays), expected, strict=True):
+        assert error_ratio(actual, wanted) < 2e-6
+    q, k, v, g = (np.asarray(x, np.float64) for x in arrays)
+    total = np.cumsum(g, axis=1)
+    logits = np.einsum("bthk,bshk->bths", q, np.repeat(k, 2, 2)) / np.sqrt(8) + (total[..., None] - total.transpose(
+        0, 2, 1)[:, None])  # fmt: skip
+    distance = np.arange(300)[:, None] - np.arange(300)
+    weights = np.exp(np.where(((distance >= 0) & (distance < 170))[:, None], logits, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    assert error_ratio(expected[0], np.einsum("bths,bshv->bthv", weights, np.repeat(v, 2, 2))) < 2e-6
+
+
+def test_sums_of_decays_keep_their_digits():
+    g = decays(20_000, heads=1, batch=1) * 10
+    found = np.asarray(jax.jit(sums)(g), np.float64).sum(-1)
+    exact = np.cumsum(np.asarray(g, np.float64), axis=1)
+    assert exact[0, -1, 0] < -3e3 and np.abs(found - exact).max() < 1e-7  # as one float32 it is off by 1e-4
+
+
+def test_a_cache_of_sums_is_the_full_form():
+    @jax.jit
+    def last_three(q, k, v, g):
+        of_keys = sums(g)
+        pair, here = (of_keys[:, 6:], of_keys), jnp.array([[6, 7, 8]] * 2)
+        part = attention(q[:, 6:], k, v, log_decay=g, q_start=6)
+        return part, attention(q[:, 6:], k, v, log_decay=pair, q_positions=here), attention(q, k, v, log_decay=g)[:, 6:]
+
+    *found, expected = last_three(*qkv(9, 9), decays(9))
+    assert all(error_ratio(x, expected) < 1e-6 for x in found)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"causal": False}, "expected causal=True"),
+        ({"log_decay": jnp.ones((2, 5, 4))}, "log_decay is up to 1, expected at most 0"),
+        ({"q_positions": jnp.zeros((2, 5), jnp.int32)}, "log_decay is one array, expected a pair of sums"),
+    ],
+)
+def test_decays_that_are_none_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv(5, 5), **{"log_decay": jnp.zeros((2, 5, 4))} | given)
+
+
+@pytest.mark.parametrize("with_decays", [False, True], ids=["plain", "decays"])
+def test_memory_is_linear_in_time(with_decays):
     def temporary_bytes(T):
         shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3
-        gradient = jax.jit(jax.grad(lambda *arrays: attention(*arrays).sum(), (0, 1, 2)))
+        shapes += [jax.ShapeDtypeStruct((1, T, 2), jnp.float32)] * with_decays
+
+        def call(q, k, v, g=None):
+            return attention(q, k, v, log_decay=g).sum()
+
+        gradient = jax.jit(jax.grad(call, tuple(range(len(shapes)))))
         return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8192) < 4.5 * temporary_bytes(2048)
@@ -228,6 +288,7 @@ REFUSED_BY_SPLASH = {
     "multiple of 128": (100, 100, {}),
     "segment has no key": (128, 128, {"segment_ids": (jnp.zeros((2, 128), jnp.int32), jnp.ones((2, 128), jnp.int32))}),
     "window is causal": (128, 128, {"causal": False, "window": 5}),
+    "no decays": (128, 128, {"log_decay": (jnp.zeros((2, 128, 4, 2)),) * 2}),
 }
 
 
@@ -283,6 +344,7 @@ REFUSED_BY_CUDNN = {
     "positions": {"q_positions": ids},
     "bfloat16 or all float16": {"dtype": jnp.float32},
     "window is causal": {"causal": False, "window": 3},
+    "no decays": {"log_decay": (jnp.zeros((2, 16, 4, 2)),) * 2},
 }
 
 

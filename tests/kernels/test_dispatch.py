@@ -110,6 +110,11 @@ WRONG_SHAPES = {
         "q_positions",
         [(2, 7), (2, 8)],
     ),
+    "attention_decay": (
+        lambda: attention(*qkv, log_decay=zeros(2, 8, 3)),
+        "log_decay",
+        [(2, 8, 3), (2, 8, 4), (2, 8, 4, 16)],
+    ),
     "linear_attention_k": (
         lambda: linear_attention(qkv[0], zeros(2, 8, 4, 5), qkv[0]),
         "k",

@@ -118,6 +118,11 @@ def cases():
     for window in (None, 3, 9, 29, 30):  # keys of one neighbour, of several, of all
         attend = lambda q, k, v, window=window, **given: ops.attention(q, k, v, window=window, **given)  # noqa: E731
         yield f"attention {window}", attend, groups, (None,)
+    for window in (None, 3):
+        attend = lambda q, k, v, g, window=window, **given: ops.attention(  # noqa: E731
+            q, k, v, window=window, log_decay=g, **given
+        )
+        yield f"attention decay {window}", attend, (*groups, decay(3, 2, T, H)), (None,)
     both_ways = lambda q, k, v, **given: ops.attention(q, k, v, causal=False, **given)  # noqa: E731
     yield "attention both ways", both_ways, groups, (None,)
 

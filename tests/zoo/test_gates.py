@@ -110,6 +110,7 @@ def test_mlstm_with_gates_of_50_is_the_recurrence_without_a_stabiliser(write, fo
 
 
 SATURATED = {  # every family whose gates see the token; those of s4d and h3 are parameters, of the rest constants
+    "forgetting_attention": ("forget.kernel",),
     "gated_retention": ("gate.kernel",),
     "mlstm": ("input_gate.kernel", "forget_gate.kernel"),
     "gla": ("gate_up.kernel",),

@@ -51,7 +51,7 @@ def test_every_op_on_parts_of_the_time_is_the_op():
 def test_what_devices_exchange_does_not_grow_with_the_sequence(family):
     """Bytes that a device sends for a mixer, forward and backward, on packed rows of 4,096 and of 32,768 tokens."""
     short, long = results("exchanged", family, "4096", "32768")
-    if family != "attention":
+    if family not in ("attention", "forgetting_attention"):
         assert short["bytes"] == pytest.approx(long["bytes"], rel=0.01), (short, long)
-    else:  # keys and values, and half of the queries
+    else:  # keys and values, their sums of decays, and half of the queries
         assert 7.5 < long["bytes"] / short["bytes"] < 8, (short, long)

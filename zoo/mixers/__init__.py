@@ -4,6 +4,7 @@ from zoo.mixers.attention import Attention
 from zoo.mixers.base import Mixer, Sizes
 from zoo.mixers.delta_net import DeltaNet
 from zoo.mixers.dfw import DFW
+from zoo.mixers.forgetting_attention import ForgettingAttention
 from zoo.mixers.gated_delta_net import GatedDeltaNet
 from zoo.mixers.gated_delta_product import GatedDeltaProduct
 from zoo.mixers.gated_retention import GatedRetention
@@ -24,6 +25,7 @@ from zoo.mixers.s4d import S4D
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "forgetting_attention": ForgettingAttention,
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "lightning": Lightning,

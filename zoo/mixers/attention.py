@@ -23,6 +23,8 @@ from zoo.layers import RopeScaling, linear, rms_norm, rotary, rounded_once, segm
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import section, setting
 
+POSITIONS = {"model": "model.positions", "rope": "rotary", "none": ""}
+
 
 @dataclasses.dataclass
 class AttentionConfig(NormedMixerConfig):
@@ -30,7 +32,7 @@ class AttentionConfig(NormedMixerConfig):
     num_kv_heads: int = setting(0, "heads of k and v", zero="num_heads")
     head_dim: int = setting(0, "K", zero="d_model / num_heads", at_least=2)
     rope_base: float = setting(10_000.0, "the slowest pair turns by 1 / base a token", at_least=1)
-    positions: str = setting("model", "of q and k", choices={"model": "model.positions", "rope": "rotary", "none": ""})
+    positions: str = setting("model", "of q and k", choices=POSITIONS)
     rotary_fraction: float = setting(1.0, "share of each head's channels that turn", above=0, at_most=1)
     rope_scaling: RopeScaling = section(RopeScaling)
     qk_norm: bool = setting(False, "an RMS norm on each head's q and k")
@@ -120,16 +122,21 @@ class Attention(Mixer):
         else:
             q, k = turn(q), turn(k)
         q, k, v = (checkpoint_name(a, f"attention_{name}") for a, name in ((q, "q"), (k, "k"), (v, "v")))
+        log_decay = self.log_decay(x)
         if state is None:
-            o = ops.attention(q, k, v, window=self.window, segment_ids=segment_ids)
+            o = ops.attention(q, k, v, window=self.window, segment_ids=segment_ids, log_decay=log_decay)
         else:
-            o, state = self._continue(q, k, v, segment_ids, state)
+            o, state = self._continue(q, k, v, log_decay, segment_ids, state)
         o = o.reshape(batch, time, -1)
         if self.output_gate is not None:
             o = rounded_once(lambda o, gate: o * jax.nn.sigmoid(gate), o, self.output_gate(x))
         return self.out(o), state
 
-    def _continue(self, q, k, v, segment_ids, state):
+    def log_decay(self, x):
+        """What a token leaves of the keys before it, [B, T, heads]; None: all."""
+        return None
+
+    def _continue(self, q, k, v, log_decay, segment_ids, state):
         """Append k and v to the cache and attend to it: entries of the current segment, and those before t here."""
         batch, time = q.shape[:2]
         length = state["k"].shape[1]
@@ -140,6 +147,12 @@ class Attention(Mixer):
         # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
         cached = jnp.where((slots >= state["start"][:, None]) & (slots < index[:, None]), 0, -1)
         count = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else segment_numbers(segment_ids)
+        decays, after = None, {}
+        if log_decay is not None:
+            before = jnp.take_along_axis(state["sums"], (index - 1)[:, None, None, None], axis=1)[:, 0]
+            of_queries = ops.decay_sums(log_decay, jnp.where((index > 0)[:, None, None], before, 0))
+            after["sums"] = _put(state["sums"], of_queries, index)
+            decays = of_queries, after["sums"]
         o = ops.attention(
             q,
             keys.astype(q.dtype),
@@ -148,13 +161,14 @@ class Attention(Mixer):
             segment_ids=(count, _put(cached, count, index)),
             # Keys stand at their own slot, so only the slots up to here are read.
             q_positions=index[:, None] + jnp.arange(time, dtype=jnp.int32),
+            log_decay=decays,
         )
         # A cache that is too short has lost a key, and which tokens saw it is nobody's to guess.
         o = jnp.where((index + time <= length)[:, None, None, None], o, jnp.nan)
         # The last segment starts at its first token here, unless the whole call continues the state's.
         last_start = index + jnp.argmax(count == count[:, -1:], axis=1).astype(jnp.int32)
         start = jnp.where(count[:, -1] == 0, state["start"], last_start)
-        return o, {"k": keys, "v": values, "index": index + time, "start": start}
+        return o, after | {"k": keys, "v": values, "index": index + time, "start": start}
 
     def init_state(self, batch_size, max_length, dtype):
         cache = jnp.zeros((batch_size, max_length, self.kv_heads, self.head_dim), dtype)

@@ -1,0 +1,9 @@
+"""Forgetting attention in every layer. Sizes: configs/forgetting_attention.py:tiny, 10m, 125m, 340m, 1.3b."""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "forgetting_attention"
+    return config
