@@ -71,7 +71,7 @@ def test_any_mixer_trains_resumes_evaluates_and_generates(mixer, text, tmp_path,
     rows = train(run, text, mixer, steps=6)
     assert [row["step"] for row in rows if "eval_loss" in row] == [4, 6]  # the second went on from the first
 
-    evaluate([f"--workdir={run}"])
+    evaluate([f"--workdir={run}", "--tasks=perplexity"])
     result = json.loads((run / "evaluate.json").read_text())["tasks"]["perplexity"]["by_context_length"][0]
     assert result["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)  # what the trainer measured
     assert result["bits_per_byte"] == pytest.approx(rows[-1]["eval_bits_per_byte"], rel=1e-5)
@@ -128,7 +128,7 @@ def test_the_commands_run_by_themselves(run, tmp_path):
 
 
 def test_the_record_of_an_evaluation_says_what_was_measured(run, text, tmp_path, capsys):
-    evaluate([f"--workdir={run}", "--context_length=16,64", f"--output={tmp_path / 'own.json'}"])
+    evaluate([f"--workdir={run}", "--tasks=perplexity", "--context_length=16,64", f"--output={tmp_path / 'own.json'}"])
     record = json.loads((tmp_path / "own.json").read_text())
     assert (record["step"], record["mixer"], record["corpus"]["source"]) == (7, "gla", str(text))
     assert record["corpus"]["gzip_bits_per_byte"] > 0 and record["corpus"]["fingerprint"]
@@ -143,7 +143,7 @@ def test_any_text_can_be_evaluated(run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("another text, all of it\n" * 5)
     (run / "evaluate.json").write_text("the run's own")
-    evaluate([f"--workdir={run}", f"--source={other}"])
+    evaluate([f"--workdir={run}", "--tasks=perplexity", f"--source={other}"])
     assert (run / "evaluate.json").read_text() == "the run's own"
     (output,) = run.glob("evaluate-other-*.json")
     record = json.loads(output.read_text())

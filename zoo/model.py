@@ -206,7 +206,7 @@ class LanguageModel(nnx.Module):
         (`zoo.labelled`).
         """
         hidden, _ = self.hidden(tokens, segment_ids=segment_ids, positions=positions, dropout_key=dropout_key)
-        return at_labels(self._losses, hidden, targets, weights, labels)
+        return at_labels(self.losses, hidden, targets, weights, labels)
 
     def token_scores(
         self,
@@ -222,11 +222,14 @@ class LanguageModel(nnx.Module):
 
         def scores(hidden, targets, weights):
             right = (self.logits(hidden).argmax(-1) == targets) * weights
-            return self._losses(hidden, targets, weights), right
+            return self.losses(hidden, targets, weights), right
 
         return at_labels(scores, hidden, targets, weights, labels)
 
-    def _losses(self, hidden, targets, weights):
+    def losses(
+        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+    ) -> Float[Array, "B T"]:
+        """The head: weights * (negative log-likelihood of the targets, in nats), from what `hidden` returns."""
         return ops.cross_entropy(hidden, self._head(), targets, weights, softcap=self.logit_softcap or None)
 
     def hidden(

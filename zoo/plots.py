@@ -7,7 +7,7 @@ registry; softmax attention, which the others are held against, is black and thi
 import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from zoo.config import MLP_LAYER
+from zoo.figures import Chart
 from zoo.mixers import MIXERS
 
 Row = dict[str, float | int | None]  # of metrics.jsonl
@@ -244,19 +245,31 @@ def comparison(runs: Sequence[tuple[str, str, Sequence[Row]]], path: str | os.Pa
     FigureCanvasAgg(figure).print_png(path)
 
 
-def loss_by_position(results: Sequence[dict], path: str | os.PathLike) -> None:
-    """Loss by position in the context, a line a context length (`zoo.evaluate.perplexity`), dark to light."""
-    figure = Figure(figsize=(7, height(len(results), 4.5)), layout="constrained")
-    (axes,) = _axes(figure)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(results)))
-    lines = []
-    for r, colour in zip(results, colours, strict=True):
-        bins = r["loss_by_position"]
-        (line,) = axes.plot([b["last"] for b in bins], [b["loss"] for b in bins], "o-", color=colour, markersize=4)
-        lines.append((line, f"context {r['context_length']}"))
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the context, up to (tokens)", ylabel="loss (nats per token)")
-    label_line_ends(axes, lines)
+def charts(panels: Sequence[Chart], mixers: Mapping[str, str], path: str | os.PathLike) -> None:
+    """Charts one under the other. Lines look as their runs' mixers do; where one run has all, dark to light."""
+    high = sum(height(len(chart.lines), 4) for chart in panels)
+    figure = Figure(figsize=(7, high), layout="constrained")
+    shares = [height(len(chart.lines), 4) for chart in panels]
+    looks = dict(zip(mixers, styles(list(mixers.values())), strict=True))
+    named = []
+    for axes, chart in zip(_axes(figure, len(panels), 1, height_ratios=shares).flat, panels, strict=True):
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(chart.lines)))
+        lines = []
+        for line, points, shade in zip(chart.lines, chart.finite(), shades, strict=True):
+            look = Style(shade, "-") if len(mixers) == 1 else looks[line.run]
+            look = look._replace(marker=look.marker or "o")
+            x, y = zip(*points, strict=True) if points else ((), ())
+            lines.append((axes.plot(x, y, **look._asdict(), markersize=4)[0], line.name))
+        if chart.log_x:
+            axes.set_xscale("log", base=2)
+        if chart.log_y:
+            axes.set_yscale("log")
+        if chart.marked:
+            axes.axvline(chart.marked[0], color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+        named.append((axes, lines))
+    for axes, lines in named:
+        label_line_ends(axes, lines)
     FigureCanvasAgg(figure).print_png(path)
 
 

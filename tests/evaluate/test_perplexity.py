@@ -11,7 +11,8 @@ from flax import nnx
 from zoo import data
 from zoo.config import Config, preset
 from zoo.evaluate import __main__ as evaluate
-from zoo.evaluate import perplexity, report
+from zoo.evaluate import perplexity
+from zoo.evaluate.tasks import TASKS
 from zoo.model import LanguageModel
 
 VOCAB = 320  # of the byte tokenizer, rounded up to a multiple of 64
@@ -56,8 +57,8 @@ def test_without_bytes_there_are_no_bits_per_byte(config):
     batches = [b | {"bytes": np.zeros_like(b["bytes"])} for b in data.validation_batches(config, 32)]
     result = perplexity(build(0.0), batches)
     assert result["bits_per_byte"] is None and result["loss"] > 0
-    table, _ = report.perplexity_tables({"by_context_length": [{"context_length": 32} | result]})
-    assert [*table.columns[3].cells] == ["-"]
+    table = TASKS["perplexity"].tables({"run": {"by_context_length": [{"context_length": 32} | result]}})[0]
+    assert table.headings[3] == "bits per byte" and table.rows[0][3] == "-"
 
 
 def test_another_text_has_a_file_of_its_own_and_a_workdir_names_no_cache():

@@ -174,10 +174,30 @@ class ValidationBatches:
         return min(batches, self._max_batches) if self._max_batches else batches
 
     def __iter__(self) -> Iterator[Batch]:
+        for i in range(len(self)):
+            yield self._batch(self._indices(i))
+
+    def _indices(self, i: int) -> list[int]:
+        """The packs of a batch. Some of the batches are spread over the text."""
         all_batches = -(-len(self._packs) // self.batch_size)
-        for i in range(len(self)):  # some of the batches: spread over the text
-            first = i * all_batches // len(self) * self.batch_size
-            yield self._batch([first + row for row in self._rows if first + row < len(self._packs)])
+        first = i * all_batches // len(self) * self.batch_size
+        return [first + row for row in self._rows if first + row < len(self._packs)]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(len(stream.starts) for stream in self.streams)
+
+    def documents(self, i: int) -> np.ndarray:
+        """Of batch number i: the document, 0, 1, ... of all streams, that each target ends or stands in, int [b, T];
+        -1 where there is none."""
+        found = np.full((len(self._rows), self._context_length), -1)
+        counts = [len(stream.starts) for stream in self.streams]
+        before = {id(s): sum(counts[:i]) for i, s in enumerate(self.streams)}
+        for row, index in enumerate(self._indices(i)):
+            stream, start = self._packs.position(index)
+            inputs = np.arange(start, min(start + self._context_length, stream.num_targets), dtype=np.uint64)
+            found[row, : len(inputs)] = before[id(stream)] + np.searchsorted(stream.starts, inputs, side="right") - 1
+        return found
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         batch = packing.to_batch(self._packs.read(indices, len(self._rows)), self.tokenizer.separator_id)

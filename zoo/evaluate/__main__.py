@@ -1,9 +1,12 @@
 """Evaluate a trained model.
 
+    python -m zoo.evaluate --workdir=runs/gla
     python -m zoo.evaluate --workdir=runs/gla --tasks=perplexity --context_length=256,1024
+    python -m zoo.evaluate --workdir=runs/mqar --tasks='mqar?pairs=8,needle'
 
 On the validation split of the run's corpus, or on any text with --source. Prints tables, and writes
-WORKDIR/evaluate.json and a plot beside it; for another text WORKDIR/evaluate-NAME-FINGERPRINT.json.
+WORKDIR/evaluate.json, with plots, losses by document (.npz) and a report (.html) beside it; for another text
+WORKDIR/evaluate-NAME-FINGERPRINT.json.
 """
 
 import argparse
@@ -13,15 +16,16 @@ import re
 import sys
 import time
 
+import numpy as np
 from rich.console import Console
 
 from zoo import checkpoints, compile_cache, data, files, memory
 from zoo.config import Config
-from zoo.errors import UsageError, exit_with_message
-from zoo.evaluate import report
-from zoo.evaluate.tasks import TASKS, Request, Task
+from zoo.errors import UsageError, exit_with_message, warn
+from zoo.evaluate import documents, report, tasks
+from zoo.evaluate.task import Request, Task
 from zoo.flops import num_parameters
-from zoo.settings import Parser, argument, nearest
+from zoo.settings import Parser, argument
 from zoo.terminal import one_line, printable
 
 
@@ -30,7 +34,11 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     add = parser.add_argument
     add("--workdir", type=files.expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
-    add("--tasks", default="perplexity", help=f"comma-separated; known: {', '.join(TASKS)}")
+    add(
+        "--tasks", default=tasks.DEFAULT,
+        help=f"comma-separated: {', '.join(tasks.TASKS)}; synthetic tasks, with options or without (mqar?pairs=8); "
+        "default: all but those",
+    )  # fmt: skip
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
     add("--source", help="`stdlib`, a path, a glob or a synthetic task; default: the run's validation split")
     add("--batches", type=argument(int, at_least=0), default=0, help="at most so many, spread over the text; 0: all")
@@ -48,14 +56,18 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _tasks(names: str) -> dict[str, Task]:
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if not chosen:
-        raise UsageError(f"--tasks: got none; known: {', '.join(TASKS)}")
-    for name in chosen:
-        if name not in TASKS:
-            raise UsageError(f"--tasks: unknown task {name!r}; known, nearest first: {nearest(name, [*TASKS])}")
-    return {name: TASKS[name] for name in chosen}
+def _checked(names: str, request: Request) -> dict[str, Task]:
+    """Those of --tasks. What cannot be measured of this run is left out with a warning, if it was not asked for."""
+    chosen = tasks.find(names)
+    for name, task in list(chosen.items()):
+        try:
+            task.check(request)
+        except UsageError as error:
+            if names.strip() != tasks.DEFAULT or name == "perplexity":
+                raise
+            warn(f"left out: {str(error).removeprefix('--tasks: ')}")
+            del chosen[name]
+    return chosen
 
 
 def _context_lengths(text: str | None, default: int) -> list[int]:
@@ -82,7 +94,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         compile_cache.enable()
-        tasks = _tasks(arguments.tasks)
+        tasks.find(arguments.tasks)
         config = checkpoints.read_config(arguments.workdir)
         config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)
         folder = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json")).parent
@@ -93,13 +105,19 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
         corpus = data.corpus_info(config)
         output = pathlib.Path(arguments.output or folder / _name(arguments.source, corpus["fingerprint"]))
         run = checkpoints.load_run(arguments.workdir, arguments.step)
-        request = Request(config, run.model, lengths, arguments.batches)
+        request = Request(config, run, lengths, arguments.batches)
+        chosen = _checked(arguments.tasks, request)
 
         start = time.perf_counter()
         table = {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
         if arguments.source is None:  # the run's own text
             table = data.table_figures(data.training_dataset(config), data.validation_batches(config), run.step)
-        results = {name: task.run(request) for name, task in tasks.items()}
+        results, kept = {}, {}
+        for name, task in chosen.items():
+            began = time.perf_counter()
+            results[name], arrays = task.measure(request)
+            results[name]["seconds"] = time.perf_counter() - began
+            kept |= arrays
         record = {
             "workdir": arguments.workdir,
             "step": run.step,
@@ -122,10 +140,10 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
         about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
         console.print(one_line(about))
-        for name, task in tasks.items():
-            console.print(*task.tables(results[name]), sep="\n")
+        for name, task in chosen.items():
+            console.print(*map(report.on_terminal, task.tables({"": results[name]})), sep="\n")
         console.print(printable(_about_text(corpus)))
-        _write(record, tasks, output, console)
+        _write(record, chosen, kept, output, console)
         if "perplexity" in results:
             measured = results["perplexity"]["by_context_length"][0]
             figures = record["corpus"] | {"eval_tokens": measured["tokens"]}
@@ -147,15 +165,23 @@ def _about_text(corpus: dict) -> str:
     return text
 
 
-def _write(record: dict, tasks: dict[str, Task], output: pathlib.Path, console: Console) -> None:
+def _write(
+    record: dict, chosen: dict[str, Task], kept: dict[str, np.ndarray], output: pathlib.Path, console: Console
+) -> None:
     written = [output]
     try:
         with files.replacing(output) as path:
             path.write_text(files.to_json(record, indent=2) + "\n")
-        for name, task in tasks.items():
-            written.append(output.with_name(f"{output.stem}_{name}.png"))
-            with files.replacing(written[-1]) as path:
-                task.plot(record["tasks"][name], path)
+        written.append(output.with_suffix(".npz"))
+        if kept:
+            documents.write(written[-1], record["corpus"]["fingerprint"], kept)
+        else:
+            written.pop().unlink(missing_ok=True)  # of an evaluation that is written over
+        for name, task in chosen.items():
+            if charts := task.charts({"": record["tasks"][name]}):
+                written.append(output.with_name(f"{output.stem}_{report.in_file_names(name)}.png"))
+                with files.replacing(written[-1]) as path:
+                    report.draw(charts, {"": record["mixer"]}, path)
     except OSError as error:
         raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
     console.print(one_line("written: " + ", ".join(map(str, written))), soft_wrap=True)

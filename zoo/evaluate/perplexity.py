@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,12 @@ from zoo.data.pipeline import Batch
 from zoo.model import LanguageModel
 
 
-def perplexity(model: LanguageModel, batches: Iterable[Batch], labels: int | None = None) -> dict:
+def perplexity(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    labels: int | None = None,
+    on_scores: Callable[[int, Batch, np.ndarray], None] | None = None,
+) -> dict:
     """Score every token of `batches` once.
 
         loss = sum_i w_i nll_i / sum_i w_i                      (nats per token)
@@ -27,36 +32,47 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch], labels: int | Non
       batches: of `zoo.data.validation_batches`, all of one shape: tokens, targets, segment_ids int32 [b, T], weights
         and bytes float32 [b, T].
       labels: of a task, the most targets of a row that are asked for; None: text.
+      on_scores: called with each batch's number, the batch, and weights * nats of its targets [b, T].
 
     Returns:
       loss (nats per token), perplexity, accuracy (None of text), bits_per_byte (None without bytes), tokens, bytes, and
-      loss_by_position: for
-      positions 1, 2, 3-4, 5-8, ... {"first", "last", "tokens", "loss"}. Position n has n tokens to predict from: it is
-      counted from the document's start, or from the row's where the document began before.
+      loss_by_position: for positions 1, 2, 3-4, 5-8, ... {"first", "last", "tokens", "loss", "accuracy"}. Position n
+      has n tokens to predict from: it is counted from the document's start, or from the row's where the document began
+      before.
 
     Raises:
       ValueError: no token to score.
     """
     graphdef, parameters = nnx.split(model)
-    nats, counts, num_bytes, num_right = np.zeros(64), np.zeros(64), 0.0, 0.0  # by bin: positions 2^(i-1) + 1 to 2^i
-    for batch, (losses, right) in _one_late(graphdef, parameters, batches, labels):
+    nats, counts, num_right = np.zeros((3, 64))  # by bin: positions 2^(i-1) + 1 to 2^i
+    num_bytes = 0.0
+    for i, (batch, (losses, right)) in enumerate(_one_late(graphdef, parameters, batches, labels)):
         bins = np.ceil(np.log2(_positions(batch["segment_ids"]))).astype(int)
         scored = batch["weights"] > 0
         nats += np.bincount(bins[scored], losses[scored], 64)
         counts += np.bincount(bins[scored], batch["weights"][scored], 64)
         num_bytes += batch["bytes"].sum(dtype=np.float64)
-        num_right += right.sum(dtype=np.float64)
+        if labels is not None:
+            num_right += np.bincount(bins[scored], right[scored], 64)
+        if on_scores is not None:
+            on_scores(i, batch, losses)
     if not counts.any():
         raise ValueError("perplexity: the batches hold no token to score")
     loss = nats.sum() / counts.sum()
     by_position = [
-        {"first": 2**i // 2 + 1, "last": 2**i, "tokens": int(counts[i]), "loss": float(nats[i] / counts[i])}
+        {
+            "first": 2**i // 2 + 1,
+            "last": 2**i,
+            "tokens": int(counts[i]),
+            "loss": float(nats[i] / counts[i]),
+            "accuracy": None if labels is None else float(num_right[i] / counts[i]),
+        }
         for i in np.flatnonzero(counts).tolist()
     ]
     return {
         "loss": float(loss),
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "accuracy": None if labels is None else float(num_right / counts.sum()),
+        "accuracy": None if labels is None else float(num_right.sum() / counts.sum()),
         "bits_per_byte": float(nats.sum() / math.log(2) / num_bytes) if num_bytes else None,
         "tokens": int(counts.sum()),
         "bytes": int(num_bytes),

@@ -1,11 +1,18 @@
-"""What evaluation leaves to read: tables, and what each figure was measured on."""
+"""What evaluation leaves to read: tables on a terminal, PNGs, and what each figure was measured on."""
 
 import datetime
+import pathlib
 import platform
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import jax
-from rich.table import Table
+import rich.table
+from rich.text import Text
+
+from zoo.figures import Chart, Table
+from zoo.terminal import one_line
 
 
 def provenance() -> dict:
@@ -19,30 +26,22 @@ def provenance() -> dict:
     }
 
 
-def perplexity_tables(result: dict) -> list[Table]:
-    """One row a context length; and one row a range of positions."""
-    results = result["by_context_length"]
-    whole = Table(title="perplexity")
-    asks = any(r["accuracy"] is not None for r in results)
-    last = ["accuracy", "answers"] if asks else ["tokens"]
-    for heading in ("context length", "loss (nats per token)", "perplexity", "bits per byte", *last):
-        whole.add_column(heading, justify="right")
-    for r in results:
-        whole.add_row(
-            f"{r['context_length']}",
-            f"{r['loss']:.4f}",
-            f"{r['perplexity']:.3f}",
-            "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}",
-            *([f"{r['accuracy']:.2%}"] if asks else []),
-            f"{r['tokens']:,}",
-        )
-    positions = Table(title="loss by position")
-    positions.add_column("position", justify="right")
-    columns = []
-    for r in results:
-        positions.add_column(f"context {r['context_length']}", justify="right")
-        columns.append({(b["first"], b["last"]): b["loss"] for b in r["loss_by_position"]})
-    for first, last in sorted(set().union(*columns)):
-        cells = (f"{column[first, last]:.4f}" if (first, last) in column else "" for column in columns)
-        positions.add_row(f"{first}" if first == last else f"{first} to {last}", *cells)
-    return [whole, positions]
+def on_terminal(table: Table) -> rich.table.Table:
+    shown = rich.table.Table(title=Text(one_line(table.title)))  # Text: brackets in it are no markup
+    for i, heading in enumerate(table.headings):
+        shown.add_column(Text(heading), justify="left" if i < table.texts else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(one_line(cell)) for cell in row))
+    return shown
+
+
+def draw(charts: Sequence[Chart], mixers: Mapping[str, str], path: pathlib.Path) -> None:
+    """A PNG. `mixers`: of each run."""
+    from zoo import plots  # matplotlib, which few commands need
+
+    plots.charts(charts, mixers, path)
+
+
+def in_file_names(name: str) -> str:
+    """A task's name in the name of its plot."""
+    return re.sub(r"[^0-9A-Za-z]+", "-", name).strip("-")[:60]

@@ -5,10 +5,20 @@ they are from. `source`: a task as data.source, and its validation rows. docs/da
 """
 
 from zoo.data.synthetic import copying, mad, needle, recall, states  # noqa: F401, which make their tasks known
-from zoo.data.synthetic.source import ValidationRows, find, is_task, labels, training_batch, validation_rows
-from zoo.data.synthetic.task import TASKS, Batch, Rows, Task, make
+from zoo.data.synthetic.source import (
+    ValidationRows,
+    find,
+    is_task,
+    labels,
+    of_spec,
+    options_of,
+    training_batch,
+    validation_rows,
+)
+from zoo.data.synthetic.task import POSITION, TASKS, Batch, Rows, Task, make
 
 __all__ = [
+    "POSITION",
     "TASKS",
     "Batch",
     "Rows",
@@ -18,6 +28,8 @@ __all__ = [
     "is_task",
     "labels",
     "make",
+    "of_spec",
+    "options_of",
     "training_batch",
     "validation_rows",
 ]

@@ -83,6 +83,8 @@ class NoisyRecall(InContextRecall):
     noise_vocab_size: int = setting(16, "of them noise", unit="token id")
     noise: float = setting(0.2, "the share of pairs that are noise", at_least=0, below=1)
 
+    axis = ("noise", (0.0, 0.2, 0.4, 0.6, 0.8))
+
     def _noise(self, rng, count, pairs):
         found, every = rng.random((count, pairs)) < self.noise, np.arange(count)
         found[every, rng.integers(0, pairs, count)] = False

@@ -96,6 +96,8 @@ class MultiQueryAssociativeRecall(Task):
     alpha: float = setting(0.01, "how evenly questions spread; 1: evenly, near 0: soon after the pairs", above=0)
     random_filler: bool = setting(False, "any token, in place of 0, where nothing else stands")
 
+    axis = ("pairs", (2, 4, 8, 16, 32, 64, 128))
+
     def chosen(self):
         return {"pairs": max(1, self.length // (8 if self.length >= 512 else 16))}
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from zoo.data.synthetic.task import TASKS, Batch, Task, make, options
 from zoo.errors import UsageError
 from zoo.settings import nearest, shown
@@ -36,11 +38,7 @@ def find(config: "Config", source: str | None = None, context_length: int | None
         _check_text(spec)
         return None
     context = config.train.context_length if context_length is None else context_length
-    sizes = _sizes(name, query)
-    try:
-        task = make(name, context - TASKS[name].question(sizes), **sizes)
-    except UsageError as error:
-        raise UsageError(f"data.source: {error}; rows have {context} tokens (train.context_length)") from None
+    task = of_spec(spec, context)
     if 0 < config.model.vocab_size < task.vocab_size:
         raise UsageError(
             f"model.vocab_size: got {config.model.vocab_size}, {name} needs at least {task.vocab_size}; 0 takes what "
@@ -49,21 +47,40 @@ def find(config: "Config", source: str | None = None, context_length: int | None
     return task
 
 
-def _sizes(name: str, query: str) -> dict[str, int | float | bool]:
-    """The options of "pairs=8&vocab_size=256"."""
+def of_spec(
+    spec: str, context_length: int, *, setting: str = "data.source", length: str = "train.context_length"
+) -> Task:
+    """The task of `NAME` or `NAME?pairs=8&vocab_size=256`, in rows of so many tokens; `setting` and `length` are where
+    the two were set, for messages.
+
+    Raises:
+      UsageError: an unknown option, or a context too short for the task.
+    """
+    name, rows = spec.strip().partition("?")[0], ""
+    try:
+        sizes = options_of(spec)
+        rows = f"; rows have {context_length} tokens ({length})"
+        return make(name, context_length - TASKS[name].question(sizes), **sizes)
+    except UsageError as error:
+        raise UsageError(f"{setting}: {error}{rows}") from None
+
+
+def options_of(spec: str) -> dict[str, int | float | bool]:
+    """What `NAME?pairs=8&vocab_size=256` sets. UsageError for an unknown option."""
+    name, _, query = spec.strip().partition("?")
     known, found = options(name), {}
     for entry in query.split("&") if query else ():
         option, equals, text = entry.partition("=")
         if option not in known:
             near = nearest(option, known)
-            raise UsageError(f"data.source: {name}: unknown option {shown(option)}; known, nearest first: {near}")
+            raise UsageError(f"{name}: unknown option {shown(option)}; known, nearest first: {near}")
         if not equals or option in found:
             example = f"{name}?{option}={known[option].default}"
-            raise UsageError(f"data.source: {name}: got {shown(entry)}, expected each option once, as in {example}")
+            raise UsageError(f"{name}: got {shown(entry)}, expected each option once, as in {example}")
         try:
             found[option] = known[option].read(text)
         except ValueError as error:
-            raise UsageError(f"data.source: {name}: {option}: {error}") from None
+            raise UsageError(f"{name}: {option}: {error}") from None
     return found
 
 
@@ -99,11 +116,12 @@ class ValidationRows:
     max_batches: int  # 0: all
     rows: Sequence[int] | None = None  # of each batch, to have no others; None: all
     text_bytes: int = 0
+    every: bool = False  # every target counts, not those alone that are asked for
 
     @property
     def labels(self) -> int:
         """Targets of a row that are asked for, at most."""
-        return self.task.labels(training=False)
+        return self.task.labels(training=self.every)
 
     @property
     def num_tokens(self) -> int:
@@ -121,13 +139,22 @@ class ValidationRows:
         """So many batches; 0: all."""
         return dataclasses.replace(self, max_batches=max_batches)
 
+    @property
+    def num_documents(self) -> int:
+        return len(self) * self.batch_size
+
+    def documents(self, i: int) -> np.ndarray:
+        """Of batch number i: its rows' numbers, int [b, T]. A row is what a document is of text."""
+        rows = np.arange(self.batch_size) if self.rows is None else np.asarray(self.rows)
+        return np.repeat((i * self.batch_size + rows)[:, None], self.task.context_length, axis=1)
+
     def __len__(self) -> int:
         batches = -(-VALIDATION_ROWS // self.batch_size)
         return min(batches, self.max_batches) if self.max_batches else batches
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
-            batch = self.task.fresh(self.seed, index, self.batch_size)
+            batch = self.task.fresh(self.seed, index, self.batch_size, training=self.every)
             left = VALIDATION_ROWS - index * self.batch_size
             batch["weights"][left:] = 0
             batch["bytes"] = batch["weights"] * 0

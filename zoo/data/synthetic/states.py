@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 
-from zoo.data.synthetic.task import Rows, Task, task
+from zoo.data.synthetic.task import POSITION, Rows, Task, task
 from zoo.settings import setting
 
 _ORDERS = {"parity": 2, "word_problem:S3": 6, "word_problem:A5": 60, "word_problem:S5": 120}
@@ -25,6 +25,7 @@ class States(Task):
     vocab_size: int = setting(0, "elements of the group", at_least=2, zero="all of them; 5 of modular_addition")
 
     trains_on_all = True
+    axis = (POSITION, ())
     kept_as = {"copies": 16}
 
     def chosen(self):

@@ -4,6 +4,7 @@ A task at one size makes `Rows`: tokens, their targets, which tokens have a targ
 Its sizes are settings (`zoo.settings`), so that a source may set them: `mqar?vocab_size=256&pairs=8`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +15,7 @@ from zoo.errors import UsageError
 from zoo.settings import nearest
 
 Batch = dict[str, np.ndarray]
+POSITION = "position"  # the axis of tasks whose every token is an answer to a shorter row
 
 
 class Rows(NamedTuple):
@@ -74,6 +76,7 @@ class Task:
 
     trains_on_all: ClassVar[bool] = False  # on every target, whether asked for or not
     asks_alike: ClassVar[bool] = True  # `asked` targets in every row, not just at most
+    axis: ClassVar[tuple[str, tuple]] = ("", ())  # what an evaluation varies: a size and its values; POSITION: nothing
     kept_as: ClassVar[dict[str, Any]] = {}  # what runs were kept under that is no field any more
 
     def __post_init__(self):
@@ -122,6 +125,15 @@ class Task:
         """Batch number `index` of an endless stream: a function of its arguments alone."""
         rows = self.rows(np.random.default_rng([seed, index]), count, training=training)
         return rows.batch(answers_only=not (training and self.trains_on_all))
+
+    def along_axis(self) -> dict[Any, "Task"]:
+        """This task by the values of its axis that fit its other sizes; without an axis by its length alone."""
+        name, values = self.axis
+        found = {}
+        for value in values:
+            with contextlib.suppress(UsageError):
+                found[value] = dataclasses.replace(self, **{name: value})
+        return found or {self.context_length: self}
 
     def __repr__(self) -> str:
         """What runs are kept under, and known by: of a task that stands it must not change."""
