@@ -2,9 +2,10 @@
 
     python -m zoo.compare runs/gla runs/retnet --output=comparison
 
-Reads the workdirs (config.json, metrics.jsonl, summary.json), also of runs that are still training, and writes nothing
-there. Prints a table, and writes comparison.json and plots of training and validation loss against tokens and against
-time. Runs on different texts are kept apart: their losses do not compare.
+Reads the workdirs (config.json, metrics.jsonl, summary.json, and evaluate.json where `zoo.evaluate` has written it),
+also of runs that are still training, and writes nothing there. Prints a table, and writes comparison.json, plots of
+training and validation loss against tokens and against time, and report.html: the curves, and what evaluation measured,
+with the interval of each difference. Runs on different texts are kept apart: their losses do not compare.
 """
 
 import argparse
@@ -21,12 +22,17 @@ from rich.text import Text
 from zoo import checkpoints, files, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
+from zoo.evaluate import evaluated, html
+from zoo.evaluate.evaluated import Difference, Evaluated
+from zoo.figures import Chart, Line
 from zoo.flops import num_parameters, state_bytes
 from zoo.settings import Parser, argument
 from zoo.terminal import one_line
 
 _LARGEST_METRICS = 1 << 30  # bytes
 _LONGEST_FINGERPRINT = 64  # characters
+_UNITS = {"eval_bits_per_byte": "bits per byte, validation"}
+_CURVE_POINTS = 300  # of a line in the report, at most
 
 
 @dataclasses.dataclass
@@ -36,6 +42,7 @@ class Run:
     rows: list[metrics.Row]
     corpus: str  # fingerprint of its text, "unknown" until training has begun
     finished: bool
+    evaluated: Evaluated | None = None
 
     def last(self, field: str) -> float | None:
         """The newest value of a metric."""
@@ -67,7 +74,9 @@ def _read_run(path: pathlib.Path, name: str) -> Run:
     finished = summary.get("step") == config.train.steps
     rows = metrics.read(path, _LARGEST_METRICS)
     known = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    return Run(one_line(name), config, known, _short(one_line(corpus)), finished)
+    name = one_line(name)
+    evaluation = evaluated.read(path / "evaluate.json", name, config.model.mixer)
+    return Run(name, config, known, _short(one_line(corpus)), finished, evaluation)
 
 
 def _summary(path: pathlib.Path) -> dict:
@@ -105,9 +114,37 @@ def warnings(runs: list[Run]) -> list[str]:
         step = run.last("step")
         if step is None:
             found.append(f"{run.name} has written no metrics yet")
+        elif run.evaluated and run.evaluated.record["step"] != step:
+            found.append(f"{run.name} was evaluated at step {run.evaluated.record['step']}, and has trained to {step}")
         elif not run.finished:
             found.append(f"{run.name} has not finished: step {step} of {run.config.train.steps}")
     return found
+
+
+def page(runs: list[Run]) -> str:
+    """The report: what training left, and what evaluation measured."""
+    measured = [run.evaluated for run in runs if run.evaluated]
+    missing = [run.name for run in runs if not run.evaluated]
+    notes = [f"Not evaluated yet (python -m zoo.evaluate --workdir=...): {', '.join(missing)}."] if missing else []
+    curves = html.Section("Training", _curves(runs), notes=notes)
+    mixers = {run.name: run.config.model.mixer for run in runs}
+    title = f"{len(runs)} runs side by side" if len(runs) > 1 else runs[0].name
+    return html.page(title, [], mixers, [*(evaluated.sections(measured) if measured else []), curves])
+
+
+def _curves(runs: list[Run]) -> list[Chart]:
+    """Of training and validation, against tokens; of long runs every n-th row."""
+    charts = []
+    metrics_shown = {"loss": "Training loss", "eval_loss": "Validation loss", "eval_bits_per_byte": "Bits per byte"}
+    for metric, title in metrics_shown.items():
+        for text in dict.fromkeys(run.corpus for run in runs):
+            lines = []
+            for run in (run for run in runs if run.corpus == text):
+                points = [(row["tokens"], row[metric]) for row in run.rows if metric in row and "tokens" in row]
+                lines.append(Line(run.name, points[:: -(-len(points) // _CURVE_POINTS) or 1], run.name))
+            of_text = f", text {text}" if len({run.corpus for run in runs}) > 1 else ""
+            charts.append(Chart(title + of_text, "tokens", _UNITS.get(metric, "nats per token"), lines, log_x=False))
+    return charts
 
 
 def record(run: Run, context_length: int) -> dict:
@@ -176,6 +213,18 @@ def table(records: list[dict], width: int = 160) -> Table:
     return shown
 
 
+def _differences(runs: list[Run]) -> list[Difference]:
+    """Of runs that were evaluated on the same text."""
+    measured = [run.evaluated for run in runs if run.evaluated]
+    texts = dict.fromkeys(run.text for run in measured)
+    return [d for text in texts for d in evaluated.differences([run for run in measured if run.text == text])[0]]
+
+
+def _sentence(d: Difference) -> str:
+    holds = "not told apart" if d.low <= 0 <= d.high else "told apart"
+    return f"{d.run} - {d.best}: {d.difference:+.4f} {d.unit}, 95 % {d.low:+.4f} to {d.high:+.4f} of documents; {holds}"
+
+
 def _short(fingerprint: str) -> str:
     """A fingerprint as it is; its end is a hash where a workdir says a megabyte instead."""
     if len(fingerprint) <= _LONGEST_FINGERPRINT:
@@ -220,14 +269,23 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         texts = list(dict.fromkeys(run.corpus for run in runs))
         console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
         records = [record(run, context_length) for run in runs]
+        ranked = _differences(runs)
+        for run, r in zip(runs, records, strict=True):
+            r["difference"] = next((d._asdict() for d in ranked if d.run == run.name), None)
         for text in texts:
             console.print(table([r for r in records if r["corpus"] == text], console.width))
+        for difference in ranked:
+            if difference.run != difference.best:
+                console.print(Text(_sentence(difference)), soft_wrap=True)
         folder = pathlib.Path(arguments.output)
         written = [folder / "comparison.json"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with files.replacing(written[0]) as path:
                 path.write_text(files.to_json(records, indent=2) + "\n")
+            written.append(folder / "report.html")
+            with files.replacing(written[-1]) as path:
+                path.write_text(page(runs))
             for text in texts:
                 written.append(folder / ("loss.png" if len(texts) == 1 else f"loss_{_in_file_names(text)}.png"))
                 with files.replacing(written[-1]) as path:

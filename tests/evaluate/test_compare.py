@@ -49,7 +49,7 @@ def test_two_finished_runs(tmp_path, capsys):
     assert first["tokens_per_second"] == pytest.approx(400.0)
     assert first["parameters"] == num_parameters(gla.model) and first["state_bytes"] == state_bytes(gla.model, 256)
     assert records["softmax"]["state_bytes"] == state_bytes(attention.model, 256)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.json", "loss.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.json", "report.html", "loss.png"}
     output = capsys.readouterr()
     assert output.err == ""
     assert "5.2000" in output.out and output.out.index("gla") < output.out.index("softmax")  # the best first
@@ -150,7 +150,7 @@ def test_what_a_workdir_says_is_neither_a_path_nor_obeyed_by_the_terminal(tmp_pa
     assert "\x1b" not in output.out + output.err and "a[bold]" in output.out and "[/red]" in output.out
     assert {path.name for path in tmp_path.iterdir()} == {"a[bold]", "b", "out"}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names > {"comparison.json", "loss_aaaa.png"} and len(names) == 3
+    assert names > {"comparison.json", "report.html", "loss_aaaa.png"} and len(names) == 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ WORKDIR/evaluate-NAME-FINGERPRINT.json.
 """
 
 import argparse
+import contextlib
 import copy
 import pathlib
 import re
@@ -22,7 +23,7 @@ from rich.console import Console
 from zoo import checkpoints, compile_cache, data, files, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
-from zoo.evaluate import documents, report, tasks
+from zoo.evaluate import documents, evaluated, html, report, tasks
 from zoo.evaluate.task import Request, Task
 from zoo.flops import num_parameters
 from zoo.settings import Parser, argument
@@ -168,20 +169,30 @@ def _about_text(corpus: dict) -> str:
 def _write(
     record: dict, chosen: dict[str, Task], kept: dict[str, np.ndarray], output: pathlib.Path, console: Console
 ) -> None:
-    written = [output]
+    name = pathlib.Path(record["workdir"]).resolve().name
+    run = evaluated.Evaluated(name, record["mixer"], record, {})
+    title = f"Evaluation of {name}, step {record['step']}"
+    page = html.page(title, [_about_text(record["corpus"])], {name: run.mixer}, evaluated.sections([run]))
+    written: list[pathlib.Path] = []
+
+    def replacing(path: pathlib.Path) -> contextlib.AbstractContextManager[pathlib.Path]:
+        written.append(path)
+        return files.replacing(path)
+
     try:
-        with files.replacing(output) as path:
+        with replacing(output) as path:
             path.write_text(files.to_json(record, indent=2) + "\n")
-        written.append(output.with_suffix(".npz"))
+        with replacing(output.with_suffix(".html")) as path:
+            path.write_text(page)
         if kept:
-            documents.write(written[-1], record["corpus"]["fingerprint"], kept)
+            with replacing(output.with_suffix(".npz")) as path:
+                documents.write(path, record["corpus"]["fingerprint"], kept)
         else:
-            written.pop().unlink(missing_ok=True)  # of an evaluation that is written over
-        for name, task in chosen.items():
-            if charts := task.charts({"": record["tasks"][name]}):
-                written.append(output.with_name(f"{output.stem}_{report.in_file_names(name)}.png"))
-                with files.replacing(written[-1]) as path:
-                    report.draw(charts, {"": record["mixer"]}, path)
+            output.with_suffix(".npz").unlink(missing_ok=True)  # of the evaluation that this one takes the place of
+        for task_name, task in chosen.items():
+            if charts := task.charts({name: record["tasks"][task_name]}):
+                with replacing(output.with_name(f"{output.stem}_{report.in_file_names(task_name)}.png")) as path:
+                    report.draw(charts, {name: run.mixer}, path)
     except OSError as error:
         raise UsageError(f"--output: cannot write {str(written[-1])!r} ({error.strerror})") from error
     console.print(one_line("written: " + ", ".join(map(str, written))), soft_wrap=True)

@@ -47,6 +47,11 @@ class Documents(NamedTuple):
         return math.log(2) * self.bytes if self.bytes.any() else self.tokens
 
 
+def alike(run: Documents, other: Documents) -> bool:
+    """Whether the same parts of the same documents were read of both."""
+    return run.nats.shape == other.nats.shape and np.allclose(run.units, other.units, rtol=1e-3, atol=0.5)
+
+
 def differences(runs: list[Documents]) -> list[tuple[float, float]]:
     """95 % intervals of each run's loss less the first's, in the unit of `Documents.units`.
 
@@ -66,9 +71,9 @@ def interval(run: Documents) -> tuple[float, float] | None:
 
 def _drawn(runs: list[Documents]) -> np.ndarray:
     """The losses of `runs` on RESAMPLES draws of the documents, [RESAMPLES, runs]."""
-    units = np.stack([run.units for run in runs])
-    if not np.allclose(units, units[:1], rtol=1e-3, atol=0.5):
+    if not all(alike(run, runs[0]) for run in runs[1:]):
         raise ValueError("not the same parts of the text were read")
+    units = np.stack([run.units for run in runs])
     nats, read = np.stack([run.nats for run in runs]), units[0] > 0
     nats, units = nats[:, read], units[:, read]
     if nats.shape[1] < 2:
@@ -93,11 +98,8 @@ def to_arrays(length: int, run: Documents) -> dict[str, np.ndarray]:
 
 
 def write(path: str | os.PathLike, fingerprint: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """OSError: the old content stands."""
-    content = io.BytesIO()
-    np.savez(content, fingerprint=np.array(fingerprint), **arrays)
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(content.getvalue())
+    with open(path, "wb") as file:
+        np.savez(file, fingerprint=np.array(fingerprint), **arrays)
 
 
 def read(path: str | os.PathLike) -> tuple[str, dict[int, Documents]]:

@@ -37,7 +37,7 @@ class Extrapolation(Task):
     def tables(self, results):
         first = next(iter(results.values()))["by_context_length"][0]
         asks, headings = first["accuracy"] is not None, ["context length", "loss (nats per token)"]
-        headings += ["accuracy", "answers"] if asks else ["against 1 x", "95 % of documents", "tokens"]
+        headings += ["accuracy", "answers"] if asks else ["against 1 x", "95 % interval", "tokens"]
 
         def row(r):
             change = [shown(r["change"], "+.4f"), interval(r["low"], r["high"], "+.4f")]

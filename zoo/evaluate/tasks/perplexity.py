@@ -52,7 +52,7 @@ class Perplexity(Task):
 
     def tables(self, results):
         asks = any(r["accuracy"] is not None for result in results.values() for r in result["by_context_length"])
-        headings = ["context length", "loss (nats per token)", "perplexity", "bits per byte", "95 % of documents"]
+        headings = ["context length", "loss (nats per token)", "perplexity", "bits per byte", "95 % interval"]
         rows = {
             run: [
                 [

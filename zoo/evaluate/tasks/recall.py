@@ -47,7 +47,7 @@ class Recall(Task):
         tables = []
         for of, some in _apart(results).items():
             if of == "passages":
-                headings = ["distance (tokens)", "loss", "loss without the first", "gained", "95 % of documents"]
+                headings = ["distance (tokens)", "loss", "loss without the first", "gained", "95 % interval"]
                 forms = {"loss": ".4f", "without": ".4f", "gain": "+.4f"}
             else:
                 headings, forms = ["distance (tokens)", "loss", "accuracy"], {"loss": ".4f", "accuracy": ".2%"}

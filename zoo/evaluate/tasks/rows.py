@@ -53,8 +53,7 @@ class Rows(Task):
                 else:
                     values = [(value, found)]
                 points += [
-                    {"context_length": length, "value": at}
-                    | {key: of[key] for key in ("loss", "accuracy", "tokens")}
+                    {"context_length": length, "value": at} | {key: of[key] for key in ("loss", "accuracy", "tokens")}
                     for at, of in values
                 ]
         return {"axis": axis, "points": points}, {}
