@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from zoo import MIXERS, LanguageModel, ModelConfig, Sizes, load_config, load_run
-from zoo.generate import Sampling, generate
+from zoo.generate import Sampling, TextStream, generate
 from zoo.training import train
 
 # --- Build and call ---------------------------------------------------------------------------------------------------
@@ -76,6 +76,11 @@ run = load_run(folder / "run")
 prompt = [run.tokenizer.separator_id, *run.tokenizer.encode("def f1(")]  # as documents begin in training
 result = generate(run.model, [prompt], 32, Sampling(temperature=0.5), seed=1)
 print(f"step {run.step} writes {run.tokenizer.decode(result.tokens[0])!r}")
+
+stream = TextStream(run.tokenizer, prompt, stops=["\n\n"])
+generate(run.model, [prompt], 32, seed=1, on_token=lambda _, token: stream.push(token)[1])  # True: it is over
+stream.end()  # what was held back, unless a stop string was found
+print(f"up to an empty line: {stream.text!r}")
 
 # --- Continue from a state --------------------------------------------------------------------------------------------
 

@@ -179,6 +179,16 @@ GENERATE = {
     "a number without end": (["--prompt=x", "--top_k=" + "9" * 5000], "--top_k: got '999"),
     "unknown flag": (["--prompt=x", "--max_token=3"], "unrecognized arguments: --max_token=3"),
     "too long": (["--prompt=x", "--max_tokens=99"], "exceed the model's 100 learned positions"),
+    "an empty stop string": (["--prompt=x", "--stop="], "stop: got an empty string"),
+    "min_p": (["--prompt=x", "--min_p=1.5"], "--min_p: got 1.5, expected at least 0 and at most 1"),
+    "penalty": (["--prompt=x", "--repetition_penalty=0"], "--repetition_penalty: got 0.0, expected at least 1e-06"),
+    "samples": (["--prompt=x", "--samples=0"], "--samples: got 0, expected at least 1"),
+    "no texts": (["--prompt=x", "--batch_size=0"], "--batch_size: got 0, expected at least 1"),
+    "logprobs without a file": (["--prompt=x", "--logprobs=2"], "--logprobs: a text shows none; give --output="),
+    "no list": (["--prompts=nowhere.jsonl"], "--prompts: 'nowhere.jsonl' cannot be read"),
+    "two kinds of prompts": (["--prompts=-", "--prompt=x"], "goes without --prompt and --prompt_file"),
+    "no folder": (["--prompt=x", "--max_tokens=8", "--output=nowhere/x"], "--output: 'nowhere/x' cannot be written"),
+    "a device": (["--prompt=x", "--max_tokens=8", "--output=/dev/null"], "it is a device, expected a regular file"),
 }
 
 
@@ -188,6 +198,54 @@ def test_bad_input_to_generate_exits_with_2(run, arguments, message, capsys):
         generate([f"--workdir={run}", *arguments])
     output = capsys.readouterr()
     assert exit.value.code == 2 and message in output.err and output.out == ""
+
+
+BAD_LISTS = {
+    "empty": ("x.jsonl", " \n\r\n", "'x.jsonl' has no prompt; expected one on each line"),
+    "no JSON": ("x.jsonl", '"a"\n\n{"prompt": "b"', 'x.jsonl, line 3: no JSON ("Expecting'),
+    "no prompt": ("x.jsonl", '{"text": "b"}', "line 1: got {'text': 'b'}, expected a string or {\"prompt\""),
+    "unknown": ("x.jsonl", '{"prompt": "b", "temp": 1}', "unknown setting 'temp'; known, nearest first: temperature"),
+    "a number": ("x.jsonl", '{"prompt": "b", "top_p": 2}', "top_p: got 2.0, expected more than 0 and at most 1"),
+    "not a number": ("x.jsonl", '{"prompt": "b", "top_k": "5"}', "top_k: got '5', expected a whole number"),
+    "stop": ("x.jsonl", '{"prompt": "b", "stop": [1]}', "stop: got [1], expected a string, or a list of strings"),
+    "empty stop": ("x.jsonl", '{"prompt": "b", "stop": ""}', "x.jsonl, line 1: stop: got an empty string"),
+    "half a character": ("x.jsonl", '{"prompt": "\\ud800"}', "line 1: its prompt has half of a character"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_LISTS.values(), ids=BAD_LISTS)
+def test_a_line_that_is_no_prompt_is_named(run, name, content, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path(name).write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        generate([f"--workdir={run}", f"--prompts={name}"])
+    output = capsys.readouterr()
+    assert exit.value.code == 2 and message in output.err and output.err.count("\n") == 1 and output.out == ""
+
+
+def test_a_file_of_prompts_goes_on_where_it_was_stopped(run, tmp_path, capsys):
+    lines = ['"x = "', '{"prompt": "é", "max_tokens": 3}', '{"prompt": "y", "samples": 2, "stop": "e", "seed": 7}']
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(lines) + "\n")
+    output = tmp_path / "texts.jsonl"
+    common = [f"--workdir={run}", f"--prompts={tmp_path / 'prompts.jsonl'}", "--batch_size=2", "--logprobs=1"]
+    common += ["--max_tokens=20", "--no-stop_at_separator"]
+    generate([*common, f"--output={output}"])
+    whole = output.read_bytes()
+    rows = sorted(map(json.loads, whole.splitlines()), key=lambda row: (row["number"], row["sample"]))
+    assert [(row["prompt"], row["sample"]) for row in rows] == [("x = ", 0), ("é", 0), ("y", 0), ("y", 1)]
+    assert [row["tokens"] for row in rows[:2]] == [20, 3] and rows[2]["text"] != rows[3]["text"]
+    assert all(("e" not in row["text"]) and row["ended"] in ("stop", "length") for row in rows[2:])
+    first = rows[0]["logprobs"][0]
+    assert first["logprob"] <= first["likeliest"][0]["logprob"] < 0 and len(rows[0]["logprobs"]) == 20
+    output.write_bytes(whole[: whole.index(b"\n") + 5])  # as a kill may leave it
+    generate([*common, f"--output={output}"])
+    assert output.read_bytes() == whole and "1 of 4 texts were there" in capsys.readouterr().err
+    generate([*common, f"--output={output}"])
+    assert output.read_bytes() == whole and "has all 4 texts" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        generate([*common, f"--output={output}", "--temperature=0.5"])
+    assert "line 1, is no result of these prompts, settings and parameters" in capsys.readouterr().err
+    assert output.read_bytes() == whole
 
 
 EVALUATE = {
@@ -217,7 +275,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(run, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zoo.generate.__main__.generate", stop)
+    monkeypatch.setattr("zoo.generate.batch.answer", stop)
     with pytest.raises(SystemExit) as exit_:
         generate([f"--workdir={run}", "--prompt=x", "--max_tokens=8"])
     assert exit_.value.code == 130 and capsys.readouterr().err.endswith("\ninterrupted\n")

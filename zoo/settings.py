@@ -195,7 +195,11 @@ def declare(
 
 def argument(kind: type, **declaration: Any) -> Callable[[str], Any]:
     """The `type` of an argparse flag: int or float, in the range that `declare` takes."""
-    declared = declare(kind(), "", **declaration)
+    return flag(declare(kind(), "", **declaration))
+
+
+def flag(declared: Setting) -> Callable[[str], Any]:
+    """The `type` of the argparse flag of a declared setting."""
 
     def read(text: str) -> Any:
         try:

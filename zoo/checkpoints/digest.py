@@ -50,6 +50,12 @@ def recorded_loss(path: pathlib.Path) -> float | None:
         return None
 
 
+def fingerprint(path: pathlib.Path) -> str:
+    """Of the parameters of the checkpoint at `path`."""
+    parameters = sorted(item for item in read_digest(path).files.items() if item[0].startswith("params/"))
+    return hashlib.sha256(json.dumps(parameters).encode()).hexdigest()
+
+
 def verify(path: pathlib.Path, limit: int | None = None, only: str = "", share: tuple[int, int] = (0, 1)) -> None:
     """Raise ValueError if a file of the checkpoint is missing, differs from its digest, or is no file inside it.
 

@@ -30,6 +30,7 @@ class Run:
     tokenizer: Tokenizer  # `zoo.data.tokenizer` says what it can do
     config: zoo_config.Config
     step: int  # whose parameters the model has
+    fingerprint: str  # of those parameters, as that checkpoint's digest has them
 
 
 def load_run(
@@ -75,6 +76,7 @@ def load_run(
                     digest.verify(path, limit)
                 check_parameters(f"checkpoint {path}", read_description(path)["parameters"], shapes(params))
                 items = orbax.restore(path, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))
+                fingerprint = digest.fingerprint(path)
             except UsageError:
                 raise
             except Exception as error:
@@ -83,7 +85,7 @@ def load_run(
                 continue
             model = nnx.merge(graphdef, with_leaves(abstract, items["params"]))
             model.tokenizer_size = min(tokenizer.vocab_size, model.vocab_size)
-            return Run(model, tokenizer, config, candidate)
+            return Run(model, tokenizer, config, candidate, fingerprint)
     finally:
         orbax.close()
     if step is not None:

@@ -1,5 +1,21 @@
-"""Text from a trained model. `python -m zoo.generate` is the command."""
+"""Text from a trained model. `python -m zoo.generate` is the command.
 
-from zoo.generate.sampler import Generation, Sampling, generate, sample
+In the order of their imports:
 
-__all__ = ["Generation", "Sampling", "generate", "sample"]
+    sampling     how a token is drawn
+    reading      tokens in, a state out
+    decoding     the program that writes
+    request      what can be asked for
+    engine       prompts in, tokens out: a batch, and a queue for its rows
+    text         tokens as text, told once it is certain; stop strings
+    prompts      prompts of a command line, and of files
+    output       where texts go
+    batch        prompts answered as text
+"""
+
+from zoo.generate.engine import Chance, Generation, answer, generate
+from zoo.generate.request import Request
+from zoo.generate.sampling import Sampling, sample
+from zoo.generate.text import TextStream
+
+__all__ = ["Chance", "Generation", "Request", "Sampling", "TextStream", "answer", "generate", "sample"]

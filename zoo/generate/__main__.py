@@ -1,6 +1,7 @@
 """Let a trained model write.
 
     python -m zoo.generate --workdir=runs/gla --prompt="def main(" --max_tokens=200
+    python -m zoo.generate --workdir=runs/gla --prompts=questions.jsonl --output=answers.jsonl
 
 Text goes to stdout as it is made, with several prompts in their order; the costs go to stderr. Control characters,
 which a terminal would obey, are shown as escapes such as \\x1b, line ends and tabs left as they are; --raw: none.
@@ -8,90 +9,66 @@ which a terminal would obey, are shown as escapes such as \\x1b, line ends and t
 
 import argparse
 import contextlib
-import os
 import sys
 
-import numpy as np
-
-from zoo import checkpoints, compile_cache, data
+from zoo import checkpoints, compile_cache
 from zoo.errors import UsageError, exit_with_message
 from zoo.files import expand
-from zoo.generate.sampler import Generation, Sampling, check_request, generate
-from zoo.settings import Parser, argument
-from zoo.terminal import printable
-
-_LARGEST_PROMPT = 16 << 20  # bytes
+from zoo.generate import prompts
+from zoo.generate.batch import Texts
+from zoo.generate.engine import Generation
+from zoo.generate.request import SETTINGS, check
+from zoo.generate.text import check_stops
+from zoo.settings import Parser, argument, flag
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = Parser(program, __doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("the run").add_argument
     add("--workdir", type=expand, required=True, help="the run to load")
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
+    add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], help="may be repeated; empty: begin a document")
     add("--prompt_file", type=expand, action="append", default=[], help="its content is a prompt; repeatable; -: stdin")
-    add("--max_tokens", type=argument(int, unit="token"), default=200, help="tokens to write at most, a prompt")
-    add("--temperature", type=argument(float, at_least=0), default=1.0, help="0: always the likeliest token")
-    add("--top_k", type=argument(int, at_least=0), default=0, help="draw from the k likeliest tokens; 0: all")
     add(
-        "--top_p", type=argument(float, above=0, at_most=1), default=1.0,
-        help="draw from the likeliest tokens that hold this share of probability",
+        "--prompts", type=expand,
+        help='a prompt on each line; of a .jsonl file a string, or {"prompt": "...", "max_tokens": 8, "stop": ["\\n"]} '
+        "with any of the settings below for this prompt alone; -: stdin",
     )  # fmt: skip
-    add("--seed", type=argument(int, at_least=0, at_most=2**32 - 1), default=0, help="of the draws")
+    add("--batch_size", type=argument(int), help="texts written at once, others wait for a place; default: all")
+    add = parser.add_argument_group("what to write").add_argument
+    for name, declared in SETTINGS.items():
+        add(f"--{name}", type=flag(declared), default=declared.default, help=f"{declared.describe()} [%(default)s]")
+    add("--stop", action="append", default=[], help="end a text before this; repeatable")
     add(
         "--stop_at_separator", action=argparse.BooleanOptionalAction, default=True,
         help="end where the model ends the document; --no-stop_at_separator: it may not, and writes max_tokens",
+    )  # fmt: skip
+    add = parser.add_argument_group("where to").add_argument
+    add(
+        "--output", type=expand,
+        help="a file of JSON lines, one a text, written when it is finished; the same command goes on where one was "
+        "stopped; -: to stdout",
+    )  # fmt: skip
+    add(
+        "--logprobs", type=argument(int, at_least=0),
+        help="with --output: the log-probability of each token (nats, the model's own: before penalty, temperature and "
+        "cuts), and of so many likeliest ones",
     )  # fmt: skip
     add("--raw", action="store_true", help="write control characters as they are: for a file, not for a terminal")
     return parser.parse_args(argv)
 
 
-def _prompts(arguments: argparse.Namespace, tokenizer: data.tokenizer.Tokenizer) -> list[list[int]]:
-    """The tokens of each prompt, the separator before them not among them."""
-    texts = [(f"--prompt={prompt}", os.fsencode(prompt)) for prompt in arguments.prompt]
-    for path in arguments.prompt_file:
-        try:
-            with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-                content = file.read(_LARGEST_PROMPT + 1)  # of a pipe too: --prompt_file=<(command)
-        except OSError as error:
-            raise UsageError(f"--prompt_file: {path!r} cannot be read ({error.strerror})") from error
-        if len(content) > _LARGEST_PROMPT:
-            raise UsageError(f"--prompt_file: {path!r} has more than {_LARGEST_PROMPT >> 20} MiB; give a shorter one")
-        texts.append((f"--prompt_file={path}", content))
-    if not texts:
-        raise UsageError("no prompt; give --prompt=TEXT (empty: begin a document) or --prompt_file=PATH")
-    prompts = []
-    for name, text in texts:
-        try:
-            prompts.append(tokenizer.encode_bytes(text).tolist())
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{name}: not UTF-8 at byte {error.start}, which this tokenizer needs") from error
-    return prompts
-
-
-class Printer:
-    """Prompts and what follows them: the first text as it is made, the others when all are done (one cursor)."""
-
-    def __init__(self, prompts: list[list[int]], tokenizer: data.tokenizer.Tokenizer, raw: bool = False):
-        self._prompts, self._tokenizer, self._raw = prompts, tokenizer, raw
-        self._decoder = tokenizer.stream_decoder()  # of prompt and text, for a character may begin in the prompt
-        self._write(self._heading(0) + "".join(map(self._decoder.push, prompts[0])))
-
-    def on_token(self, row: int, token: int) -> None:
-        if row == 0:
-            self._write(self._decoder.push(token))
-
-    def finish(self, tokens: list[list[int]]) -> None:
-        self._write(self._decoder.flush() + "\n")
-        for row in range(1, len(tokens)):
-            self._write(self._heading(row) + self._tokenizer.decode(self._prompts[row] + tokens[row]) + "\n")
-
-    def _heading(self, row: int) -> str:
-        return f"--- {row + 1} of {len(self._prompts)} ---\n" if len(self._prompts) > 1 else ""
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text if self._raw else printable(text))
-        sys.stdout.flush()
+def _prompts(arguments: argparse.Namespace) -> list[prompts.Prompt]:
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    single = prompts.given(arguments.prompt, arguments.prompt_file, settings, arguments.stop)
+    if arguments.prompts is None:
+        if not single:
+            raise UsageError("no prompt; give --prompt=TEXT (empty: begin a document), --prompt_file or --prompts")
+        return single
+    if single:
+        raise UsageError("--prompts: a file of prompts goes without --prompt and --prompt_file; put them into the file")
+    return prompts.listed(arguments.prompts, settings, arguments.stop)
 
 
 def _costs(result: Generation, rows: int) -> str:
@@ -106,23 +83,28 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         compile_cache.enable()
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+        check_stops(arguments.stop)
+        if arguments.logprobs is not None and arguments.output is None:
+            raise UsageError("--logprobs: a text shows none; give --output=FILE.jsonl, or --output=- for stdout")
+        given = _prompts(arguments)
         run = checkpoints.load_run(arguments.workdir, arguments.step)
-        tokenizer = run.tokenizer
-        texts = _prompts(arguments, tokenizer)
-        prompts = [[tokenizer.separator_id, *text] for text in texts]  # as documents begin in training
-        allowed = np.ones(run.model.vocab_size, bool)
-        allowed[tokenizer.separator_id] = arguments.stop_at_separator
-        check_request(run.model, prompts, arguments.max_tokens)
+        asked = prompts.asked(given, run.tokenizer, [run.tokenizer.separator_id])
+        check(run.model, [one.request for one in asked], None, arguments.batch_size, arguments.logprobs)
         with contextlib.suppress(AttributeError):  # a notebook's
             sys.stdout.reconfigure(errors="replace")
-        printer = Printer(texts, tokenizer, arguments.raw)
-        result = generate(
-            run.model, prompts, arguments.max_tokens, sampling,
-            seed=arguments.seed, stop_id=tokenizer.separator_id, allowed=allowed, on_token=printer.on_token,
-        )  # fmt: skip
-        printer.finish(result.tokens)
-        print(f"step {run.step}; {_costs(result, len(texts))}", file=sys.stderr)
+        texts = Texts(run, asked, None, arguments.stop_at_separator)
+        if arguments.output is None:
+            output, done = texts.printer(arguments.raw), set()
+        else:
+            output = texts.json_lines(arguments.output, arguments.logprobs)
+            done = output.done
+        left = len(texts.places) - len(done)
+        if not left:
+            print(f"{arguments.output} has all {len(done)} texts", file=sys.stderr)
+            return
+        result = texts.write(output, arguments.batch_size, arguments.logprobs, done.__contains__)
+        already = f"; {len(done)} of {len(texts.places)} texts were there" if done else ""
+        print(f"step {run.step}; {_costs(result, min(arguments.batch_size or left, left))}{already}", file=sys.stderr)
 
 
 if __name__ == "__main__":

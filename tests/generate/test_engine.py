@@ -1,4 +1,4 @@
-"""Generation: the state stands for the prefix, rows do not see one another, and tokens are drawn by the law."""
+"""Generation: the state stands for the prefix, and rows do not see one another, nor who had their place before."""
 
 import functools
 
@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from zoo.config import preset
-from zoo.data import tokenizer
 from zoo.errors import UsageError
-from zoo.generate import Sampling, generate, sample, sampler
-from zoo.generate.__main__ import Printer
-from zoo.generate.sampler import STEPS_PER_CALL
+from zoo.generate import Request, Sampling, answer, generate
+from zoo.generate.decoding import decode
+from zoo.generate.engine import STEPS_PER_CALL
+from zoo.generate.reading import prefill
 from zoo.model import LanguageModel
 
 VOCAB = 64
@@ -74,7 +74,7 @@ def test_greedy_text_after_2000_tokens_is_that_of_rerunning_the_sequence(mixer):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"positions": "learned", "max_positions": 120}],
+    [pytest.param({}, marks=pytest.mark.slow), {"positions": "learned", "max_positions": 120}],
     ids=["rope", "learned positions"],
 )
 def test_prompts_of_different_lengths_continue_as_if_alone(settings):
@@ -134,9 +134,9 @@ def test_only_allowed_ids_that_the_tokenizer_knows_are_drawn():
 def test_prompts_of_similar_lengths_share_their_programs():
     model = build("gla")
     write(model, [prompt(33)], 20)
-    programs = sampler._prefill._cache_size(), sampler._decode._cache_size()
+    programs = prefill._cache_size(), decode._cache_size()
     write(model, [prompt(64)], 17, seed=1)
-    assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == programs
+    assert (prefill._cache_size(), decode._cache_size()) == programs
 
 
 def test_costs_count_the_prompts_own_tokens_and_the_state():
@@ -148,90 +148,68 @@ def test_costs_count_the_prompts_own_tokens_and_the_state():
     assert result.prefill_seconds > 0 and result.decode_seconds > 0
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------------
+# --- A queue for the rows ---------------------------------------------------------------------------------------------
 
 
-def law(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The probabilities that the settings mean, token by token (no ties in `logits`)."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
-    weights = {i: np.exp((logits[i] - max(logits)) / temperature) for i in order}
-    total = sum(weights.values())
-    kept, held = {}, 0.0
-    for i in order:
-        if kept and held >= top_p:
-            break
-        kept[i] = weights[i]
-        held += weights[i] / total
-    return np.array([kept.get(i, 0.0) for i in range(len(logits))]) / sum(kept.values())
+def test_a_text_is_the_same_whoever_had_its_row_before():
+    """Rows of 2 for 5 prompts that end at different times, of a model with caches and states."""
+    model, lengths = build("gla,gla,attention"), (3, 20, 17, 1, 30)
+    requests = [
+        Request(prompt(length, seed=length), max_tokens, Sampling(temperature), seed=3)
+        for length, max_tokens, temperature in zip(lengths, (20, 40, 3, 17, 33), (1, 0, 1, 1, 0.5), strict=True)
+    ]
+    together, ended = answer(model, requests), []
+    result = answer(model, requests, batch_size=2, on_end=lambda *text: ended.append(text[:3]))
+    assert result.tokens == together.tokens and [len(text) for text in result.tokens] == [20, 40, 3, 17, 33]
+    assert (result.decode_tokens, together.decode_tokens) == (2 * 6 * STEPS_PER_CALL, 5 * 3 * STEPS_PER_CALL)
+    assert sorted(ended) == [(n, "length", text) for n, text in enumerate(result.tokens)]
+    assert [text for text, *_ in ended] == [0, 2, 1, 3, 4]  # as they were finished
+    one_at_a_time = answer(model, requests, batch_size=2, skip=lambda text: text != 3)
+    assert one_at_a_time.tokens == [[], [], [], together.tokens[3], []]
 
 
-def draws(logits, count, **settings):
-    keys = jax.random.split(jax.random.key(0), count)
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    return np.asarray(jax.jit(functools.partial(sample, sampling=Sampling(**settings)))(rows, keys))
+def test_samples_of_a_prompt_read_it_once():
+    model, first, other = build("gla"), prompt(9, seed=1), prompt(12, seed=2)
+    result = generate(model, [first, other], 20, samples=3, batch_size=2, seed=3)
+    assert result.prefill_tokens == 9 + 12 and len({tuple(text) for text in result.tokens}) == 6
+    assert [result.tokens[0], result.tokens[3]] == generate(model, [first, other], 20, seed=3).tokens
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 2.0},
-        {"top_k": 3},
-        {"top_k": 100},
-        {"top_p": 0.6},
-        {"top_p": 0.999},
-        {"temperature": 1.5, "top_k": 5, "top_p": 0.7},
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_by_the_law(settings):
-    logits, count = np.array([0.3, 2.0, -1.0, 1.2, 0.9, -3.0, 1.9]), 20_000
-    expected = law(logits, **settings)
-    frequency = np.bincount(draws(logits, count, **settings), minlength=len(logits)) / count
-    assert (frequency[expected == 0] == 0).all()
-    assert (abs(frequency - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / count)).all()
+def test_whoever_hears_a_token_may_end_its_text():
+    heard = []
+
+    def on_token(text, token):
+        heard.append((text, token))
+        return text == 1 and len(heard) > 20
+
+    result = generate(build("gla"), [prompt(9, seed=1), prompt(12, seed=2)], 20, seed=3, on_token=on_token)
+    assert result.ended == ["length", "stop"] and [len(text) for text in result.tokens] == [20, 5]
+    assert result.tokens == [[token for text, token in heard if text == n] for n in (0, 1)]
 
 
-# Denormal as float64 and as float32, and either side of what counts as 0.
-SHARPEST = [{"temperature": t} for t in (0, 1e-320, 1e-45, 1e-38, 1e-30, 9.9e-7, 1e-6, 1e-4)]
-SHARPEST += [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-50}]
+def test_a_penalty_is_for_what_stands_in_prompt_and_text_but_not_for_the_end():
+    model, first = build("gla"), prompt(9, seed=1)
+    requests = [Request(first, 20, Sampling(0, repetition_penalty=penalty)) for penalty in (1e6, 1.0)]
+    penalised, plain = answer(model, requests).tokens
+    assert len({*first, *penalised[:12]}) == len({*first}) + 12
+    assert plain == write(model, [first], 20, temperature=0)[0] and len({*first, *plain[:12]}) < len({*first}) + 12
+    only, end = np.isin(np.arange(VOCAB), [plain[0], first[0]]), plain[0]
+    ends = Request([*first, end], 20, Sampling(0, repetition_penalty=1e6))
+    assert answer(model, [ends, ends], allowed=only, stop_id=end).ended == ["separator"] * 2
 
 
-@pytest.mark.parametrize("settings", SHARPEST)
-def test_the_sharpest_settings_take_the_likeliest(settings):
-    rows = jnp.asarray([[0.3, 2.0, -jnp.inf, 1.9], [0.3e38, 2.0e38, -jnp.inf, 1.9e38]] * 50)
-    keys = jax.random.split(jax.random.key(0), len(rows))
-    assert (jax.jit(functools.partial(sample, sampling=Sampling(**settings)))(rows, keys) == 1).all()
-
-
-def test_among_equals_a_temperature_of_0_takes_the_first_and_none_above_it_prefers_one():
-    for temperature in (0, 1e-30):
-        assert (draws([-1.0, 3.0, 3.0, 3.0], 100, temperature=temperature) == 1).all()
-    assert set(draws([-1.0, 3.0, 3.0, 3.0], 500, temperature=1e-5)) == {1, 2, 3}
-
-
-def test_the_highest_temperature_draws_all_alike_and_nothing_impossible():
-    for temperature in (1e25, 1e300):
-        counts = np.bincount(draws([1e3, -1e3, 0.0, -np.inf], 3000, temperature=temperature), minlength=4)
-        assert counts[3] == 0 and (abs(counts[:3] - 1000) < 120).all()
-
-
-def test_the_nucleus_holds_just_enough():
-    """Probabilities 1/2, 1/4, 1/8, 1/8: each top_p keeps the fewest that reach it."""
-    logits = np.log([0.125, 0.5, 0.125, 0.25])
-    for top_p, kept in ((0.4, {1}), (0.6, {1, 3}), (0.74, {1, 3})):
-        assert set(draws(logits, 500, top_p=top_p)) == kept
-    assert len(set(draws(logits, 500, top_p=0.8))) == 3
-    assert set(draws(logits, 500, top_p=0.9)) == {0, 1, 2, 3}
-
-
-def test_among_equals_top_k_keeps_just_k():
-    assert len(set(draws([1.0, 1.0, 1.0, 1.0], 500, top_k=2))) == 2
-
-
-def test_impossible_tokens_stay_impossible():
-    assert set(draws([1.0, -np.inf, 1.0, -np.inf], 500, top_k=4, top_p=0.999)) == {0, 2}
+def test_log_probabilities_are_the_models_own():
+    model, first = build("gla"), prompt(9, seed=1)
+    settings = Sampling(temperature=3.0, top_k=5, repetition_penalty=1.5)
+    result = generate(model, [first], 20, settings, seed=3, logprobs=3)
+    graphdef, parameters = nnx.split(model)
+    logits = jax.jit(lambda tokens: nnx.merge(graphdef, parameters)(tokens)[0])(jnp.asarray([first + result.tokens[0]]))
+    by_model = np.asarray(logits, np.float64)[0, len(first) - 1 : -1]
+    by_model -= np.log(np.exp(by_model).sum(-1, keepdims=True))
+    for expected, token, chance in zip(by_model, result.tokens[0], result.chances[0], strict=True):
+        assert chance.chosen == pytest.approx(expected[token], abs=1e-3)
+        assert [i for i, _ in chance.likeliest] == np.argsort(-expected)[:3].tolist()
+        assert [value for _, value in chance.likeliest] == pytest.approx(np.sort(expected)[:-4:-1], abs=1e-3)
 
 
 # --- What cannot be done ----------------------------------------------------------------------------------------------
@@ -243,8 +221,14 @@ def test_impossible_tokens_stay_impossible():
         ({"temperature": -0.1}, "temperature: got -0.1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k: got -1"),
-        ({"top_p": 0.0}, r"top_p: got 0.0, expected a share in \(0, 1\]"),
+        ({"top_p": 0.0}, "top_p: got 0.0, expected more than 0 and at most 1"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"min_p": 1.1}, "min_p: got 1.1, expected at least 0 and at most 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0, expected at least 1e-06"),
+        ({"samples": 0}, "samples: got 0, expected at least 1"),
+        ({"seed": 2**32}, "seed: got 4294967296, expected at least 0 and at most 4294967295"),
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1 text"),
+        ({"logprobs": VOCAB + 1}, f"logprobs: got {VOCAB + 1}, expected a number of tokens from 0 to {VOCAB}"),
         ({"max_tokens": 0}, "max_tokens: got 0, expected at least 1"),
         ({"prompts": []}, "got none"),
         ({"prompts": [[1], []]}, "prompt 1: no tokens"),
@@ -260,36 +244,3 @@ def test_bad_settings_are_named(settings, message):
         sampling = Sampling(**{name: value for name, value in settings.items() if hasattr(Sampling, name)})
         request = {name: value for name, value in settings.items() if not hasattr(Sampling, name)}
         generate(model, **({"prompts": [prompt(9)], "max_tokens": 4, "sampling": sampling} | request))
-
-
-def test_characters_are_printed_when_they_are_whole(capsys):
-    prompt, text = "> é".encode()[:-1], "é漢".encode()[1:] + b"\xff\xe6"  # begun in the prompt; no UTF-8; unfinished
-    printer = Printer([list(prompt)], tokenizer.load("bytes"))
-    shown = [capsys.readouterr().out]
-    for byte in text:
-        printer.on_token(0, byte)
-        shown.append(capsys.readouterr().out)
-    printer.finish([[]])
-    shown.append(capsys.readouterr().out)
-    assert shown == ["> ", "é", "", "", "漢", "\ufffd", "", "\ufffd\n"]
-
-
-def test_several_texts_are_printed_in_order(capsys):
-    printer = Printer([list(b"one "), list(b"two ")], tokenizer.load("bytes"))
-    for row, token in ((0, 65), (1, 66), (0, 67)):
-        printer.on_token(row, token)
-    printer.finish([[65, 67], [66]])
-    assert capsys.readouterr().out == "--- 1 of 2 ---\none AC\n--- 2 of 2 ---\ntwo B\n"
-
-
-def test_control_characters_are_shown_not_obeyed_unless_raw(capsys):
-    prompt, tokens = list(b"a\x1b"), [list(b"[31m\n\tb\x9b"), list(b"\x07")]
-    for raw in (False, True):
-        printer = Printer([prompt, []], tokenizer.load("bytes"), raw)
-        for token in tokens[0]:
-            printer.on_token(0, token)
-        printer.finish(tokens)
-        output = capsys.readouterr().out
-        assert ("\x1b" in output) == ("\x07" in output) == raw
-    printer = Printer([prompt], tokenizer.load("bytes"))
-    assert capsys.readouterr().out == "a\\x1b"
