@@ -192,4 +192,6 @@ def test_lightning_forgets_less_in_upper_layers():
 
 def test_families_without_a_place_in_the_depth_get_none():
     assert model_of("gla,attention", 2)._over_depth() == [None, None]
-    assert {name for name, mixer in MIXERS.items() if "over_depth" in vars(mixer)} == {"hgrn2", "lightning"}
+    assert {name for name, mixer in MIXERS.items() if "over_depth" in vars(mixer)} == {
+        "hgrn2", "lightning", "transnormer"
+    }  # fmt: skip

@@ -10,6 +10,7 @@ from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
 from zoo.layers.norm import NORM_PARAMETERS, NORMS, GatedRMSNorm, HeadLayerNorm, gated, rms_norm, unit_length
 from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.qkv import ConvolvedQKV
+from zoo.layers.recent import counted, init_recent, with_recent
 from zoo.layers.rotary import RopeScaling, rotary
 from zoo.layers.rounded_once import rounded_once
 from zoo.layers.short_conv import ShortConv
@@ -31,10 +32,12 @@ __all__ = [
     "ShortConv",
     "SwiGLU",
     "check_steps",
+    "counted",
     "dropout",
     "embedding",
     "gated",
     "in_pieces",
+    "init_recent",
     "linear",
     "mixture",
     "parameter",
@@ -47,4 +50,5 @@ __all__ = [
     "token_shift",
     "unit_length",
     "with_axes",
+    "with_recent",
 ]

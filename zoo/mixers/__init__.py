@@ -22,11 +22,13 @@ from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
 from zoo.mixers.rwkv7 import RWKV7
 from zoo.mixers.s4d import S4D
+from zoo.mixers.transnormer import TransNormer
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "forgetting_attention": ForgettingAttention,
     "linear_attention": LinearAttention,
+    "transnormer": TransNormer,
     "retnet": RetNet,
     "lightning": Lightning,
     "gated_retention": GatedRetention,

@@ -1,0 +1,12 @@
+"""TransNormer: attention in blocks below, norm attention above.
+
+Sizes: configs/transnormer.py:tiny, 10m, 125m, 340m, 1.3b.
+"""
+
+from zoo.config import Config, preset
+
+
+def get_config(size: str = "tiny") -> Config:
+    config = preset(size)
+    config.model.mixer = "transnormer"
+    return config
