@@ -24,6 +24,7 @@ __all__ = [
     "delta_rule",
     "diagonal_ssm",
     "dplr_delta_rule",
+    "earlier",
     "fast_weights",
     "linear_attention",
     "linear_scan",
@@ -270,6 +271,34 @@ def previous(x, *, initial_state=None, segment_ids=None):
 
     over_time = functools.partial(sequence.convolved, name="x", width=1)
     return sharding.on_each_device(call, arrays, (axes, ("batch", *axes[2:])), over_time=over_time)
+
+
+def earlier(x, distance, *, initial_state=None, segment_ids=None):
+    """(x_{t - distance} at each t, and the last `distance` x), of x [B, T, D], on a mesh too.
+
+    Zero where that token is of another segment. `initial_state` [B, distance, D] is before token 0 and of its segment,
+    else zero; what is returned is of the last segment.
+    """
+    arrays = {"x": (x, ("batch", "time", None)), "initial_state": (initial_state, ("batch", None, None))}
+    arrays["segment_ids"] = (segment_ids, OF_TOKENS)
+
+    def call(arrays):
+        x, ids = arrays["x"], arrays.get("segment_ids")
+        before = arrays.get("initial_state", jnp.zeros((x.shape[0], distance, x.shape[2]), x.dtype)).astype(x.dtype)
+        all_x = jnp.concatenate([before, x], axis=1)
+        if ids is None:
+            return all_x[:, : x.shape[1]], all_x[:, x.shape[1] :]
+        numbers = segments.segment_numbers(ids)
+        of_all = jnp.pad(numbers, ((0, 0), (distance, 0)))
+        shifted = jnp.where((of_all[:, : x.shape[1]] == numbers)[..., None], all_x[:, : x.shape[1]], 0)
+        last = jnp.where((of_all == numbers[:, -1:])[..., None], all_x, 0)
+        return shifted, last[:, x.shape[1] :]
+
+    over_time = functools.partial(sequence.convolved, name="x", width=distance)
+    if initial_state is not None and distance > x.shape[1] // sharding.axis_size("time"):
+        over_time = None  # it would reach into more than the first part
+    out_axes = (("batch", "time", None), ("batch", None, None))
+    return sharding.on_each_device(call, arrays, out_axes, over_time=over_time)
 
 
 def segment_starts(segment_ids):

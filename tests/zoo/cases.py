@@ -21,6 +21,7 @@ VARIANTS = {
         {"feature_map": "relu", "normalise": False},
     ],
     "transnormer": [{"kind": "norm"}],
+    "conv_linear": [{"conv_width": 3, "dilation": 2}],
     "retnet": [{"num_heads": 2, "expand_k": 0.5}],
     "lightning": [{"num_heads": 2, "head_dim": 8}],
     "gated_retention": [{"num_heads": 2, "expand_v": 2.0, "gate_temperature": 1.0}],

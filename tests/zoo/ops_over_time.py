@@ -6,6 +6,7 @@ once a process. It prints, for each case, the largest relative error of outputs,
 Heads and channels are spread over the devices that the parts of the time leave.
 """
 
+import functools
 import json
 import re
 import sys
@@ -108,6 +109,14 @@ def cases():
         if taps <= 5:  # what is given reaches into the first part alone
             yield f"short_conv {taps} state", conv, (*arrays, draw(4, 2, taps - 1, D)), (None,)
     yield "previous", lambda x, h, **given: ops.previous(x, initial_state=h, **given), (x, h), (None,)
+
+    def earlier(x, h=None, distance=None, **given):
+        return ops.earlier(x, distance, initial_state=h, **given)
+
+    for distance in (3, 9):  # within a part, of several
+        call = functools.partial(earlier, distance=distance)
+        yield f"earlier {distance}", call, (x,), (None,)
+    yield "earlier 3 state", functools.partial(earlier, distance=3), (x, draw(1, 2, 3, D)), (None,)
 
     def running_sum(x, first, segment_ids):
         return ops.associative_scan(lambda a, b: wrap(a + b), x, first)

@@ -89,3 +89,25 @@ def test_the_upper_half_of_transnormer_has_norm_attention():
     config.mixer, config.num_layers, config.d_model, config.vocab_size = "transnormer,mlp", 6, 16, 8
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     assert model._over_depth()[0].tolist() == [False, False, True]
+
+
+def test_conv_linear_is_two_dilated_convolutions_before_linear_attention():
+    mixer, x = build("conv_linear", conv_width=3, dilation=2), inputs()
+    weights = double(mixer, x)[1]
+
+    def conv(x, name):
+        taps = np.split(weights[f"{name}.taps.kernel"], 3)
+        y = np.broadcast_to(weights[f"{name}.taps.bias"], x.shape).copy()
+        for j, tap in enumerate(taps):
+            at = np.arange(TIME) - 2 * j
+            y += np.where((COUNT >= 2 * j)[..., None], x[:, at], 0) @ tap
+        return np.maximum(y, 0)
+
+    u = np.asarray(x, np.float64)
+    u = np.maximum(u + conv(conv(u, "first"), "second"), 0)
+    q, k, v = ((u @ weights[f"attention.{name}.kernel"]).reshape(BATCH, TIME, mixer.heads, -1) for name in "qkv")
+    phi = lambda x: np.where(x > 0, x + 1, np.exp(x))  # noqa: E731
+    scores = np.einsum("bthk,bshk->bhts", phi(q), phi(k)) * seen(True)
+    o = np.einsum("bhts,bshv->bthv", scores / scores.sum(-1, keepdims=True), v).reshape(x.shape)
+    for found in whole_and_in_halves(mixer, x):
+        assert error_ratio(found, o @ weights["attention.out.kernel"]) < 1e-6

@@ -3,6 +3,7 @@
 from kernels.segments import segment_numbers
 from kernels.softcap import soft_cap
 from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
+from zoo.layers.dilated_conv import DilatedConv
 from zoo.layers.dropout import dropout
 from zoo.layers.in_pieces import in_pieces
 from zoo.layers.linear import embedding, linear
@@ -26,6 +27,7 @@ __all__ = [
     "ConvolvedQKV",
     "DiagonalSSM",
     "DiagonalSSMConfig",
+    "DilatedConv",
     "GatedRMSNorm",
     "HeadLayerNorm",
     "RopeScaling",

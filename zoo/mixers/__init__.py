@@ -2,6 +2,7 @@
 
 from zoo.mixers.attention import Attention
 from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.conv_linear import ConvLinear
 from zoo.mixers.delta_net import DeltaNet
 from zoo.mixers.dfw import DFW
 from zoo.mixers.forgetting_attention import ForgettingAttention
@@ -29,6 +30,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "forgetting_attention": ForgettingAttention,
     "linear_attention": LinearAttention,
     "transnormer": TransNormer,
+    "conv_linear": ConvLinear,
     "retnet": RetNet,
     "lightning": Lightning,
     "gated_retention": GatedRetention,
