@@ -23,6 +23,7 @@ from zoo.layers import NORMS, dropout, embedding, linear, soft_cap
 from zoo.mixers import MIXERS, Sizes
 from zoo.mixers.shared_settings import add_bias, projections
 from zoo.states import State
+from zoo.taken import Segments, last
 
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
 UNROLLED_UNITS = 4
@@ -164,6 +165,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         state: State | None = None,
+        lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T vocab"], State | None]:
         """The logits of the next token, in float32, and the state after the last.
@@ -175,11 +177,16 @@ class LanguageModel(nnx.Module):
             of different lengths are padded on the left: 0 on the padding, 1 on the prompt.
           positions: of each token in its document; default: counted from the segment's start, or from the state.
           state: of `init_state` or an earlier call. None: from zero, and None comes back.
+          lengths: with a state, how many of each row's tokens it takes in, default all. The logits are of all tokens:
+            rows of different lengths may be padded on the right, and of a draft that was scored a later call takes in
+            what is kept. The next call goes on behind the tokens taken in.
           dropout_key: switches dropout on.
+
+        Raises:
+          ValueError: lengths without a state; see `init_state`.
         """
-        hidden, state = self.hidden(
-            tokens, segment_ids=segment_ids, positions=positions, state=state, dropout_key=dropout_key
-        )
+        given = {"segment_ids": segment_ids, "positions": positions, "lengths": lengths}
+        hidden, state = self.hidden(tokens, **given, state=state, dropout_key=dropout_key)
         return self.logits(hidden), state
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
@@ -239,11 +246,18 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         state: State | None = None,
+        lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """What the head reads: the last block's output, normed. Arguments as in `__call__`."""
         if positions is None:
             positions = _positions(tokens, segment_ids, None if state is None else state["position"])
+        new_position = positions[:, -1] + 1
+        if lengths is not None:
+            if state is None:
+                raise ValueError("lengths: given without a state; it says which tokens a state takes in")
+            segment_ids = Segments.of(segment_ids, lengths, tokens.shape)
+            new_position = last(positions + 1, segment_ids, state["position"])
         x = self.embed(tokens)
         if self.learned_positions:
             x = x + self.position_embed(positions)
@@ -265,7 +279,7 @@ class LanguageModel(nnx.Module):
         # Unrolled, the compiler would find what is computed again already computed, and keep it.
         unroll = self.num_units if self.num_units <= UNROLLED_UNITS and self.remat == "none" else 1
         x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit, unroll=unroll)
-        new_state = {"position": positions[:, -1] + 1, "layers": layer_states, "input": input_state}
+        new_state = {"position": new_position, "layers": layer_states, "input": input_state}
         return self.norm(x), None if state is None else new_state
 
     def init_state(self, batch_size: int, max_length: int) -> State:

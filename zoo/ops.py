@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import kernels
 from kernels import precision, segments
 from kernels.attention import decay
-from zoo import sharding
+from zoo import sharding, taken
 from zoo.sharding import sequence
+from zoo.taken import Segments, state_of_taken
 
 __all__ = [
     "associative_scan",
@@ -82,6 +83,7 @@ def decay_sums(log_decay, before=None):
     return jnp.stack(associative_scan(decay.add, decay.pair(log_decay), first), axis=-1)
 
 
+@state_of_taken("k", "log_decay")
 def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None, segment_ids=None, **options):
     """`kernels.linear_attention`, with each device's sequences, heads and part of the time on it; see there."""
     groups = q.shape[2]
@@ -117,6 +119,7 @@ def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None,
     )
 
 
+@state_of_taken("beta", "log_decay")
 def delta_rule(q, k, v, beta, log_decay=None, *, initial_state=None, segment_ids=None, **options):
     """`kernels.delta_rule`, with each device's sequences, heads and part of the time on it; see there.
 
@@ -139,6 +142,7 @@ def delta_rule(q, k, v, beta, log_decay=None, *, initial_state=None, segment_ids
     return _matrix_recurrence(kernels.delta_rule, arrays, out_axes, options)
 
 
+@state_of_taken("k", "a", "log_decay")
 def dplr_delta_rule(q, k, v, a, b, log_decay, *, initial_state=None, segment_ids=None, **options):
     """`kernels.dplr_delta_rule`, on the mesh as `delta_rule`; see there."""
     of_heads = ("batch", "time", "heads", None)
@@ -150,6 +154,7 @@ def dplr_delta_rule(q, k, v, a, b, log_decay, *, initial_state=None, segment_ids
     return _matrix_recurrence(kernels.dplr_delta_rule, arrays, out_axes, options)
 
 
+@state_of_taken("k", "key_log_decay", "value_log_decay")
 def fast_weights(q, k, v, key_log_decay, value_log_decay, *, initial_state=None, segment_ids=None, **options):
     """`kernels.fast_weights`, with each device's sequences, heads and part of the time on it; see there."""
     of_heads = ("batch", "time", "heads", None)
@@ -169,6 +174,7 @@ def fast_weights(q, k, v, key_log_decay, value_log_decay, *, initial_state=None,
     return _recurrence(kernels.fast_weights, arrays, out_axes, carry, options)
 
 
+@state_of_taken("x", "log_decay")
 def linear_scan(x, log_decay, *, initial_state=None, segment_ids=None, **options):
     """`kernels.linear_scan`, with each device's sequences, channels and part of the time on it; see there."""
     arrays = {
@@ -186,6 +192,7 @@ def linear_scan(x, log_decay, *, initial_state=None, segment_ids=None, **options
     return _recurrence(kernels.linear_scan, arrays, (OF_CHANNELS, ("batch", "heads")), carry, options)
 
 
+@state_of_taken("dt")
 def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None, **options):
     """`kernels.selective_scan`, with each device's sequences, channels and part of the time on it; see there.
 
@@ -212,6 +219,14 @@ def selective_scan(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=No
 
 def diagonal_ssm(x, log_a, b, c, d=None, *, initial_state=None, segment_ids=None, **options):
     """`kernels.diagonal_ssm`, with each device's sequences, channels and part of the time on it; see there."""
+    if isinstance(segment_ids, Segments):
+
+        def written(x, ids):
+            return diagonal_ssm(x, log_a, b, c, segment_ids=ids, **options)[1]
+
+        y, _ = diagonal_ssm(x, log_a, b, c, d, initial_state=initial_state, segment_ids=segment_ids.numbers, **options)
+        a = jnp.exp(log_a.astype(jnp.complex64))
+        return y, taken.fixed_transition(written, x, a, segment_ids, initial_state)
     arrays = {name: (array, ("heads", None)) for name, array in {"log_a": log_a, "b": b, "c": c}.items()}
     arrays |= {
         "x": (x, OF_CHANNELS),
@@ -232,6 +247,10 @@ def diagonal_ssm(x, log_a, b, c, d=None, *, initial_state=None, segment_ids=None
 def short_conv(x, weight, bias=None, *, initial_state=None, segment_ids=None, **options):
     """`kernels.short_conv`, with each device's sequences, channels and part of the time on it; see there."""
     width = weight.shape[1] - 1
+    if isinstance(segment_ids, Segments):
+        whole = {"initial_state": initial_state, "segment_ids": segment_ids.numbers}
+        y, _ = short_conv(x, weight, bias, **whole, **options)
+        return y, taken.last_inputs(x, width, segment_ids, initial_state)
     arrays = {
         "x": (x, OF_CHANNELS),
         "weight": (weight, ("heads", None)),
@@ -255,6 +274,10 @@ def previous(x, *, initial_state=None, segment_ids=None):
 
     x_{t-1} is zero at a segment's first token; `initial_state` belongs to the segment of token 0.
     """
+    if isinstance(segment_ids, Segments):
+        shifted, _ = previous(x, initial_state=initial_state, segment_ids=segment_ids.numbers)
+        before = jnp.zeros_like(x[:, 0]) if initial_state is None else initial_state
+        return shifted, taken.last(x, segment_ids, before)
     axes = ("batch", "time", *(None,) * (x.ndim - 2))
     of_state = None if initial_state is None else initial_state.astype(x.dtype)[:, None]
     arrays = {"x": (x, axes), "initial_state": (of_state, ("batch", None, *axes[2:]))}
@@ -279,6 +302,9 @@ def earlier(x, distance, *, initial_state=None, segment_ids=None):
     Zero where that token is of another segment. `initial_state` [B, distance, D] is before token 0 and of its segment,
     else zero; what is returned is of the last segment.
     """
+    if isinstance(segment_ids, Segments):
+        shifted, _ = earlier(x, distance, initial_state=initial_state, segment_ids=segment_ids.numbers)
+        return shifted, taken.last_inputs(x, distance, segment_ids, initial_state)
     arrays = {"x": (x, ("batch", "time", None)), "initial_state": (initial_state, ("batch", None, None))}
     arrays["segment_ids"] = (segment_ids, OF_TOKENS)
 
@@ -303,6 +329,7 @@ def earlier(x, distance, *, initial_state=None, segment_ids=None):
 
 def segment_starts(segment_ids):
     """`kernels.segments.segment_starts`, on a mesh too."""
+    segment_ids = segment_ids.numbers if isinstance(segment_ids, Segments) else segment_ids
     # The id before token 0 is its own.
     before, _ = previous(segment_ids, initial_state=segment_ids[:, 0])
     return segment_ids != before
@@ -310,6 +337,7 @@ def segment_starts(segment_ids):
 
 def tokens_since_start(segment_ids, before):
     """`kernels.segments.tokens_since_start`, `before` [B] being the tokens of the first segment in earlier calls."""
+    segment_ids = segment_ids.numbers if isinstance(segment_ids, Segments) else segment_ids
     arrays = {"segment_ids": (segment_ids, OF_TOKENS), "initial_state": (before, ("batch",))}
 
     def call(segment_ids, initial_state):

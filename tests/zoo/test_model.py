@@ -109,6 +109,21 @@ def test_left_padding_leaves_no_trace(mixer, tokens):
     assert error_ratio(call(next_token, state=state)[0], call(next_token, state=state_alone)[0]) < 1e-5
 
 
+def test_right_padding_leaves_no_trace(tokens):
+    """Rows of which the state takes in a part go on behind it, whatever the other tokens were."""
+    model = build(tiny(mixer="attention@window=4,gla"))
+    call = jitted(model)
+    segment_ids = jnp.where(jnp.arange(TIME) < 3, 0, 1) * jnp.ones((BATCH, 1), jnp.int32)
+    state = model.init_state(BATCH, 2 * TIME)
+    padded, after = call(tokens, segment_ids=segment_ids, state=state, lengths=jnp.array([5, TIME]))
+    assert after["position"].tolist() == [2, TIME - 3]
+    alone, of_first = call(tokens[:, :5], segment_ids=segment_ids[:, :5], state=state)
+    assert error_ratio(padded[:, :5], alone) < 1e-5
+    assert error_ratio(call(tokens[:, :1], state=after)[0][0], call(tokens[:, :1], state=of_first)[0][0]) < 1e-5
+    with pytest.raises(ValueError, match="lengths: given without a state"):
+        model(tokens, lengths=jnp.array([5, TIME]))
+
+
 def test_packed_documents_equal_documents_alone(tokens):
     model = build(tiny(mixer="gla,attention", positions="learned", max_positions=TIME))
     call = jitted(model)
@@ -118,7 +133,7 @@ def test_packed_documents_equal_documents_alone(tokens):
     assert error_ratio(packed, alone) < 1e-5
 
 
-@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("window", [0, 7])
 def test_more_tokens_than_a_cache_holds_are_refused_or_nan(window):
     sizes = Sizes(d_model=16, num_layers=1)
     mixer = MIXERS["attention"](AttentionConfig(window=window), sizes, layer_index=0, rngs=nnx.Rngs(0))

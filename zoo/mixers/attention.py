@@ -6,12 +6,12 @@ Optional: a norm on q and k (2302.05442), of each head or of all together (OLMo 
 `window` tokens, rotary positions on a part of each head or scaled to longer contexts, a gate on what is read
 (2505.06708, as in Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
 State: the keys and values so far, [batch, max_length, kv_heads, K], and of each row the number of tokens in them and
-where its current segment starts. More than max_length tokens, of all segments and padding together, with a window too,
-are a ValueError where their number is known, else NaN.
+where its current segment starts. More than max_length tokens, of all segments and padding together, are a ValueError
+where their number is known, else NaN. With a window shorter than max_length the state is a ring of the last `window`
+tokens, token n in slot n % window, and holds any number of them.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import RopeScaling, linear, rms_norm, rotary, rounded_once, segment_numbers
+from zoo.layers import RopeScaling, linear, rms_norm, rotary, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import section, setting
+from zoo.taken import Segments
 
 POSITIONS = {"model": "model.positions", "rope": "rotary", "none": ""}
 
@@ -52,22 +53,22 @@ def _turning(config: AttentionConfig, head_dim: int) -> int:
     return int(head_dim * config.rotary_fraction)
 
 
-def _check_state(state: dict[str, jax.Array], batch: int, time: int) -> None:
+def _check_state(state: dict[str, jax.Array], batch: int, time: int, is_ring: bool) -> None:
     """Raise ValueError for a state of other sequences, or without room for the tokens where their number is known."""
     sequences, length = state["k"].shape[:2]
     if sequences != batch:
         raise ValueError(f"attention: state has {sequences} sequences, expected the {batch} of x")
     before = 0 if isinstance(state["index"], jax.core.Tracer) else int(state["index"].max())
-    if before + time > length:
+    if before + time > length and not is_ring:
         raise ValueError(
             f"attention: state has room for {length} tokens, expected {before} + {time}: make it with that max_length"
         )
 
 
 def _put(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-    """`cache` [B, L, ...] with x [B, T, ...] from each row's `index` [B] on."""
-    put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    return put(cache, x.astype(cache.dtype), index)
+    """`cache` [B, L, ...] with x [B, T, ...] from each row's `index` [B] on; what has no room is lost."""
+    slots = index[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+    return jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(cache, slots, x.astype(cache.dtype))
 
 
 class Attention(Mixer):
@@ -99,7 +100,7 @@ class Attention(Mixer):
     def __call__(self, x, *, segment_ids=None, positions=None, state=None):
         batch, time = x.shape[:2]
         if state is not None:
-            _check_state(state, batch, time)
+            _check_state(state, batch, time, self._is_ring(state))
         positions = positions_or_default(positions, x)
         q = self.q(x).reshape(batch, time, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, time, self.kv_heads, self.head_dim)
@@ -137,41 +138,31 @@ class Attention(Mixer):
         return None
 
     def _continue(self, q, k, v, log_decay, segment_ids, state):
-        """Append k and v to the cache and attend to it: entries of the current segment, and those before t here."""
+        """Attend to the state's tokens of the current segment, and to those before t here; and the state after them."""
         batch, time = q.shape[:2]
-        length = state["k"].shape[1]
-        index = state["index"]  # [B] tokens in the cache
-        keys = _put(state["k"], k, index)
-        values = _put(state["v"], v, index)
-        slots = jnp.arange(length, dtype=jnp.int32)
-        # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
-        cached = jnp.where((slots >= state["start"][:, None]) & (slots < index[:, None]), 0, -1)
-        count = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else segment_numbers(segment_ids)
-        decays, after = None, {}
+        index, start = state["index"], state["start"]  # [B]
+        if not isinstance(segment_ids, Segments):
+            segment_ids = Segments.of(segment_ids, jnp.full((batch,), time), (batch, time))
+        new = {"k": k, "v": v}
         if log_decay is not None:
-            before = jnp.take_along_axis(state["sums"], (index - 1)[:, None, None, None], axis=1)[:, 0]
-            of_queries = ops.decay_sums(log_decay, jnp.where((index > 0)[:, None, None], before, 0))
-            after["sums"] = _put(state["sums"], of_queries, index)
-            decays = of_queries, after["sums"]
-        o = ops.attention(
-            q,
-            keys.astype(q.dtype),
-            values.astype(q.dtype),
-            window=self.window,
-            segment_ids=(count, _put(cached, count, index)),
-            # Keys stand at their own slot, so only the slots up to here are read.
-            q_positions=index[:, None] + jnp.arange(time, dtype=jnp.int32),
-            log_decay=decays,
-        )
-        # A cache that is too short has lost a key, and which tokens saw it is nobody's to guess.
-        o = jnp.where((index + time <= length)[:, None, None, None], o, jnp.nan)
-        # The last segment starts at its first token here, unless the whole call continues the state's.
-        last_start = index + jnp.argmax(count == count[:, -1:], axis=1).astype(jnp.int32)
-        start = jnp.where(count[:, -1] == 0, state["start"], last_start)
-        return o, after | {"k": keys, "v": values, "index": index + time, "start": start}
+            slot = (index - 1) % state["sums"].shape[1]  # of the last token
+            before = jnp.take_along_axis(state["sums"], slot[:, None, None, None], axis=1)[:, 0]
+            new["sums"] = ops.decay_sums(log_decay, jnp.where((index > 0)[:, None, None], before, 0))
+        if self._is_ring(state):
+            o, cache = (_one_in_ring if time == 1 else _many_in_ring)(q, new, segment_ids, state)
+        else:
+            o, cache = _append(q, new, segment_ids, state, self.window)
+        # The last segment starts at its first token here, unless all that is taken in continues the state's.
+        number = segment_ids.last_number()
+        here = index + jnp.argmax(segment_ids.numbers == number[:, None], axis=1).astype(jnp.int32)
+        return o, cache | {"index": index + segment_ids.count(), "start": jnp.where(number == 0, start, here)}
+
+    def _is_ring(self, state):
+        return self.window is not None and state["k"].shape[1] == self.window
 
     def init_state(self, batch_size, max_length, dtype):
-        cache = jnp.zeros((batch_size, max_length, self.kv_heads, self.head_dim), dtype)
+        length = max_length if self.window is None else min(max_length, self.window)
+        cache = jnp.zeros((batch_size, length, self.kv_heads, self.head_dim), dtype)
         zeros = jnp.zeros((batch_size,), jnp.int32)
         return {"k": cache, "v": cache, "index": zeros, "start": zeros}
 
@@ -212,3 +203,58 @@ class Attention(Mixer):
         heads, kv_heads, head_dim = _widths(config, d_model)
         gate = 2 * d_model * head_dim * heads if config.output_gate else 0
         return 4 * d_model * head_dim * (heads + kv_heads) + gate + 4 * heads * head_dim * context_length
+
+
+def _append(q, new, segments, state, window):
+    """Outputs, and the cache with the tokens behind those that it has, each in the slot of its number."""
+    time, length = q.shape[1], state["k"].shape[1]
+    index = state["index"][:, None]
+    cache = {name: _put(state[name], x, state["index"]) for name, x in new.items()}
+    slots = jnp.arange(length, dtype=jnp.int32)
+    # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
+    cached = jnp.where((slots >= state["start"][:, None]) & (slots < index), 0, -1)
+    numbers = index + jnp.arange(time, dtype=jnp.int32)
+    ids = segments.numbers, _put(cached, segments.numbers, state["index"])
+    # Keys stand at their own slot, so only the slots up to here are read.
+    o = _attend(q, new, cache, window=window, segment_ids=ids, q_positions=numbers)
+    # A cache that is too short has lost a key, and which tokens saw it is nobody's to guess.
+    fits = (numbers < length) & (index + segments.count()[:, None] <= length)
+    return jnp.where(fits[..., None, None], o, jnp.nan), cache
+
+
+def _one_in_ring(q, new, segments, state):
+    """Outputs and cache of one token, which takes the place of the one that left the window."""
+    index, length = state["index"], state["k"].shape[1]
+    cache = {name: _put(state[name], x, index % length) for name, x in new.items()}
+    number = index[:, None] - (index[:, None] - jnp.arange(length, dtype=jnp.int32)) % length  # of the token in a slot
+    seen = jnp.where(number >= state["start"][:, None], segments.numbers, -1)
+    after_all = jnp.full_like(segments.numbers, length)  # slots are in no order: the query sees each that has its id
+    return _attend(q, new, cache, segment_ids=(segments.numbers, seen), q_positions=after_all), cache
+
+
+def _many_in_ring(q, new, segments, state):
+    """Outputs and cache of any number of tokens, behind those in the ring, in order."""
+    time, window = q.shape[1], state["k"].shape[1]
+    index = state["index"][:, None]
+    numbers = index + jnp.arange(-window, time, dtype=jnp.int32)  # of the tokens in a row of keys
+    # Which token each slot holds afterwards, and where that stands in the row.
+    newest = index + segments.count()[:, None] - 1
+    held = newest - (newest - jnp.arange(window, dtype=jnp.int32)) % window
+    at = (held - index + window)[..., None, None]
+
+    def joined(cache, x):
+        old = jnp.take_along_axis(cache, (numbers[:, :window] % window)[..., None, None], axis=1)
+        return jnp.concatenate([old, x.astype(cache.dtype)], axis=1)
+
+    tokens = {name: joined(state[name], x) for name, x in new.items()}
+    seen = jnp.where(numbers[:, :window] >= state["start"][:, None], 0, -1)
+    ids = segments.numbers, jnp.concatenate([seen, segments.numbers], axis=1)
+    positions = jnp.broadcast_to(window + jnp.arange(time, dtype=jnp.int32), q.shape[:2])
+    o = _attend(q, new, tokens, window=window, segment_ids=ids, q_positions=positions)
+    return o, {name: jnp.take_along_axis(x, at, axis=1) for name, x in tokens.items()}
+
+
+def _attend(q, new, cache, **where):
+    """`ops.attention` of the queries of `new` tokens to those of `cache`."""
+    sums = (new["sums"], cache["sums"]) if "sums" in cache else None
+    return ops.attention(q, cache["k"].astype(q.dtype), cache["v"].astype(q.dtype), log_decay=sums, **where)

@@ -76,7 +76,8 @@ class Mixer(nnx.Module):
         Args:
           x: the block's normed input.
           segment_ids: documents of a packed row; a token whose id differs from its left neighbour's starts anew.
-            The state given belongs to the first segment, the state returned is the last segment's.
+            The state given belongs to the first segment, the state returned is the last segment's. Or
+            `zoo.taken.Segments`, where the state takes in a part of the tokens; it is handed on to `zoo.ops`.
           positions: of each token in its document; default 0, 1, ..., which is right without a state only.
           state: continue from it, for any T (prefill, chunked prefill and decoding are this call). None: from zero,
             and no state is returned.

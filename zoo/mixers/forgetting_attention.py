@@ -41,8 +41,8 @@ class ForgettingAttention(Attention):
         return checkpoint_name(jax.nn.log_sigmoid(self.forget(x)), "attention_log_decay")
 
     def init_state(self, batch_size, max_length, dtype):
-        sums = jnp.zeros((batch_size, max_length, self.heads, 2), jnp.float32)
-        return super().init_state(batch_size, max_length, dtype) | {"sums": sums}
+        state = super().init_state(batch_size, max_length, dtype)
+        return state | {"sums": jnp.zeros((*state["k"].shape[:2], self.heads, 2), jnp.float32)}
 
     @staticmethod
     def num_parameters(config, d_model):

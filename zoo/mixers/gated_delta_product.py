@@ -23,6 +23,7 @@ from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, parameter, rms_norm, step_size_bias
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_at_most
 from zoo.settings import setting
+from zoo.taken import repeated
 
 
 @dataclasses.dataclass
@@ -97,7 +98,7 @@ class GatedDeltaProduct(Mixer):
             beta,
             log_decay,
             initial_state=before["S"],
-            segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1),
+            segment_ids=repeated(segment_ids, n, axis=1),
         )
         o = o.reshape(batch, time, n, self.heads, self.value_width)[:, :, -1]
         y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))

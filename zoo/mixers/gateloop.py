@@ -28,6 +28,7 @@ from zoo import ops
 from zoo.layers import gated, linear, parameter, rms_norm
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
+from zoo.taken import last
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ class GateLoop(Mixer):
             scale=self.key_width**-0.5,
         )
         y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
-        return y, None if state is None else {"R": final_r, "Phi": turns[:, -1]}
+        return y, None if state is None else {"R": final_r, "Phi": last(turns, segment_ids, initial["Phi"])}
 
     def init_state(self, batch_size, max_length, dtype):
         return {

@@ -19,6 +19,7 @@ from zoo import ops
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, parameter
 from zoo.mixers.base import Mixer, MixerConfig, Sizes
 from zoo.settings import setting
+from zoo.taken import repeated
 
 
 @dataclasses.dataclass
@@ -87,7 +88,7 @@ class H3(Mixer):
         k, shift_state = self.shift(k, segment_ids=segment_ids, state=shift_state)
         # Each entry of the products is a sequence of its own to the SSM, which the entries of a head share.
         kv = jnp.einsum("bthi,bthj->bijth", k.reshape(heads), v).reshape(batch * entries, time, self.heads)
-        rows = None if segment_ids is None else jnp.repeat(segment_ids, entries, axis=0)
+        rows = repeated(segment_ids, entries, axis=0)
         ssm_state = None if ssm_state is None else ssm_state.reshape(batch * entries, *ssm_state.shape[2:])
         kv, ssm_state = self.ssm(kv, segment_ids=rows, state=ssm_state)
         kv = kv.reshape(batch, self.head_dim, self.head_dim, time, self.heads)

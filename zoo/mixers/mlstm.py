@@ -22,6 +22,7 @@ from zoo import ops
 from zoo.layers import HeadLayerNorm, gated, linear, parameter, soft_cap
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
 from zoo.settings import setting
+from zoo.taken import last
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ class MLSTM(Mixer):
         weight = scale * jnp.einsum("bthk,bthk->bth", q.astype(jnp.float32), n.reshape(q.shape))
         divisor = (jnp.maximum(jnp.abs(weight), jnp.exp(-m)) + 1e-6)[..., None]
         y = self.out(gated(lambda o: self.norm(o / divisor), o, self.output_gate(x), jax.nn.sigmoid))
-        return y, None if state is None else {"S": final_s, "n": final_n, "m": m[:, -1]}
+        return y, None if state is None else {"S": final_s, "n": final_n, "m": last(m, segment_ids, initial["m"])}
 
     def _cap(self, logits):
         return soft_cap(logits, self.soft_cap) if self.soft_cap else logits

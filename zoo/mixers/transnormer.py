@@ -23,6 +23,7 @@ from zoo import ops
 from zoo.layers import counted, init_recent, linear, rms_norm, rotary, rounded_once, with_recent
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import setting
+from zoo.taken import Segments, last
 
 KINDS = {
     "depth": "blocks in the lower half of the layers, norm in the upper",
@@ -69,7 +70,9 @@ class TransNormer(Mixer):
             phi = lambda x: rounded_once(lambda x: jax.nn.elu(x) + 1.0, x)  # noqa: E731
             initial = None if state is None else state["S"]
             o, final = ops.linear_attention(phi(q), phi(k), v, initial_state=initial, segment_ids=segment_ids)
-            after = None if state is None else state | {"S": final, "count": count[:, -1] + 1}
+            after = state
+            if state is not None:
+                after = state | {"S": final, "count": last(count + 1, segment_ids, state["count"])}
             return self.norm(o.reshape(x.shape)), after
 
         if self.kind == "norm":
@@ -84,10 +87,13 @@ class TransNormer(Mixer):
         if self.rope:
             q, k = rotary(q, positions), rotary(k, positions)
         # Neighbours are of one id if they are of one block of one segment.
-        ids = count // self.block % 2 + (0 if segment_ids is None else 2 * segment_ids)
+        numbers = segment_ids.numbers if isinstance(segment_ids, Segments) else segment_ids
+        ids = count // self.block % 2 + (0 if numbers is None else 2 * numbers)
         given = {"window": self.block, "segment_ids": ids}
         if state is not None:
-            k, v, ids, after = with_recent(k, v, ids, state, seen=count[:, 0] % self.block, count=count)
+            k, v, ids, after = with_recent(
+                k, v, ids, state, seen=count[:, 0] % self.block, count=count, segment_ids=segment_ids
+            )
             state, given = state | after, given | {"segment_ids": ids, "q_start": self.block - 1}
         return ops.attention(q, k, v, **given).reshape(*q.shape[:2], -1), state
 
