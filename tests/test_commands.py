@@ -185,6 +185,11 @@ GENERATE = {
     "samples": (["--prompt=x", "--samples=0"], "--samples: got 0, expected at least 1"),
     "no texts": (["--prompt=x", "--batch_size=0"], "--batch_size: got 0, expected at least 1"),
     "logprobs without a file": (["--prompt=x", "--logprobs=2"], "--logprobs: a text shows none; give --output="),
+    "interactive and a prompt": (["--interactive", "--prompt=x"], "goes without --prompt and --prompt_file"),
+    "interactive and a list": (["--interactive", "--prompts=x"], "--interactive: it is one text on stdout, and goes"),
+    "two texts for a state": (["--prompt=x", "--samples=2", "--save_state=x"], "--save_state: it is one text"),
+    "two prompts for a state": (["--prompt=x", "--prompt=y", "--save_state=x"], "without more than one prompt"),
+    "no such state": (["--prompt=x", "--load_state=nowhere"], "nowhere: cannot be read"),
     "no list": (["--prompts=nowhere.jsonl"], "--prompts: 'nowhere.jsonl' cannot be read"),
     "two kinds of prompts": (["--prompts=-", "--prompt=x"], "goes without --prompt and --prompt_file"),
     "no folder": (["--prompt=x", "--max_tokens=8", "--output=nowhere/x"], "--output: 'nowhere/x' cannot be written"),
@@ -246,6 +251,34 @@ def test_a_file_of_prompts_goes_on_where_it_was_stopped(run, tmp_path, capsys):
         generate([*common, f"--output={output}", "--temperature=0.5"])
     assert "line 1, is no result of these prompts, settings and parameters" in capsys.readouterr().err
     assert output.read_bytes() == whole
+
+
+def test_turns_are_typed_and_their_state_is_kept_in_a_file(run, tmp_path, capsys, monkeypatch):
+    def typed(*lines):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        generate([*common, "--interactive"])
+        return capsys.readouterr()
+
+    common = [f"--workdir={run}", "--max_tokens=4", "--temperature=0", "--no-stop_at_separator"]
+    generate([*common, "--prompt=x = ", f"--save_state={tmp_path / 'a'}"])
+    text = capsys.readouterr().out
+    assert text.startswith("x = ")
+    first, save = text.removeprefix("x = "), f"/save {tmp_path / 'b'}"
+    output = typed("x = ", "/undo", "/undo", "/nothing", "x\\", "y", "", "/help", save)
+    assert output.out.startswith(first) and output.out.count("\n") >= 3
+    errors = output.err.splitlines()
+    assert errors[0] == "error: /undo: there is no turn before"
+    assert errors[1].startswith("error: /nothing: expected /undo")
+    assert errors[-1].startswith("step 7; the state: 12 tokens, ")  # separator, "x\ny", and two turns of 4
+    assert (tmp_path / "b").exists()
+
+    generate([f"--workdir={run}", "--prompt=x = ", "--max_tokens=0", f"--save_state={tmp_path / 'c'}"])
+    assert capsys.readouterr().out == "x = \n"
+    generate([*common, f"--load_state={tmp_path / 'c'}"])
+    assert capsys.readouterr().out == first
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    generate([*common, f"--load_state={tmp_path / 'b'}", "--interactive"])
+    assert "the state: 12 tokens" in capsys.readouterr().err
 
 
 EVALUATE = {

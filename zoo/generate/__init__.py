@@ -11,11 +11,15 @@ In the order of their imports:
     prompts      prompts of a command line, and of files
     output       where texts go
     batch        prompts answered as text
+    session      one text in turns, its state kept
+    state_file   that state in a file
+    interactive  turns typed at a terminal
 """
 
 from zoo.generate.engine import Chance, Generation, answer, generate
 from zoo.generate.request import Request
 from zoo.generate.sampling import Sampling, sample
+from zoo.generate.session import Session
 from zoo.generate.text import TextStream
 
-__all__ = ["Chance", "Generation", "Request", "Sampling", "TextStream", "answer", "generate", "sample"]
+__all__ = ["Chance", "Generation", "Request", "Sampling", "Session", "TextStream", "answer", "generate", "sample"]

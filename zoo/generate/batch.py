@@ -12,6 +12,7 @@ from zoo.generate.engine import Chance, Generation, answer
 from zoo.generate.output import Finished, JsonLines, Output, Printer, key
 from zoo.generate.prompts import Asked
 from zoo.generate.reading import Context
+from zoo.generate.request import that_may_be_drawn
 from zoo.generate.text import TextStream
 
 
@@ -70,16 +71,9 @@ class Texts:
 
         return answer(
             self.run.model, [one.request for one in self.asked], context=self.context, batch_size=batch_size,
-            stop_id=tokenizer.separator_id, allowed=allowed(self.run, self.may_end), logprobs=logprobs,
+            stop_id=tokenizer.separator_id, allowed=that_may_be_drawn(self.run, self.may_end), logprobs=logprobs,
             on_token=on_token, on_end=on_end, skip=skip,
         )  # fmt: skip
-
-
-def allowed(run: Run, may_end: bool) -> np.ndarray:
-    """The ids that may be drawn: the separator only where a text may end."""
-    ids = np.ones(run.model.vocab_size, bool)
-    ids[run.tokenizer.separator_id] = may_end
-    return ids
 
 
 def _told(tokenizer: Tokenizer, token: int, chance: Chance) -> dict[str, Any]:

@@ -72,14 +72,19 @@ def asked(prompts: Sequence[Prompt], tokenizer: Tokenizer, before: Sequence[int]
     """
     found = []
     for prompt in prompts:
-        try:
-            text = tokenizer.encode_bytes(prompt.text).tolist()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{prompt.where}: not UTF-8 at byte {error.start}, which this tokenizer needs") from error
+        text = encoded(tokenizer, prompt.text, prompt.where)
         own = dict(prompt.settings)
         numbers = {field.name: own.pop(field.name) for field in dataclasses.fields(Sampling)}
         found.append(Asked(Request([*before, *text], sampling=Sampling(**numbers), **own), prompt.stops, text))
     return found
+
+
+def encoded(tokenizer: Tokenizer, text: bytes, where: str) -> list[int]:
+    """Its tokens. UsageError, naming `where` it stands, for what the tokenizer cannot read."""
+    try:
+        return tokenizer.encode_bytes(text).tolist()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not UTF-8 at byte {error.start}, which this tokenizer needs") from error
 
 
 def _of_json(where: str, line: bytes, settings: dict[str, Any], stops: Sequence[str]) -> Prompt:

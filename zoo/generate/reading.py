@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from kernels.array_typing import Array, Float
+from zoo import memory
 from zoo.model import LanguageModel
 from zoo.states import State, put_rows, take_rows
 
-_SHORTEST_PREFILL = 32  # tokens
+_SHORTEST_PREFILL, _SMALLEST_ROOM = 32, 256  # tokens
 _PIECES = (4096, 512, 64, 8, 1)  # tokens; a program each, and at most 7 calls of one but the first
 
 
@@ -39,6 +40,7 @@ def read(model: LanguageModel, context: Context, tokens: Sequence[int]) -> Conte
     """`context` and `tokens` after it; the given one stays what it was."""
     needed = len(context.tokens) + len(tokens)
     if needed > context.capacity:
+        memory.check_state(model, 1, room_for(needed))
         context = resized(model, context, room_for(needed))
     graphdef, parameters = nnx.split(model)
     state, logits, first = context.state, context.logits, 0
@@ -52,7 +54,7 @@ def read(model: LanguageModel, context: Context, tokens: Sequence[int]) -> Conte
 
 def room_for(tokens: int) -> int:
     """A capacity of at least so many tokens, one of few: programs are made for a capacity."""
-    return max(_SHORTEST_PREFILL, 1 << (tokens - 1).bit_length())
+    return max(_SMALLEST_ROOM, 1 << (tokens - 1).bit_length())
 
 
 def resized(model: LanguageModel, context: Context, capacity: int) -> Context:

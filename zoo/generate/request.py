@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from zoo.checkpoints import Run
 from zoo.errors import UsageError
 from zoo.generate.reading import Context
 from zoo.generate.sampling import Sampling
@@ -89,3 +90,10 @@ def drawable(model: LanguageModel, allowed: np.ndarray | None) -> np.ndarray:
     if not (known & allowed).any():
         raise UsageError("allowed: no id that the tokenizer knows is left; allow at least one")
     return known & np.asarray(allowed, bool)
+
+
+def that_may_be_drawn(run: Run, may_end: bool) -> np.ndarray:
+    """Bool [model.vocab_size]: all ids, the separator only where a text may end."""
+    ids = np.ones(run.model.vocab_size, bool)
+    ids[run.tokenizer.separator_id] = may_end
+    return ids

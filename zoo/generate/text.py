@@ -76,6 +76,7 @@ class TextStream:
         self._tokenizer, self._decoder, self._stops = tokenizer, tokenizer.stream_decoder(), StopStrings(stops)
         for token in before[-_NEIGHBOURS:]:
             self._decoder.push(token)
+        self._decoder.flush()
         self.prompt = "".join(map(self._decoder.push, prompt))
         self.text = ""
         self._decoded = [0]  # characters after each number of tokens
