@@ -22,7 +22,7 @@ from rich.text import Text
 from zoo import checkpoints, files, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
-from zoo.evaluate import evaluated, html
+from zoo.evaluate import evaluated, html, report
 from zoo.evaluate.evaluated import Difference, Evaluated
 from zoo.figures import Chart, Line
 from zoo.flops import num_parameters, state_bytes
@@ -213,16 +213,12 @@ def table(records: list[dict], width: int = 160) -> Table:
     return shown
 
 
-def _differences(runs: list[Run]) -> list[Difference]:
-    """Of runs that were evaluated on the same text."""
+def _differences(runs: list[Run]) -> list[list[Difference]]:
+    """Of runs that were evaluated on the same text, for each text that several were."""
     measured = [run.evaluated for run in runs if run.evaluated]
     texts = dict.fromkeys(run.text for run in measured)
-    return [d for text in texts for d in evaluated.differences([run for run in measured if run.text == text])[0]]
-
-
-def _sentence(d: Difference) -> str:
-    holds = "not told apart" if d.low <= 0 <= d.high else "told apart"
-    return f"{d.run} - {d.best}: {d.difference:+.4f} {d.unit}, 95 % {d.low:+.4f} to {d.high:+.4f} of documents; {holds}"
+    found = [evaluated.differences([run for run in measured if run.text == text])[0] for text in texts]
+    return [of_text for of_text in found if of_text]
 
 
 def _short(fingerprint: str) -> str:
@@ -271,12 +267,11 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
         records = [record(run, context_length) for run in runs]
         ranked = _differences(runs)
         for run, r in zip(runs, records, strict=True):
-            r["difference"] = next((d._asdict() for d in ranked if d.run == run.name), None)
+            r["difference"] = next((d._asdict() for of_text in ranked for d in of_text if d.run == run.name), None)
         for text in texts:
             console.print(table([r for r in records if r["corpus"] == text], console.width))
-        for difference in ranked:
-            if difference.run != difference.best:
-                console.print(Text(_sentence(difference)), soft_wrap=True)
+        for of_text in ranked:
+            console.print(report.on_terminal(evaluated.difference_table(of_text)))
         folder = pathlib.Path(arguments.output)
         written = [folder / "comparison.json"]
         try:

@@ -105,7 +105,7 @@ def sections(runs: Sequence[Evaluated]) -> list[html.Section]:
     for text, on_text in by_text.items():
         ranked, notes = differences(on_text)
         if ranked or notes:
-            table = [_difference_table(ranked)] if ranked else []
+            table = [difference_table(ranked)] if ranked else []
             title = "Differences" if len(by_text) == 1 else f"Differences on text {text}"
             found.append(html.Section(title, tables=table, notes=[*([_ABOUT] if ranked else []), *notes]))
     names = dict.fromkeys(name for run in runs for name in run.record["tasks"])
@@ -129,7 +129,7 @@ _ABOUT = (
 )
 
 
-def _difference_table(ranked: Sequence[Difference]) -> Table:
+def difference_table(ranked: Sequence[Difference]) -> Table:
     first = ranked[0]
     title = f"{first.unit} at context {first.context_length:,}, and the difference from {first.best}"
     rows = [[d.run, f"{d.loss:.4f}", *(["the best", "", ""] if d.run == d.best else _apart(d))] for d in ranked]
@@ -141,7 +141,8 @@ def _apart(d: Difference) -> list[str]:
 
 
 def _runs(runs: Sequence[Evaluated]) -> Table:
-    headings = ["run", "mixer", "parameters", "step", "text", "validation tokens", "table", "gzip -9", "device", "date"]
+    headings = ["run", "mixer", "text", "measured", "parameters", "step", "validation tokens"]
+    headings += ["bits per byte of a table", "of gzip -9"]
     rows = []
     for run in runs:
         record, corpus = run.record, run.record["corpus"]
@@ -149,14 +150,13 @@ def _runs(runs: Sequence[Evaluated]) -> Table:
             [
                 run.name,
                 run.mixer,
+                f"{corpus['source']} ({run.text})",
+                f"{str(record['date'])[:16].replace('T', ' ')}, {record['device']}, jax {record['versions']['jax']}",
                 f"{record['parameters']:,}",
                 f"{record['step']:,}",
-                f"{corpus['source']} ({run.text})",
                 f"{corpus['validation_tokens']:,}",
                 shown(corpus.get("table_bits_per_byte"), ".4f"),
                 shown(corpus.get("gzip_bits_per_byte"), ".4f"),
-                f"{record['device']}, jax {record['versions']['jax']}",
-                str(record["date"])[:16].replace("T", " "),
             ]
         )
-    return Table("table, gzip -9: bits per byte of those two on the text, to compare with", headings, rows, texts=2)
+    return Table("", headings, rows, texts=4)

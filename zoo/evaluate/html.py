@@ -10,6 +10,7 @@ from zoo.figures import Chart, Table
 
 # Of dark pages: those of `zoo.plots.COLOURS` in the same order, lighter.
 _DARK = ("#9d8df1", "#f0919e", "#55c47e", "#6cc4f5", "#e573ad", "#cfcf62", "#63d6c2", "#dd8cd2", "#f4c05f")
+_LONG = 32  # rows of a table, more than which are shown when asked for
 _MOST_LINES = 64  # of a chart, that a legend can point at
 
 _STYLE = """
@@ -21,24 +22,25 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 16px clamp(12px, 3vw, 40px) 48px; max-width: 1720px; background: var(--bg);
-  color: var(--fg); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+  color: var(--fg); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; margin: .3em 0; } h2 { font-size: 1.15rem; margin: 1.8em 0 .5em; }
 p { margin: .3em 0; max-width: 75ch; } .muted { color: var(--muted); }
 .flow { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
-figure, .scroll { margin: 0; background: var(--card); border-radius: 8px; padding: 10px 12px; min-width: 0; }
-figure { flex: 1 1 380px; max-width: 520px; } .scroll { overflow-x: auto; max-width: 100%; }
-figcaption, caption { font-weight: 600; text-align: left; margin-bottom: 4px; }
+figure, .card { margin: 0; background: var(--card); border-radius: 8px; padding: 10px 12px; min-width: 0; }
+figure { flex: 1 1 380px; max-width: 520px; } .card { max-width: 100%; } .scroll { overflow-x: auto; }
+figcaption, summary, .title { font-weight: 600; margin-bottom: 4px; } summary { cursor: pointer; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
 svg text.label { fill: var(--fg); } .grid { stroke: var(--grid); }
 path.marked { stroke: var(--muted); stroke-dasharray: 2 3; }
 ul.legend { list-style: none; margin: 6px 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 14px;
   font-size: 13px; }
 ul.legend li { display: flex; align-items: center; gap: 6px; min-width: 0; } svg.swatch { width: 36px; flex: none; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 500; vertical-align: bottom; } th:not(.text) { white-space: normal; }
-.text { text-align: left; } tr > :first-child { padding-left: 0; } td.text { max-width: 40ch; white-space: normal; }
-@media print { figure, .scroll { break-inside: avoid; } }
+.text { text-align: left; } tr > :first-child { padding-left: 0; }
+tr > .text:first-child { position: sticky; left: 0; background: var(--card); }
+@media print { figure, .card { break-inside: avoid; } }
 """
 
 
@@ -135,7 +137,10 @@ def _table(table: Table) -> str:
         return "".join(f"<{tag}{of}>{svg.escaped(cell)}</{tag}>" for of, cell in zip(classes, row, strict=True))
 
     rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
-    return (
-        f'<div class="scroll" tabindex="0"><table><caption>{svg.escaped(table.title)}</caption>'
-        f"<thead><tr>{cells(table.headings, 'th')}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    title, label = svg.escaped(table.title), f'aria-label="{svg.escaped(table.title)}"'
+    body = f"<thead><tr>{cells(table.headings, 'th')}</tr></thead><tbody>{rows}</tbody>"
+    body = f'<div class="scroll" tabindex="0"><table {label}>{body}</table></div>'
+    if len(table.rows) > _LONG:
+        return f'<details class="card"><summary>{title} ({len(table.rows)} rows)</summary>{body}</details>'
+    title = f'<div class="title">{title}</div>' if title else ""
+    return f'<div class="card">{title}{body}</div>'

@@ -12,8 +12,8 @@ from zoo.figures import Chart
 from zoo.terminal import one_line
 
 # Units of the view box: about the pixels of the narrowest phone, where letters are to be as large as the page's.
-_WIDTH, _HEIGHT = 340, 236
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 330, 24, 196
+_WIDTH, _HEIGHT = 316, 228
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 308, 24, 188
 _MARKED = 12  # points of a line that have a marker, at most
 
 # Around (0, 0).

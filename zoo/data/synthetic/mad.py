@@ -27,6 +27,7 @@ class InContextRecall(Task):
 
     vocab_size: int = setting(16, "token ids", at_least=2)
 
+    recalled_by = 1
     trains_on_all = True
     asks_alike = False
     noise_vocab_size = 0
@@ -110,6 +111,7 @@ class FuzzyRecall(Task):
     key_length: int = setting(3, "tokens of a key, at most", unit="token", at_most=4)
     value_length: int = setting(3, "tokens of a value, at most", unit="token", at_most=4)
 
+    recalled_by = 3
     trains_on_all = True
     asks_alike = False
 

@@ -28,6 +28,7 @@ class Needle(Task):
     needles: int = setting(1, "needles, of which one is asked for")
     tokens: int = setting(1, "tokens of a needle's value", unit="token")
 
+    recalled_by = 2
     axis = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
 
     @property

@@ -17,6 +17,7 @@ class InductionHeads(Task):
 
     vocab_size: int = setting(20, "token ids", at_least=3)
 
+    recalled_by = 1
     kept_as = {"copies": 16}
 
     @classmethod
@@ -48,6 +49,7 @@ class AssociativeRecall(Task):
 
     vocab_size: int = setting(10, "token ids, an even number", at_least=4)
 
+    recalled_by = 1
     kept_as = {"copies": 16}
 
     @classmethod
@@ -96,6 +98,7 @@ class MultiQueryAssociativeRecall(Task):
     alpha: float = setting(0.01, "how evenly questions spread; 1: evenly, near 0: soon after the pairs", above=0)
     random_filler: bool = setting(False, "any token, in place of 0, where nothing else stands")
 
+    recalled_by = 1
     axis = ("pairs", (2, 4, 8, 16, 32, 64, 128))
 
     def chosen(self):

@@ -76,6 +76,7 @@ class Task:
 
     trains_on_all: ClassVar[bool] = False  # on every target, whether asked for or not
     asks_alike: ClassVar[bool] = True  # `asked` targets in every row, not just at most
+    recalled_by: ClassVar[int] = 0  # the last tokens of a question, behind which its answer stood before; 0: nowhere
     axis: ClassVar[tuple[str, tuple]] = ("", ())  # what an evaluation varies: a size and its values; POSITION: nothing
     kept_as: ClassVar[dict[str, Any]] = {}  # what runs were kept under that is no field any more
 

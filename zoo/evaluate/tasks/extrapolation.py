@@ -40,7 +40,7 @@ class Extrapolation(Task):
         headings += ["accuracy", "answers"] if asks else ["against 1 x", "95 % interval", "tokens"]
 
         def row(r):
-            change = [shown(r["change"], "+.4f"), interval(r["low"], r["high"], "+.4f")]
+            change = [shown(r["change"], "+z.4f"), interval(r["low"], r["high"], "+z.4f")]
             rest = [shown(r["accuracy"], ".2%")] if asks else change
             return [f"{r['context_length']:,}", shown(r["loss"], ".4f"), *rest, f"{r['tokens']:,}"]
 
@@ -76,9 +76,10 @@ def _of_text(request: Request) -> list[dict]:
         nats = request.reader(tokens, targets, weights)[0].sum(1, dtype=np.float64)
         measured = documents.Documents(nats, np.full(len(nats), float(piece)), np.zeros(len(nats)))
         shortest = shortest or measured
-        low, high = documents.differences([shortest, measured])[1] if len(nats) > 1 else (None, None)
-        change = (nats - shortest.nats).mean() / piece
-        found.append(_entry(length, nats.sum(), nats.size * piece) | {"change": change, "low": low, "high": high})
+        found.append(_entry(length, nats.sum(), nats.size * piece))
+        if measured is not shortest:
+            low, high = documents.differences([shortest, measured])[1]
+            found[-1] |= {"change": float((nats - shortest.nats).mean() / piece), "low": low, "high": high}
     return found
 
 

@@ -5,9 +5,10 @@ same place without the first: what is gained is what the model carried over the 
 model of text has learnt nothing about random tokens, from the middle of documents, whose beginnings are often alike.
 
 Of a synthetic task: loss and accuracy of its answers by the distance to where the answer stood before, behind the same
-token as the question: the latest q < p with tokens[q] = tokens[p] and tokens[q + 1] = target of p.
+tokens as now (`Task.recalled_by`: the key, of the needle with its mark).
 """
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -33,7 +34,7 @@ class Recall(Task):
         request.check_reader(self.name)
         if request.trained_on is None:
             longest_windows(request, self.name)
-        elif not _answers(request)[1]:
+        elif not request.trained_on.recalled_by:
             raise UsageError(
                 f"--tasks: recall: the answers of {request.trained_on.name} stand nowhere before; leave recall out"
             )
@@ -48,13 +49,13 @@ class Recall(Task):
         for of, some in _apart(results).items():
             if of == "passages":
                 headings = ["distance (tokens)", "loss", "loss without the first", "gained", "95 % interval"]
-                forms = {"loss": ".4f", "without": ".4f", "gain": "+.4f"}
+                forms = {"loss": ".4f", "without": ".4f", "gain": "+z.4f"}
             else:
                 headings, forms = ["distance (tokens)", "loss", "accuracy"], {"loss": ".4f", "accuracy": ".2%"}
 
             def row(r, forms=forms, of=of):
                 cells = [f"{r['distance']:,}", *(shown(r[key], form) for key, form in forms.items())]
-                cells += [interval(r["low"], r["high"], "+.4f")] if of == "passages" else []
+                cells += [interval(r["low"], r["high"], "+z.4f")] if of == "passages" else []
                 return [*cells, f"{r['tokens']:,}"]
 
             rows = {run: [row(r) for r in result["by_distance"]] for run, result in some.items()}
@@ -122,24 +123,9 @@ def _of_text(request: Request) -> list[dict]:
 # --- Synthetic tasks --------------------------------------------------------------------------------------------------
 
 
-def _answers(request: Request) -> tuple[list[np.ndarray], bool]:
-    """tokens, targets, weights and distances of rows, and whether any answer stood before. A distance of 0: nowhere."""
-    for length in reversed([n for n in request.multiples() if n <= _TASK_LENGTHS * request.training_length]):
-        try:
-            task = synthetic.find(request.config, context_length=length)
-        except UsageError:
-            continue
-        count = request.reader.rows * max(1, _TOKENS // (request.reader.rows * length))
-        rows = dataclasses.replace(synthetic.validation_rows(task, request.config, 1), batch_size=count)
-        (batch,) = rows
-        arrays = [batch[name] for name in ("tokens", "targets", "weights")]
-        distances = distances_back(*arrays)
-        return [*arrays, distances], bool(distances.any())
-    return [], False
-
-
-def distances_back(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """p - q at each position p with a weight: the latest q before p whose token is p's and is followed by p's target.
+def distances_back(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, by: int) -> np.ndarray:
+    """p - q at each position p with a weight: the latest q before p that ends the same `by` tokens and has p's target
+    behind it.
 
     Args:
       tokens, targets: int [n, T].
@@ -150,15 +136,30 @@ def distances_back(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray)
     """
     found = np.zeros(tokens.shape, int)
     for row, p in zip(*np.nonzero(weights), strict=True):
-        before, after = tokens[row, :p], tokens[row, 1 : p + 1]
-        places = np.flatnonzero((before == tokens[row, p]) & (after == targets[row, p]))
-        if len(places):
-            found[row, p] = p - places[-1]
+        own = tokens[row]
+        places = own[1 : p + 1] == targets[row, p]  # of q = 0 ... p - 1
+        for back in range(min(by, p + 1)):
+            places[back:] &= own[: p - back] == own[p - back]
+            places[:back] = False
+        if places.any():
+            found[row, p] = p - np.flatnonzero(places)[-1]
     return found
 
 
+def _rows(request: Request) -> dict[str, np.ndarray]:
+    """Rows of the task, the longest that it is made of."""
+    for length in reversed([n for n in request.multiples() if n <= _TASK_LENGTHS * request.training_length]):
+        with contextlib.suppress(UsageError):  # a task that is not made of this many tokens
+            task = synthetic.find(request.config, context_length=length)
+            count = request.reader.rows * max(1, _TOKENS // (request.reader.rows * length))
+            rows = dataclasses.replace(synthetic.validation_rows(task, request.config, 1), batch_size=count)
+            return next(iter(rows))
+
+
 def _of_task(request: Request) -> list[dict]:
-    (tokens, targets, weights, distances), _ = _answers(request)
+    batch = _rows(request)
+    tokens, targets, weights = (batch[name] for name in ("tokens", "targets", "weights"))
+    distances = distances_back(tokens, targets, weights, request.trained_on.recalled_by)
     losses, right = request.reader(tokens, targets, weights)
     bins = np.where(distances > 0, np.ceil(np.log2(np.maximum(distances, 1))), -1).astype(int)
     found = []
