@@ -12,9 +12,10 @@ names are left alone.
 from zoo.checkpoints.checkpointer import Checkpoint, Checkpointer, SaveError
 from zoo.checkpoints.folder import complete_steps
 from zoo.checkpoints.leaves import check_parameters, named_leaves, shapes
-from zoo.checkpoints.runs import Run, evaluation_loss, load_run, newest_meta, read_config
+from zoo.checkpoints.runs import ORIGIN, Run, evaluation_loss, load_run, newest_meta, read_config
 
 __all__ = [
+    "ORIGIN",
     "Checkpoint",
     "Checkpointer",
     "Run",

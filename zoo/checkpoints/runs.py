@@ -21,6 +21,8 @@ from zoo.data.tokenizer import Tokenizer, for_run
 from zoo.errors import UsageError, warn
 from zoo.model import LanguageModel
 
+ORIGIN = "origin"  # the folder of what imported weights came with, and of origin.json that says from where
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

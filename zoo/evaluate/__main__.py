@@ -23,7 +23,7 @@ from rich.console import Console
 from zoo import checkpoints, compile_cache, data, files, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
-from zoo.evaluate import documents, evaluated, html, report, tasks
+from zoo.evaluate import documents, evaluated, harness, html, report, tasks
 from zoo.evaluate.task import Request, Task
 from zoo.flops import num_parameters
 from zoo.settings import Parser, argument
@@ -54,6 +54,7 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
         default="",
         help="of tokenized text; default: the user's cache directory, whatever the run used",
     )
+    harness.add_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -95,6 +96,8 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         compile_cache.enable()
+        if arguments.harness is not None:
+            return harness.command(arguments)
         tasks.find(arguments.tasks)
         config = checkpoints.read_config(arguments.workdir)
         config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)

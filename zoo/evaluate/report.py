@@ -15,10 +15,10 @@ from zoo.figures import Chart, Table
 from zoo.terminal import one_line
 
 
-def provenance() -> dict:
-    """Device, versions and date: what stands beside every figure."""
+def provenance(*others: str) -> dict:
+    """Device, versions (of `others` too) and date: what stands beside every figure."""
     device = jax.devices()[0]
-    packages = ("jax", "flax", "sequence-zoo")
+    packages = ("jax", "flax", "sequence-zoo", *others)
     return {
         "device": f"{device.device_kind} ({device.platform})",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

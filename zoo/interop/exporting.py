@@ -17,6 +17,7 @@ from flax import nnx
 
 from zoo import checkpoints, files
 from zoo import config as zoo_config
+from zoo.checkpoints import ORIGIN
 from zoo.config import ModelConfig
 from zoo.errors import UsageError
 from zoo.interop import card, families, tokenizer
@@ -24,7 +25,6 @@ from zoo.interop.family import HARMLESS, Family, to_fields, to_model, unsaid
 from zoo.interop.files import DTYPES, SHARD_BYTES, new_folder, write_shards
 from zoo.interop.importing import MAX_JSON
 from zoo.interop.table import Table, table
-from zoo.training.workdir import ORIGIN
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

@@ -21,6 +21,7 @@ from flax import nnx
 
 from zoo import checkpoints, files, memory, processes, sharding
 from zoo import config as zoo_config
+from zoo.checkpoints import ORIGIN
 from zoo.config import Config, ModelConfig
 from zoo.data.tokenizer import BYTES
 from zoo.errors import RunError, UsageError, warn
@@ -31,7 +32,6 @@ from zoo.interop.table import Entry, Table, table
 from zoo.sharding import MeshConfig
 from zoo.terminal import brief
 from zoo.training import placement, step
-from zoo.training.workdir import ORIGIN
 
 MAX_JSON = 16 << 20  # bytes of a config.json
 MORE = "import on more devices, spread by --fsdp"

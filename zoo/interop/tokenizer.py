@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from zoo import data, files
+from zoo.checkpoints import ORIGIN
 from zoo.data.tokenizer import BYTES, LARGEST_FILE, SEPARATORS
 from zoo.errors import UsageError
-from zoo.training.workdir import ORIGIN
 
 FILE = "tokenizer.json"
 CARRIED = (

@@ -42,7 +42,6 @@ OVERRIDABLE = (
 _SETTINGS = zoo_config.leaves(Config())
 
 VOCAB_MULTIPLE = 64
-ORIGIN = "origin"  # the folder of what imported weights came with, and of origin.json that says from where
 
 
 class Run(NamedTuple):
