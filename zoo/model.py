@@ -205,14 +205,16 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
+        step: Int[Array, ""] | None = None,
         labels: int | None = None,
     ) -> Float[Array, "B T"]:
         """weights * (negative log-likelihood of the targets, in nats); [B * T, vocab] never exists.
 
         `labels`: no row has more weights above 0; where they are few, the head reads those tokens alone
-        (`zoo.labelled`).
+        (`zoo.labelled`). `step`: of training, for what is drawn anew in its course.
         """
-        hidden, _ = self.hidden(tokens, segment_ids=segment_ids, positions=positions, dropout_key=dropout_key)
+        given = {"positions": positions, "dropout_key": dropout_key, "step": step}
+        hidden, _ = self.hidden(tokens, segment_ids=segment_ids, **given)
         return at_labels(self.losses, hidden, targets, weights, labels)
 
     def token_scores(
@@ -248,8 +250,9 @@ class LanguageModel(nnx.Module):
         state: State | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
+        step: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None]:
-        """What the head reads: the last block's output, normed. Arguments as in `__call__`."""
+        """What the head reads: the last block's output, normed. Arguments as in `__call__` and `token_losses`."""
         if positions is None:
             positions = _positions(tokens, segment_ids, None if state is None else state["position"])
         new_position = positions[:, -1] + 1
@@ -275,7 +278,7 @@ class LanguageModel(nnx.Module):
             return nnx.merge(graphdef, parameters)(x, states=states, dropout_key=key, **given)
 
         layer_states = [None] * len(self.units.blocks) if state is None else state["layers"]
-        per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(), layer_states)
+        per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(step), layer_states)
         # Unrolled, the compiler would find what is computed again already computed, and keep it.
         unroll = self.num_units if self.num_units <= UNROLLED_UNITS and self.remat == "none" else 1
         x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit, unroll=unroll)
@@ -316,7 +319,7 @@ class LanguageModel(nnx.Module):
             found = [value if layer == family else other for layer, other in zip(self.pattern, found, strict=True)]
         return found, after
 
-    def _over_depth(self) -> list[jax.Array | None]:
+    def _over_depth(self, step: jax.Array | None = None) -> list[jax.Array | None]:
         """What the layers of each block get of the whole depth, [units, ...]: see `Mixer.over_depth`."""
         found = [None] * len(self.pattern)
         for family in dict.fromkeys(self.pattern):
@@ -325,7 +328,7 @@ class LanguageModel(nnx.Module):
             places = [i for i, layer in enumerate(self.pattern) if layer == family]
             layer_index = jnp.arange(self.num_units)[:, None] * len(self.pattern) + jnp.asarray(places)
             mixers = [self.units.blocks[i].mixer for i in places]
-            values = MIXERS[family].over_depth(mixers, layer_index, self.num_units * len(self.pattern))
+            values = MIXERS[family].over_depth(mixers, layer_index, self.num_units * len(self.pattern), step)
             for place, i in enumerate(places):
                 found[i] = None if values is None else values[:, place]
         return found

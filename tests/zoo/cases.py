@@ -20,6 +20,7 @@ VARIANTS = {
         {"feature_map": "exp"},
         {"feature_map": "relu", "normalise": False},
     ],
+    "performer": [{"kernel": "relu", "features": 12}],
     "transnormer": [{"kind": "norm"}],
     "conv_linear": [{"conv_width": 3, "dilation": 2}],
     "retnet": [{"num_heads": 2, "expand_k": 0.5}],

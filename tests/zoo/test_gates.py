@@ -193,5 +193,5 @@ def test_lightning_forgets_less_in_upper_layers():
 def test_families_without_a_place_in_the_depth_get_none():
     assert model_of("gla,attention", 2)._over_depth() == [None, None]
     assert {name for name, mixer in MIXERS.items() if "over_depth" in vars(mixer)} == {
-        "hgrn2", "lightning", "transnormer"
+        "hgrn2", "lightning", "performer", "transnormer"
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from kernels.segments import segment_numbers
 from kernels.softcap import soft_cap
+from zoo.layers import random_features
 from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dilated_conv import DilatedConv
 from zoo.layers.dropout import dropout
@@ -11,6 +12,7 @@ from zoo.layers.mlp import GELU, MLPS, ChannelMixing, SwiGLU
 from zoo.layers.norm import NORM_PARAMETERS, NORMS, GatedRMSNorm, HeadLayerNorm, gated, rms_norm, unit_length
 from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.qkv import ConvolvedQKV
+from zoo.layers.random_features import exp_features, relu_features
 from zoo.layers.recent import counted, init_recent, with_recent
 from zoo.layers.rotary import RopeScaling, rotary
 from zoo.layers.rounded_once import rounded_once
@@ -37,12 +39,15 @@ __all__ = [
     "counted",
     "dropout",
     "embedding",
+    "exp_features",
     "gated",
     "in_pieces",
     "init_recent",
     "linear",
     "mixture",
     "parameter",
+    "random_features",
+    "relu_features",
     "rms_norm",
     "rotary",
     "rounded_once",

@@ -19,6 +19,7 @@ from zoo.mixers.linear_attention import LinearAttention
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlstm import MLSTM
+from zoo.mixers.performer import Performer
 from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
 from zoo.mixers.rwkv7 import RWKV7
@@ -29,6 +30,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "forgetting_attention": ForgettingAttention,
     "linear_attention": LinearAttention,
+    "performer": Performer,
     "transnormer": TransNormer,
     "conv_linear": ConvLinear,
     "retnet": RetNet,

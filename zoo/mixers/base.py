@@ -85,7 +85,9 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def over_depth(mixers: list["Mixer"], layer_index: Int[Array, "N P"], num_layers: int) -> jax.Array | None:
+    def over_depth(
+        mixers: list["Mixer"], layer_index: Int[Array, "N P"], num_layers: int, step: Int[Array, ""] | None = None
+    ) -> jax.Array | None:
         """What the family's layers must know of one another, or of their place in the depth; None (most) for nothing.
 
         Called once a forward pass, before the depth is scanned. The family stands at P places of the model's
@@ -95,6 +97,7 @@ class Mixer(nnx.Module):
           mixers: one a place, their parameters stacked: [N, ...].
           layer_index: of each layer, counted over all families.
           num_layers: of the model.
+          step: of training, for what is drawn anew in its course; None outside of training.
 
         Returns:
           [N, P, ...]: each layer's entry is handed to its `__call__` as `depth`. A mixer without a model gets none.

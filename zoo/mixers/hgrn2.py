@@ -46,7 +46,7 @@ class HGRN2(Mixer):
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     @staticmethod
-    def over_depth(mixers, layer_index, num_layers):
+    def over_depth(mixers, layer_index, num_layers, step=None):
         rows = jnp.stack([mixer.bound[...] for mixer in mixers], axis=1)  # [N, P, D]
         shares = jax.nn.softmax(rows.reshape(-1, rows.shape[-1]), axis=0)
         return jnp.cumsum(shares.at[0].set(0.0), axis=0).reshape(rows.shape)

@@ -49,7 +49,7 @@ class Lightning(Mixer):
         self.out = linear(width, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     @staticmethod
-    def over_depth(mixers, layer_index, num_layers):
+    def over_depth(mixers, layer_index, num_layers, step=None):
         return 1.0 - layer_index / max(num_layers - 1, 1)
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None, depth=None):

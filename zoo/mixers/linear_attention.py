@@ -67,6 +67,18 @@ def _has_normaliser(config: LinearAttentionConfig) -> bool:
     return config.normalise and config.feature_map != "identity"
 
 
+def normalised_sum(q, k, v, segment_ids, state, epsilon=1e-6):
+    """S_t^T q_t / (z_t . q_t + epsilon) of features q and k [B, T, H, phi(K)], and the state after the last token."""
+    initial = {"S": None, "z": None} if state is None else state
+    o, final_s = ops.linear_attention(q, k, v, initial_state=initial["S"], segment_ids=segment_ids, scale=1.0)
+    flat = k.astype(jnp.float32).reshape(*k.shape[:2], -1)
+    no_decay = jnp.zeros(flat.shape[-1], jnp.float32)
+    z, final_z = ops.linear_scan(flat, no_decay, initial_state=initial["z"], segment_ids=segment_ids)
+    weight = jnp.einsum("bthk,bthk->bth", q.astype(jnp.float32), z.reshape(q.shape))
+    o = (o.astype(jnp.float32) / (weight[..., None] + epsilon)).astype(v.dtype)
+    return o, None if state is None else {"S": final_s, "z": final_z}
+
+
 class LinearAttention(Mixer):
     config_class = LinearAttentionConfig
     saved_names = ("linear_attention_q", "linear_attention_k", "linear_attention_v")
@@ -92,19 +104,13 @@ class LinearAttention(Mixer):
         q = checkpoint_name(q, "linear_attention_q")
         k = checkpoint_name(k, "linear_attention_k")
         v = checkpoint_name(v, "linear_attention_v")
-        initial = {"S": None, "z": None} if state is None else state
-        scale = 1.0 if self.has_normaliser else self.features**-0.5
-        o, final_s = ops.linear_attention(q, k, v, initial_state=initial["S"], segment_ids=segment_ids, scale=scale)
-        final_state = {"S": final_s}
         if self.has_normaliser:
-            flat = k.astype(jnp.float32).reshape(batch, time, self.heads * self.features)
-            no_decay = jnp.zeros(flat.shape[-1], jnp.float32)
-            z, final_state["z"] = ops.linear_scan(flat, no_decay, initial_state=initial["z"], segment_ids=segment_ids)
-            weight = jnp.einsum("bthk,bthk->bth", q.astype(jnp.float32), z.reshape(q.shape))
-            o = (o.astype(jnp.float32) / (weight[..., None] + 1e-6)).astype(v.dtype)
+            o, state = normalised_sum(q, k, v, segment_ids, state)
         else:
-            o = self.norm(o)
-        return self.out(o.reshape(batch, time, -1)), None if state is None else final_state
+            initial, scale = None if state is None else state["S"], self.features**-0.5
+            o, final_s = ops.linear_attention(q, k, v, initial_state=initial, segment_ids=segment_ids, scale=scale)
+            o, state = self.norm(o), None if state is None else {"S": final_s}
+        return self.out(o.reshape(batch, time, -1)), state
 
     def init_state(self, batch_size, max_length, dtype):
         state = {"S": jnp.zeros((batch_size, self.heads, self.features, self.value_width), jnp.float32)}

@@ -53,7 +53,7 @@ class TransNormer(Mixer):
         self.out = linear(d, d, ("heads", "embed"), init_scale=sizes.output_scale, dtype=dtype, rngs=rngs)
 
     @staticmethod
-    def over_depth(mixers, layer_index, num_layers):
+    def over_depth(mixers, layer_index, num_layers, step=None):
         return 2 * layer_index >= num_layers
 
     def __call__(self, x, *, segment_ids=None, positions=None, state=None, depth=None):

@@ -95,13 +95,14 @@ def build(config: Config, mesh: Mesh) -> Programs:
     def start(params: nnx.State) -> TrainState:
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def loss(params: nnx.State, batch: Batch, total_weight: jax.Array, key: jax.Array) -> jax.Array:
+    def loss(params: nnx.State, batch: Batch, total_weight: jax.Array, step: jax.Array, key: jax.Array) -> jax.Array:
         losses = nnx.merge(graphdef, params).token_losses(
             batch["tokens"],
             batch["targets"],
             batch["weights"],
             segment_ids=batch["segment_ids"],
             dropout_key=key if config.model.dropout else None,
+            step=step,
             labels=labels,
         )
         return losses.sum() / total_weight
@@ -110,15 +111,17 @@ def build(config: Config, mesh: Mesh) -> Programs:
         """What microbatches add up is spread as the parameters are."""
         return jax.lax.with_sharding_constraint(gradient, shardings.params)
 
-    def loss_and_gradient(params: nnx.State, batch: Batch, key: jax.Array) -> tuple[jax.Array, nnx.State]:
+    def loss_and_gradient(
+        params: nnx.State, batch: Batch, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, nnx.State]:
         total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
         pieces = config.train.accumulate_steps
         if pieces == 1:
-            return jax.value_and_grad(loss)(params, batch, total_weight, key)
+            return jax.value_and_grad(loss)(params, batch, total_weight, step, key)
 
         def piece(carry, xs):
             index, microbatch = xs
-            found = jax.value_and_grad(loss)(params, microbatch, total_weight, jax.random.fold_in(key, index))
+            found = jax.value_and_grad(loss)(params, microbatch, total_weight, step, jax.random.fold_in(key, index))
             value, gradient = jax.tree.map(jnp.add, carry, found)
             return (value, as_parameters(gradient)), None
 
@@ -131,7 +134,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with sharding.use_mesh(mesh):
             key = jax.random.fold_in(dropout_key, state.step)
-            value, gradient = loss_and_gradient(state.params, batch, key)
+            value, gradient = loss_and_gradient(state.params, batch, state.step, key)
             norm = optax.tree.norm(gradient)
             if config.optimizer.clip_norm:
                 scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
