@@ -51,7 +51,7 @@ test-gpu-compile: build/gpu-compile
 # On a Hopper GPU, with jax[cuda13] in the environment: what holds its kernels to the references.
 test-gpu: $(VENV)/test
 	JAX_PLATFORMS=cuda,cpu XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -n 8 \
-	  tests/kernels/test_mosaic_gpu.py tests/kernels/test_delta_rule_gpu.py \
+	  tests/kernels/test_mosaic_gpu.py tests/kernels/test_delta_rule_gpu.py tests/kernels/test_dplr_delta_rule_gpu.py \
 	  tests/kernels/test_selective_scan_gpu.py tests/kernels/test_selective_scan.py \
 	  tests/kernels/test_attention.py tests/kernels/test_conformance.py
 

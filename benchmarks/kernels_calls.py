@@ -41,6 +41,8 @@ class Call:
         operands = {"q": q, "k": q, "v": (*tokens, heads, self.shape.value_dim)}
         if self.op == "delta_rule":
             operands["beta"] = (*tokens, heads)
+        if self.op == "dplr_delta_rule":
+            operands |= {"a": q, "b": q}
         if self.shape.decay != "none":
             operands["log_decay"] = decays[self.shape.decay]
         return operands | ({"bonus": (heads, keys)} if self.shape.bonus else {})
@@ -57,8 +59,8 @@ class Call:
     def flops(self) -> tuple[float, float]:
         """Forward, forward and backward.
 
-        linear_attention, delta_rule: a chunk algorithm's, chunk 64. attention: causal, a backward pass is 2.5 forward
-        passes. selective_scan: 7 operations a number of the state, 3 times that with the backward pass.
+        linear_attention and the delta rules: a chunk algorithm's, chunk 64. attention: causal, a backward pass is 2.5
+        forward passes. selective_scan: 7 operations a number of the state, 3 times that with the backward pass.
         """
         tokens = self.batch * self.time
         if self.op == "selective_scan":
@@ -67,8 +69,7 @@ class Call:
         if self.op == "attention":
             forward = 2.0 * tokens * self.time * math.prod(self.shape)  # half of all pairs, two products
             return forward, 3.5 * forward
-        count = delta_multiply_adds if self.op == "delta_rule" else chunk_multiply_adds
-        adds = count(self.batch, self.time, self.shape.heads, self.shape.key_dim, self.shape.value_dim)
+        adds = MULTIPLY_ADDS[self.op](self.batch, self.time, self.shape.heads, self.shape.key_dim, self.shape.value_dim)
         return 2.0 * adds[0], 2.0 * adds[1]
 
     def bytes(self) -> tuple[float, float]:
@@ -94,12 +95,19 @@ class Call:
         """Operands by name, and the cotangent of the output, from `normal(shape)` of numpy, jax or torch: float32."""
         arrays = {name: normal(shape) for name, shape in (self.operands | {"cotangent": self.out}).items()}
         if self.op == "delta_rule":
-            arrays["k"] = arrays["k"] / ((arrays["k"] ** 2).sum(-1) ** 0.5)[..., None]
+            arrays["k"] = unit(arrays["k"])
+        if self.op == "dplr_delta_rule":  # RWKV-7's: kappa of unit length, times a rate from 0 to 1
+            kappa, rate = unit(arrays["a"]), 0.5 + 0.5 * arrays["b"] / (1 + abs(arrays["b"]))
+            arrays |= {"a": -kappa, "b": kappa * rate}
         return {name: scaled(name, array) for name, array in arrays.items()}
 
     def draw_checked(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         return self.checked().draw(lambda shape: rng.standard_normal(shape, np.float32))
+
+
+def unit(x):
+    return x / ((x**2).sum(-1) ** 0.5)[..., None]
 
 
 def scaled(name, normal):
@@ -135,12 +143,27 @@ def delta_multiply_adds(batch, time, heads, key_dim, value_dim, chunk=64):
     return batch * time * heads * forward, batch * time * heads * both
 
 
+def dplr_multiply_adds(batch, time, heads, key_dim, value_dim, chunk=64):
+    """Forward: scores of q and of a with b and k, products with v, or what is corrected, of the scores and of the
+    inverse; states: two updates and two reads; the inverse. Backward: scores again, and two products for each."""
+    k_term, v_term, state_term = chunk * key_dim, chunk * value_dim, key_dim * value_dim
+    forward = 4 * (k_term + v_term + state_term) + chunk**2 // 3
+    return batch * time * heads * forward, batch * time * heads * (3 * forward + 4 * k_term)
+
+
+MULTIPLY_ADDS = {
+    "linear_attention": chunk_multiply_adds,
+    "delta_rule": delta_multiply_adds,
+    "dplr_delta_rule": dplr_multiply_adds,
+}
 CALLS = {  # in the order of what is missed most if the time is over
     **{name: Call("linear_attention", *call) for name, call in specs.CALLS.items()},
     "delta_fla_none": Call("delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "none")),  # its own benchmark
     "delta_fla_scalar": Call("delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "scalar")),
     "delta_fla_per_key": Call("delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "vector")),
     "delta_qwen3_next": Call("delta_rule", 4, 8192, specs.Shape(16, 32, 128, 128, "scalar")),  # its heads
+    "dplr_rwkv7_1.5b": Call("dplr_delta_rule", 4, 8192, specs.Shape(32, 32, 64, 64, "vector")),  # its heads
+    "dplr_128": Call("dplr_delta_rule", 4, 8192, specs.Shape(32, 32, 128, 128, "vector")),
     "attention_32x128": Call("attention", 8, 8192, (32, 128)),
     "attention_1.3b": Call("attention", 16, 2048, (32, 64)),
     "mamba_1.3b": Call("selective_scan", 16, 2048, (4096, 16)),
@@ -153,6 +176,7 @@ QUICK_CALLS = {
     "quick_fixed": Call("linear_attention", 1, 96, specs.Shape(2, 2, 64, 64, "fixed")),
     "quick_per_key": Call("linear_attention", 1, 96, specs.Shape(2, 2, 64, 64, "vector")),
     "quick_delta": Call("delta_rule", 1, 96, specs.Shape(1, 2, 64, 64, "scalar")),
+    "quick_dplr": Call("dplr_delta_rule", 1, 96, specs.Shape(2, 2, 64, 64, "vector")),
     "quick_attention": Call("attention", 1, 96, (2, 64)),
     "quick_mamba": Call("selective_scan", 1, 96, (128, 16)),
 }

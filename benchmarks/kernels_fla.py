@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import triton.testing
 from fla.ops import chunk_delta_rule, chunk_gated_delta_rule, chunk_gla, chunk_kda, chunk_rwkv6, chunk_simple_gla
+from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
@@ -41,6 +42,8 @@ def function(call, arrays):
     shared = call.shape.heads // call.shape.groups
     if shared > 1:  # these kernels want as many heads of q and k as of v
         q, k = (x.repeat_interleave(shared, dim=2) for x in (q, k))
+    if call.op == "dplr_delta_rule":
+        return chunk_dplr_delta_rule(q, k, v, arrays["a"], arrays["b"], log_decay)[0]
     if call.op == "delta_rule" and log_decay is None:
         return chunk_delta_rule(q, k, v, arrays["beta"])[0]
     if call.op == "delta_rule":

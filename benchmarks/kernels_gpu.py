@@ -34,16 +34,18 @@ import numpy as np
 
 import kernels
 from benchmarks import measure
-from benchmarks.kernels_calls import CALLS, FLOAT32, QUICK_CALLS, input_sets
+from benchmarks.kernels_calls import CALLS, FLOAT32, MULTIPLY_ADDS, QUICK_CALLS, input_sets
 from kernels import dispatch
 from kernels.attention.api import IMPLEMENTATIONS as ATTENTION
 from kernels.delta_rule.api import IMPLEMENTATIONS as DELTA_RULE
+from kernels.dplr_delta_rule.api import IMPLEMENTATIONS as DPLR_DELTA_RULE
 from kernels.linear_attention.api import IMPLEMENTATIONS as LINEAR_ATTENTION
 from kernels.selective_scan.api import IMPLEMENTATIONS as SELECTIVE_SCAN
 
 TABLES = {
     "linear_attention": LINEAR_ATTENTION,
     "delta_rule": DELTA_RULE,
+    "dplr_delta_rule": DPLR_DELTA_RULE,
     "selective_scan": SELECTIVE_SCAN,
     "attention": ATTENTION,
 }
@@ -259,6 +261,10 @@ def jla_kernels(call, arrays):
         kind = {"none": "deltanet", "scalar": "gated_deltanet", "vector": "kda"}[call.shape.decay]
         operands = [arrays[name] for name in ("q", "k", "v")]
         gates = {"beta": arrays["beta"]} | ({"g": arrays["log_decay"]} if "log_decay" in arrays else {})
+    elif call.op == "dplr_delta_rule":
+        kind, operands = "rwkv7", [arrays[name] for name in ("q", "k", "v")]
+        gates = {"a": arrays["a"], "b": arrays["b"], "w": arrays["log_decay"]}
+        gates["scale"] = call.shape.key_dim**-0.5  # its own is 1
     else:
         kind = "gla" if call.shape.decay == "vector" else "simple_gla"
         operands = [arrays[name] for name in ("q", "k", "v")]
@@ -340,7 +346,7 @@ def fla_groups(calls):
     """Names of calls for whose heads flash-linear-attention picks most configurations once: a process each."""
     groups = collections.defaultdict(list)
     for name, call in calls.items():
-        if call.op in ("linear_attention", "delta_rule"):
+        if call.op in MULTIPLY_ADDS:
             shape = call.shape
             groups[call.op, shape.decay, shape.bonus, shape.key_dim, shape.value_dim].append(name)
     return list(groups.values())

@@ -171,6 +171,9 @@ def test_attention_and_delta_rules_and_scans_are_counted():
     products = 2 * 64 * 128 + 2 * 64 * 64 + 3 * 128 * 64 + 64 * 64 // 3  # scores; with v; of states; the inverse
     assert delta.flops()[0] == 2 * (2 * 10 * 3) * products
     assert delta.bytes()[0] == 2 * (2 * 10 * (2 * 128 + 2 * 3 * 64)) + 4 * 2 * 10 * 3  # q, k; v, out; beta
+    dplr = Call("dplr_delta_rule", 2, 10, Shape(3, 3, 128, 64, "vector"))
+    assert dplr.flops()[0] == 2 * (2 * 10 * 3) * (4 * 64 * 128 + 4 * 64 * 64 + 4 * 128 * 64 + 64 * 64 // 3)
+    assert dplr.bytes()[0] == 2 * (2 * 10 * 3) * (4 * 128 + 2 * 64) + 4 * 2 * 10 * 3 * 128  # q, k, a, b; v, out; decay
     scan = Call("selective_scan", 2, 10, (5, 3))
     rows, states = 2 * 10 * 5, 2 * 10 * 3
     assert scan.bytes()[0] == 2 * rows + 4 * rows + 2 * 2 * states + 4 * (15 + 5) + 2 * rows  # x, dt; B, C; A, D; y

@@ -15,11 +15,18 @@ from kernels.checks import (
 )
 from kernels.dplr_delta_rule import specs
 from kernels.dplr_delta_rule.chunked import chunked
+from kernels.dplr_delta_rule.mosaic_gpu import mosaic_gpu
 from kernels.dplr_delta_rule.mosaic_tpu import mosaic_tpu
 from kernels.dplr_delta_rule.recurrent import recurrent
 from kernels.dplr_delta_rule.reference import reference
 
-IMPLEMENTATIONS = {"reference": reference, "recurrent": recurrent, "chunked": chunked, "mosaic_tpu": mosaic_tpu}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "recurrent": recurrent,
+    "chunked": chunked,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+}
 OP = "dplr_delta_rule"
 
 

@@ -373,6 +373,7 @@ if dispatch.device().is_hopper:  # `mosaic_gpu` has these widths only, and bfloa
     CASES["linear_attention-vector-wide"] = _linear_attention("BTHK", key_dim=64, value_dim=128)
     CASES["delta_rule-scalar-wide"] = _delta_rule("BTH", groups=1, key_dim=64, value_dim=64)
     CASES["delta_rule-vector-wide"] = _delta_rule("BTHK", key_dim=64, value_dim=128)
+    CASES["dplr_delta_rule-wide"] = _dplr_delta_rule(key_dim=64, value_dim=128)
 # With the slow tests: forms that no family runs, a bonus beside a decay a head and Mamba without its skip; and no
 # decay, which most forms of the delta rule take for one of 0.
 RARE = {"linear_attention-scalar-bonus", "selective_scan", "delta_rule-no_decay"}

@@ -8,6 +8,7 @@ Blocks and arrays are those of linear_attention/mosaic_gpu/launch.py; beta [B H,
 inverses [2, B H, T, 64] (what bfloat16 holds of them, and the rest) and what is gated, [B, T, H, K], bfloat16.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -105,10 +106,12 @@ def scores(plan: Plan, q: Array, k: Array, decay: Array) -> Array:
     return launch(plan, body, inputs, outputs, scratch, (plan.sequences, plan.chunks, 1), "scores")["scores"]
 
 
-def gated(plan: Plan, q: Array | None, k: Array, decay: tuple[Array, Array]) -> dict[str, Array]:
-    """k_read = k e^read, k_write = k e^write and, if q is given, q_read = scale q e^read."""
-    inputs = {"k": k, **decay_inputs(plan, decay)} | ({} if q is None else {"q": q})
-    names = ("k_read", "k_write") if q is None else ("k_read", "k_write", "q_read")
+GATES = {"read": "upto", "before": "before", "write": "after"}  # by the end of a name: the log-decays that count
+
+
+def gated(plan: Plan, names: Sequence[str], arrays: dict[str, Array], decay: tuple[Array, Array]) -> dict[str, Array]:
+    """By name, as "k_read" or "k_write": the array k, q with the scale in it, times its decays of GATES."""
+    inputs = {**arrays, **decay_inputs(plan, decay)}
     fetches = Fetches()
     for name in inputs:
         fetches.tile(f"{name}_tile", CHUNK, CHUNK)
@@ -117,14 +120,15 @@ def gated(plan: Plan, q: Array | None, k: Array, decay: tuple[Array, Array]) -> 
     def body(refs, sequence, n, block):
         batch, head, group = indices(plan, sequence)
         tokens, keys = pl.ds(n * CHUNK, CHUNK), pl.ds(block * CHUNK, CHUNK)
-        heads = {"q": group, "k": group, "high": head, "low": head}
+        heads = dict.fromkeys(arrays, group) | {"high": head, "low": head}
         fetches.start(refs, 0, {f"{x}_tile": getattr(refs, x).at[batch, tokens, heads[x], keys] for x in inputs})
         m = plan.machine(masks=refs.masks)
-        tiles = SimpleNamespace(**fetches.wait(refs, 0))
-        decay = PerKey(tiles.high_tile, tiles.low_tile)
+        tiles = fetches.wait(refs, 0)
+        decay = PerKey(tiles["high_tile"], tiles["low_tile"])
         for name, shared in zip(names, staged(refs, len(names)), strict=True):
-            x = m.load(tiles.q_tile) * plan.scale if name == "q_read" else m.load(tiles.k_tile)
-            x = x * decay.gate(m, reads=name != "k_write")
+            array, gate = name.split("_")
+            x = m.load(tiles[f"{array}_tile"]) * (plan.scale if array == "q" else 1.0)
+            x = x * jnp.exp(decay.sums(m, m.ones(GATES[gate])))
             store(x, shared, getattr(refs, name).at[batch, tokens, head, keys])
         plgpu.wait_smem_to_gmem(0)
 

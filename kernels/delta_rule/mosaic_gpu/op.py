@@ -88,7 +88,10 @@ def correct_forward(
     decay, totals = decays(plan, g)
     beta = beta[..., 0].transpose(0, 2, 1).reshape(plan.sequences, plan.time)
     inverses = keys.inverse(plan, k, beta, decay)
-    swept, gates = (keys.gated(plan, None, k, decay), None) if plan.per_key else ({"k": k}, decay)
+    if plan.per_key:
+        swept, gates = keys.gated(plan, ("k_read", "k_write"), {"k": k}, decay), None
+    else:
+        swept, gates = {"k": k}, decay
     u, states, final_state = sweeps.sweep(plan, swept, v, beta, gates, totals, inverses, initial_state)
     scores = linear_attention.scores(plan, q, k, decay) if plan.per_key else None
     out = linear_attention.read(plan, False, q, scores if plan.per_key else k, u, decay, states)
@@ -101,7 +104,7 @@ def correct_backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[A
     d_out, d_final_state = cotangents[0].astype(jnp.bfloat16), cotangents[1].astype(jnp.float32)
     states, _ = linear_attention.sweep(plan, False, k, u, decay, totals, initial_state, keep=True)
     if plan.per_key:
-        swept, gates = keys.gated(plan, q, k, decay), None
+        swept, gates = keys.gated(plan, ("k_read", "k_write", "q_read"), {"q": q, "k": k}, decay), None
     else:
         swept, gates, scores = {"q": q, "k": k}, decay, keys.scores(plan, q, k, decay)
     d_y, dv, d_states, d_state = sweeps.pull(plan, swept, d_out, beta, gates, totals, inverses, scores, d_final_state)

@@ -26,11 +26,12 @@ TILE_BYTES = 2 * CHUNK * CHUNK
 SHARED_BYTES = 216 * 1024  # of a multiprocessor's 227 KiB: the rest is for vectors and barriers
 
 
-class _Chunks:
+class Chunks:
     """What both sweeps fetch of a chunk, and how they go over all of them."""
 
-    def __init__(self, plan, names, values, others):
-        """names: of inputs over keys; values: of tiles over values or tokens; others: tiles beside those fetched."""
+    def __init__(self, plan, names, values, others, vectors=()):
+        """names: of inputs over keys; values: of tiles over values or tokens; others: tiles beside those fetched;
+        vectors: of tokens."""
         self.plan, self.names, self.keys = plan, names, range(plan.key_tiles)
         tiles = [*(f"{name}_{i}" for name in names for i in self.keys), *values, *HALVES]
         others += plan.key_tiles  # the state
@@ -38,8 +39,7 @@ class _Chunks:
         self.fetches = Fetches(slots)
         for name in tiles:
             self.fetches.tile(name, CHUNK, CHUNK)
-        self.gates = () if plan.per_key else GATES
-        self.fetches.vector("beta_rows", *self.gates, *(f"total_{i}" for i in self.keys))
+        self.fetches.vector(*vectors, *(f"total_{i}" for i in self.keys))
 
     def scratch(self):
         return {f"kept_{i}": shared_tile(CHUNK, CHUNK) for i in self.keys} | self.fetches.scratch()
@@ -48,7 +48,7 @@ class _Chunks:
         return [getattr(refs, f"kept_{i}") for i in self.keys]
 
     def fetch(self, refs, sequence, turn, n, values):
-        """values: sources by name."""
+        """values: sources by name, vectors too."""
         batch, head, group = indices(self.plan, sequence)
         tokens = pl.ds(n * CHUNK, CHUNK)
         copies = {name: refs.inverses.at[i, sequence, tokens] for i, name in enumerate(HALVES)} | values
@@ -58,9 +58,6 @@ class _Chunks:
                 source = getattr(refs, name)
                 copies[f"{name}_{i}"] = source.at[batch, tokens, head if self.plan.per_key else group, columns]
             copies[f"total_{i}"] = refs.totals.at[sequence, self.state_rows(n, i)]
-        copies["beta_rows"] = refs.beta.at[sequence, tokens]
-        for i, name in enumerate(self.gates):
-            copies[name] = refs.decay.at[1 + i, sequence, tokens]
         self.fetches.start(refs, turn, copies)
 
     def wait(self, refs, turn):
@@ -100,13 +97,23 @@ class _Chunks:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _next_state(m, state, totals, *products):
+def next_state(m, state, totals, *products):
     """e^total state + the sum of products: of tiles for each 64 keys, transposed, and of a tile of values."""
     following = []
     for i, (tile, total) in enumerate(zip(state, totals, strict=True)):
         pairs = [(m.transposed(x[i]), y) for x, y in products]
         following.append(m.dots(tile * m.rows(total, CHUNK), *pairs))
     return following
+
+
+def _vectors(plan):
+    return ("beta_rows",) if plan.per_key else ("beta_rows", *GATES)
+
+
+def _vector_sources(plan, refs, sequence, n):
+    tokens = sequence, pl.ds(n * CHUNK, CHUNK)
+    gates = {} if plan.per_key else {name: refs.decay.at[1 + i, *tokens] for i, name in enumerate(GATES)}
+    return {"beta_rows": refs.beta.at[tokens], **gates}
 
 
 def sweep(
@@ -126,7 +133,7 @@ def sweep(
     read, write = ("k_read", "k_write") if plan.per_key else ("k", "k")
     inputs = {**keys, "v": v, "beta": beta, "totals": totals, "inverses": inverses, "start": start}
     inputs |= {} if plan.per_key else {"decay": decay}
-    chunks = _Chunks(plan, tuple(keys), ("v_tile",), others=1)
+    chunks = Chunks(plan, tuple(keys), ("v_tile",), others=1, vectors=_vectors(plan))
 
     def body(refs, sequence, part, block):
         del part
@@ -137,7 +144,8 @@ def sweep(
             return batch, pl.ds(n * CHUNK, CHUNK), head, values
 
         def fetch(n):
-            chunks.fetch(refs, sequence, n, n, {"v_tile": refs.v.at[tokens(n)]})
+            sources = {"v_tile": refs.v.at[tokens(n)]} | _vector_sources(plan, refs, sequence, n)
+            chunks.fetch(refs, sequence, n, n, sources)
 
         def step(n, state):
             chunks.keep(plan.machine(), refs, state, refs.states, sequence, n, values)
@@ -152,7 +160,7 @@ def sweep(
             else:
                 whole, written = m.stage_all(u, chunk.gated(m, gates[1], u))
             plgpu.copy_smem_to_gmem(whole, refs.u.at[tokens(n)])
-            return _next_state(m, state, found["total"], (found[write], written))
+            return next_state(m, state, found["total"], (found[write], written))
 
         chunks.sweep(refs, sequence, values, fetch, step)
 
@@ -186,7 +194,7 @@ def pull(
     }  # fmt: skip
     inputs |= {} if plan.per_key else {"decay": decay}
     count = 3 if plan.per_key else 4
-    chunks = _Chunks(plan, tuple(keys), ("d_out_tile", "scores_tile"), others=count)
+    chunks = Chunks(plan, tuple(keys), ("d_out_tile", "scores_tile"), others=count, vectors=_vectors(plan))
 
     def body(refs, sequence, part, block):
         del part
@@ -199,8 +207,12 @@ def pull(
 
         def fetch(turn):
             n = plan.chunks - 1 - turn
-            scores = refs.scores.at[sequence, pl.ds(n * CHUNK, CHUNK)]
-            chunks.fetch(refs, sequence, turn, n, {"d_out_tile": refs.d_out.at[tokens(n)], "scores_tile": scores})
+            sources = {
+                "d_out_tile": refs.d_out.at[tokens(n)],
+                "scores_tile": refs.scores.at[sequence, pl.ds(n * CHUNK, CHUNK)],
+                **_vector_sources(plan, refs, sequence, n),
+            }
+            chunks.fetch(refs, sequence, turn, n, sources)
 
         def step(turn, d_state):
             n = plan.chunks - 1 - turn
@@ -217,7 +229,7 @@ def pull(
             *stored, d_read = m.stage_all(d_y, dv, -chunk.gated(m, gates[0], dv))
             for shared, target in zip(stored, (refs.d_y, refs.dv), strict=True):
                 plgpu.copy_smem_to_gmem(shared, target.at[tokens(n)])
-            return _next_state(m, d_state, found["total"], (found[query], d_out), (found[read], d_read))
+            return next_state(m, d_state, found["total"], (found[query], d_out), (found[read], d_read))
 
         chunks.sweep(refs, sequence, values, fetch, step)
 

@@ -100,11 +100,12 @@ class Registers:
     def half(self, x: Operand) -> Operand:
         return x.astype(jnp.bfloat16)
 
-    def stage_all(self, *values: Operand) -> Sequence[Operand]:
+    def stage_all(self, *values: Operand | Callable[[], Operand]) -> Sequence[Operand]:
+        """A value may be what computes it, so that not all are in registers while warps wait for one another."""
         plgpu.commit_smem()
         staged = self.staged[: len(values)]
         for shared, x in zip(staged, values, strict=True):
-            shared[...] = self.half(x)
+            shared[...] = self.half(x() if callable(x) else x)
         plgpu.commit_smem()
         return staged
 

@@ -66,15 +66,17 @@ class PerKey(NamedTuple):
         """exp of the sum up to each token, or after it."""
         return jnp.exp(self.sums(m, m.ones("upto" if reads else "after")))
 
-    def level(self, m: Any, level: Operand) -> Operand:
+    def level(self, m: Any, level: Operand, before: bool = False) -> Operand:
         """exp of the sum between a token and the middle of its block of 2^(level + 1) tokens: [64, 64].
 
-        Every term of the mask depends on the level: what does not would be kept in registers over the levels.
+        What reads counts its token's log-decay, or, `before` that, only those of earlier tokens. Every term of the mask
+        depends on the level: what does not would be kept in registers over the levels.
         """
         i, t = m.index(0), m.index(1)
         size = lax.shift_left(jnp.int32(1), level)
         upto = (t & (size - 1)) <= (i & (size - 1))
         counted = (i >> level == t >> level) & (((i & size) != 0) == upto)
+        counted = counted & (i != t) if before else counted
         return jnp.exp(self.sums(m, m.half(jnp.where(counted, 1.0, 0.0))))
 
 
