@@ -1,5 +1,5 @@
 """Settings that are lists written as text: data.weights, optimizer.learning_rate_factors, mesh.overrides,
-model.mixer, biases.
+model.mixer, biases, dilations.
 
 A reader raises ValueError with "got ..., expected ..."; a declaration's check and the code that uses the list call it.
 """
@@ -39,6 +39,14 @@ def names(text: str) -> list[str]:
         if not name or name in found[:i]:
             raise ValueError(f"got {shown(text)}, expected different names, comma-separated, or nothing")
     return found
+
+
+def counts(text: str) -> list[int]:
+    """ "1+2", or "1,2", as whole numbers from 1 on."""
+    found = [entry.strip() for entry in re.split("[,+]", text)]
+    if not all(re.fullmatch("[1-9][0-9]{0,4}", entry) for entry in found):
+        raise ValueError(f"got {shown(text)}, expected whole numbers from 1 to 99999, as in 1+2")
+    return [int(entry) for entry in found]
 
 
 def places(text: str) -> list[tuple[str, tuple[tuple[str, str], ...]]]:

@@ -96,6 +96,44 @@ def test_the_upper_half_of_transnormer_has_norm_attention():
     assert model._over_depth()[0].tolist() == [False, False, True]
 
 
+def test_longformer_sees_a_window_with_gaps_of_its_document():
+    mixer, x = build("longformer", window=3, dilation="1+2"), inputs()
+    project, weights = double(mixer, x)
+    q, k, v = map(project, "qkv")
+    distance = np.arange(TIME)[:, None] - np.arange(TIME)
+    halves = [
+        softmax(q[:, :, here], k[:, :, here], v[:, :, here], seen((distance % d == 0) & (distance < 3 * d)))
+        for here, d in ((slice(0, 2), 1), (slice(2, 4), 2))
+    ]
+    for found in whole_and_in_halves(mixer, x):
+        assert error_ratio(found, np.concatenate(halves, -1) @ weights["out.kernel"]) < 1e-6
+
+
+def test_longformer_is_linear_in_time():
+    """No array of its program, forward and backward, has more entries a token at twice the length."""
+    graphdef, parameters = nnx.split(build("longformer", window=300, dilation="1+3"))
+
+    def largest(time):
+        x, ids = jnp.zeros((1, time, D_MODEL)), jnp.zeros((1, time), jnp.int32)
+        run = lambda p, x: nnx.merge(graphdef, p)(x, segment_ids=ids)[0].sum()  # noqa: E731
+        return max(entries(jax.make_jaxpr(jax.grad(run, (0, 1)))(parameters, x).jaxpr))
+
+    def entries(jaxpr):
+        yield from (variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars)
+        for inner in inner_jaxprs(jaxpr):
+            yield from entries(inner)
+
+    assert largest(32768) == 2 * largest(16384) <= 4 * 32768 * D_MODEL
+
+
+def inner_jaxprs(jaxpr):
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "eqns"):
+                yield value
+
+
 @pytest.mark.parametrize("kernel", ["exp", pytest.param("relu", marks=pytest.mark.slow)])
 def test_performer_is_linear_attention_of_its_random_features(kernel):
     mixer, x = build("performer", kernel=kernel, features=20), inputs()

@@ -46,7 +46,7 @@ def with_recent(
     slots = state["k"].shape[1]
     keys, values = (jnp.concatenate([state[name], x.astype(state[name].dtype)], 1) for name, x in (("k", k), ("v", v)))
     age = jnp.arange(slots, 0, -1, dtype=jnp.int32)
-    kept = jnp.where(age <= seen[:, None], ids[:, :1], ids[:, :1] + 1)
+    kept = jnp.where(age <= seen[:, None], ids[:, :1], ids[:, :1] - 1)
     taken = segment_ids.count()[:, None] if isinstance(segment_ids, Segments) else k.shape[1]
     at = jnp.broadcast_to(taken + jnp.arange(slots), (len(k), slots))[..., None, None]
     after = {name: jnp.take_along_axis(x, at, axis=1) for name, x in (("k", keys), ("v", values))}

@@ -16,6 +16,7 @@ from zoo.mixers.hgrn2 import HGRN2
 from zoo.mixers.kda import KDA
 from zoo.mixers.lightning import Lightning
 from zoo.mixers.linear_attention import LinearAttention
+from zoo.mixers.longformer import Longformer
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlstm import MLSTM
@@ -29,6 +30,7 @@ from zoo.mixers.transnormer import TransNormer
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "forgetting_attention": ForgettingAttention,
+    "longformer": Longformer,
     "linear_attention": LinearAttention,
     "performer": Performer,
     "transnormer": TransNormer,

@@ -91,9 +91,8 @@ class TransNormer(Mixer):
         ids = count // self.block % 2 + (0 if numbers is None else 2 * numbers)
         given = {"window": self.block, "segment_ids": ids}
         if state is not None:
-            k, v, ids, after = with_recent(
-                k, v, ids, state, seen=count[:, 0] % self.block, count=count, segment_ids=segment_ids
-            )
+            of_call = {"seen": count[:, 0] % self.block, "count": count, "segment_ids": segment_ids}
+            k, v, ids, after = with_recent(k, v, ids, state, **of_call)
             state, given = state | after, given | {"segment_ids": ids, "q_start": self.block - 1}
         return ops.attention(q, k, v, **given).reshape(*q.shape[:2], -1), state
 
