@@ -15,7 +15,7 @@ from typing import Any
 from zoo import files, lists
 from zoo.errors import UsageError
 from zoo.layers import MLPS
-from zoo.mixers import MIXERS
+from zoo.mixers import BIDIRECTIONAL, CAUSAL, MIXERS, passes
 from zoo.settings import INT_MAX, declarations, nearest, problems, section, setting, shown
 from zoo.sharding import MeshConfig
 
@@ -32,6 +32,7 @@ MLP_CHOICES = {
     "channel_mixing": "RWKV-6's", "channel_mixing_ungated": "RWKV-7's",
     "none": "no MLP in a block",
 }  # fmt: skip
+DIRECTION_CHOICES = {CAUSAL: "those before it", BIDIRECTIONAL: "all of its document"}
 NORM_CHOICES = {"rms_norm": "root mean square, and a scale", "layer_norm": "mean and variance, a scale and a bias"}
 NORM_POSITIONS = {"before": "x + f(norm(x))", "after": "x + norm(f(x))", "both": "x + norm(f(norm(x)))"}
 DTYPES = ("float32", "bfloat16")
@@ -45,6 +46,10 @@ class _ModelFields:
         "gla", "families, comma-separated: a pattern tiled over the depth; `mlp` is a layer too, and a place may have "
         "settings of its own: attention@window=512,attention", parse=lists.places,
     )  # fmt: skip
+    direction: str = setting(CAUSAL, "the tokens that a token sees", choices=DIRECTION_CHOICES)
+    direction_shared: bool = setting(
+        False, "bidirectional mixers that run twice, forward and in reversed time, do so by the same parameters"
+    )
     num_layers: int = setting(
         6, "layers, a multiple of the pattern's length", unit="layer", at_most=10_000, also=("depth",)
     )
@@ -238,6 +243,20 @@ class Place:
     name: str  # as the pattern has it: "attention@window=512"
     family: str  # or MLP_LAYER
     settings: Any  # the family's section of the config, with what the place sets; None of MLP_LAYER
+    passes: int = 1  # of the mixer over the time
+    copies: int = 1  # of the mixer's parameters, one a pass unless they are shared
+
+    def num_parameters(self, d_model: int) -> int:
+        """Of the mixer."""
+        if self.family == MLP_LAYER:
+            return 0
+        return self.copies * MIXERS[self.family].num_parameters(self.settings, d_model)
+
+    def flops_per_token(self, d_model: int, context_length: int) -> float:
+        """Of the mixer, as `Mixer.flops_per_token`."""
+        if self.family == MLP_LAYER:
+            return 0.0
+        return self.passes * MIXERS[self.family].flops_per_token(self.settings, d_model, context_length)
 
 
 def pattern(model: ModelConfig) -> list[str]:
@@ -279,7 +298,8 @@ def _place(model: ModelConfig, family: str, own: tuple[tuple[str, str], ...]) ->
             raise UsageError(f"model.mixer: {shown(name)}: {setting_name}: {problem}")
         *sections, last = setting_name.split(".")
         setattr(functools.reduce(getattr, sections, settings), last, value)
-    return Place(name, family, settings)
+    runs = passes(MIXERS[family], model.direction)
+    return Place(name, family, settings, runs, 1 if model.direction_shared else runs)
 
 
 def mlp_width(model: ModelConfig, place: Place) -> int:
@@ -292,8 +312,7 @@ def mlp_width(model: ModelConfig, place: Place) -> int:
         return 0
     if model.d_ff:
         return model.d_ff
-    mixer = 0 if place.family == MLP_LAYER else MIXERS[place.family].num_parameters(place.settings, model.d_model)
-    mlp = mlp_class(model)
+    mixer, mlp = place.num_parameters(model.d_model), mlp_class(model)
     multiple = 64 if model.d_model >= 512 else 8
     return round(mlp.width(model.d_model, 12 * model.d_model**2 - mixer) / multiple) * multiple
 
@@ -325,6 +344,14 @@ def _model_problems(model: ModelConfig) -> list[str]:
         )
     if found:
         return found  # what follows needs a pattern
+    for family in dict.fromkeys(layers):
+        if family != MLP_LAYER and model.direction not in MIXERS[family].directions:
+            found.append(
+                f"model.direction: {family} is {MIXERS[family].directions[0]} by its nature, and model.direction is "
+                f"{model.direction}; set model.direction={MIXERS[family].directions[0]}, or another mixer"
+            )
+    if found:
+        return found
     try:
         different = {place.name: place for place in places(model) if place.family != MLP_LAYER}
     except UsageError as error:
@@ -334,10 +361,11 @@ def _model_problems(model: ModelConfig) -> list[str]:
         family = [f"{where}{problem}" for problem in MIXERS[place.family].check(place.settings, model.d_model)]
         found += family
         if not family and mlp_width(model, place) < 1 and model.mlp != "none":
-            size = MIXERS[place.family].num_parameters(place.settings, model.d_model) / model.d_model**2
+            size = place.num_parameters(model.d_model) / model.d_model**2
             found.append(
                 f"model.d_ff: {place.family}'s own parameters ({size:.1f} d_model^2) leave none of a layer's 12 "
                 f"d_model^2 for the MLP; set model.d_ff, or model.mlp=none"
+                + ", or, as they are those of both ways, model.direction_shared=true" * (place.copies > 1)
             )
     if model.positions == "learned" and model.max_positions == 0:
         found.append("model.max_positions: learned positions need a table; set it to at least train.context_length")
@@ -355,6 +383,10 @@ def _training_problems(config: Config) -> list[str]:
         found.append(
             f"model.max_positions: a table of {config.model.max_positions} is shorter than train.context_length = "
             f"{train.context_length}; make it at least that"
+        )
+    if config.model.direction != CAUSAL:
+        found.append(
+            "model.direction: a bidirectional model reads the next token, which training predicts; train a causal one"
         )
     for name, rows in (("train.batch_size", train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if rows * train.context_length > INT_MAX:

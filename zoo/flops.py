@@ -12,7 +12,7 @@ from flax import nnx
 from zoo import chips
 from zoo.config import MLP_LAYER, ModelConfig, mlp_class, mlp_width, places
 from zoo.layers import NORM_PARAMETERS
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL
 from zoo.model import LanguageModel
 
 
@@ -21,8 +21,7 @@ def forward_flops_per_token(model: ModelConfig, context_length: int, labels: int
     layers = places(model)
     unit = 0.0
     for place in layers:
-        if place.family != MLP_LAYER:
-            unit += MIXERS[place.family].flops_per_token(place.settings, model.d_model, context_length)
+        unit += place.flops_per_token(model.d_model, context_length)
         if d_ff := mlp_width(model, place):
             unit += 2 * mlp_class(model).num_parameters(model.d_model, d_ff)
     head = 2 * model.d_model * model.vocab_size * (1.0 if labels is None else labels / context_length)
@@ -42,7 +41,7 @@ def num_parameters(model: ModelConfig) -> int:
     unit = 0
     for place in layers:
         if place.family != MLP_LAYER:
-            unit += MIXERS[place.family].num_parameters(place.settings, model.d_model) + of_branch
+            unit += place.num_parameters(model.d_model) + of_branch
         if d_ff := mlp_width(model, place):
             unit += mlp.num_parameters(model.d_model, d_ff) + of_branch
             unit += sum(mlp.outputs(model.d_model, d_ff)) if model.mlp_bias else 0
@@ -56,8 +55,10 @@ def table_rows(model: ModelConfig) -> int:
     return tables * model.vocab_size + (model.max_positions if model.positions == "learned" else 0)
 
 
-def state_bytes(model: ModelConfig, context_length: int) -> int:
-    """Bytes that decoding one sequence keeps at `context_length` tokens."""
+def state_bytes(model: ModelConfig, context_length: int) -> int | None:
+    """Bytes that decoding one sequence keeps at `context_length` tokens; None of what sees both ways."""
+    if model.direction != CAUSAL:
+        return None
     smallest = dataclasses.replace(model, vocab_size=model.vocab_size or 1)
 
     def init():

@@ -20,8 +20,8 @@ from zoo.config import MLP_LAYER, ModelConfig, Place, mlp_class, mlp_width, patt
 from zoo.errors import UsageError
 from zoo.labelled import at_labels
 from zoo.layers import NORMS, dropout, embedding, linear, soft_cap
-from zoo.mixers import MIXERS, Sizes
-from zoo.mixers.shared_settings import add_bias, projections
+from zoo.mixers import CAUSAL, MIXERS, Sizes, make_mixer
+from zoo.mixers.shared_settings import NO_STATE, add_bias, projections
 from zoo.states import State
 from zoo.taken import Segments, last
 
@@ -44,7 +44,8 @@ class Block(nnx.Module):
         norm = functools.partial(_norm, config, sizes.dtype, rngs)
         if self.has_mixer:
             self.mixer_norm = norm() if self.norm_before else None
-            self.mixer = MIXERS[place.family](place.settings, sizes, layer_index=layer_index, rngs=rngs)
+            family = MIXERS[place.family]
+            self.mixer = make_mixer(family, place.settings, sizes, layer_index=layer_index, rngs=rngs)
             self.mixer_post_norm = norm() if self.norm_after else None
         if self.has_mlp:
             self.mlp_norm = norm() if self.norm_before else None
@@ -108,7 +109,9 @@ class Unit(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A causal language model over `config.vocab_size` tokens.
+    """A language model over `config.vocab_size` tokens, causal or, by `config.direction`, bidirectional.
+
+    A bidirectional one has no state, and its logits are those of the token itself, which its input masks.
 
     Attributes:
       tokenizer_size: how many ids the tokenizer has, where the vocabulary is rounded up; `zoo.generate` draws no
@@ -125,6 +128,7 @@ class LanguageModel(nnx.Module):
         layers = pattern(config)
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.tokenizer_size = config.vocab_size
+        self.causal = config.direction == CAUSAL
         self.dropout, self.logit_softcap = config.dropout, config.logit_softcap
         self.learned_positions, self.tied = config.positions == "learned", config.tie_embeddings
         self.remat = config.remat
@@ -141,6 +145,8 @@ class LanguageModel(nnx.Module):
             norm_epsilon=config.norm_epsilon,
             dtype=dtype,
             output_scale=branches**-0.5,
+            direction=config.direction,
+            direction_shared=config.direction_shared,
         )
         self.embed = embedding(config.vocab_size, config.d_model, ("vocab", "embed"), dtype=dtype, rngs=rngs)
         if self.learned_positions:
@@ -253,6 +259,8 @@ class LanguageModel(nnx.Module):
         step: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """What the head reads: the last block's output, normed. Arguments as in `__call__` and `token_losses`."""
+        if state is not None and not self.causal:
+            raise UsageError(NO_STATE)
         if positions is None:
             positions = _positions(tokens, segment_ids, None if state is None else state["position"])
         new_position = positions[:, -1] + 1
@@ -289,8 +297,10 @@ class LanguageModel(nnx.Module):
         """The state before the first token.
 
         `max_length` (tokens of all calls, with padding) bounds the caches of softmax attention: beyond it logits are
-        NaN, and a single call of more tokens is a ValueError.
+        NaN, and a single call of more tokens is a ValueError. A bidirectional model has none: UsageError.
         """
+        if not self.causal:
+            raise UsageError(NO_STATE)
         dtype = self.embed.dtype
         layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]
         stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_units, *leaf.shape)), layers)
@@ -328,7 +338,7 @@ class LanguageModel(nnx.Module):
             places = [i for i, layer in enumerate(self.pattern) if layer == family]
             layer_index = jnp.arange(self.num_units)[:, None] * len(self.pattern) + jnp.asarray(places)
             mixers = [self.units.blocks[i].mixer for i in places]
-            values = MIXERS[family].over_depth(mixers, layer_index, self.num_units * len(self.pattern), step)
+            values = mixers[0].over_depth(mixers, layer_index, self.num_units * len(self.pattern), step)
             for place, i in enumerate(places):
                 found[i] = None if values is None else values[:, place]
         return found

@@ -27,9 +27,11 @@ __all__ = [
     "dplr_delta_rule",
     "earlier",
     "fast_weights",
+    "full_linear_attention",
     "linear_attention",
     "linear_scan",
     "previous",
+    "reversed_time",
     "segment_starts",
     "selective_scan",
     "short_conv",
@@ -117,6 +119,21 @@ def linear_attention(q, k, v, log_decay=None, *, bonus=None, initial_state=None,
         carry,
         options,
     )
+
+
+def full_linear_attention(q, k, v, *, segment_ids=None, scale=None):
+    """o_t = scale q_t^T sum_s k_s v_s^T over all tokens s of t's segment: linear attention that sees both ways.
+
+    It is the sum of `linear_attention` up to t and, in reversed time, of what comes after t: two scans, whatever the
+    number of segments.
+    """
+    of_heads = ("heads", None)
+    before, _ = linear_attention(q, k, v, segment_ids=segment_ids, scale=scale)
+    q, k, v = (reversed_time(x, *of_heads) for x in (q, k, v))
+    ids = None if segment_ids is None else reversed_time(segment_ids)
+    k, v = (previous(x, *of_heads, segment_ids=ids)[0] for x in (k, v))
+    after, _ = linear_attention(q, k, v, segment_ids=ids, scale=scale)
+    return before + reversed_time(after, *of_heads)
 
 
 @state_of_taken("beta", "log_decay")
@@ -269,16 +286,17 @@ def short_conv(x, weight, bias=None, *, initial_state=None, segment_ids=None, **
     )
 
 
-def previous(x, *, initial_state=None, segment_ids=None):
+def previous(x, *axes, initial_state=None, segment_ids=None):
     """(x_{t-1} at each t, and the last x), of x [B, T, ...]; `initial_state` [B, ...] is before token 0, else zero.
 
-    x_{t-1} is zero at a segment's first token; `initial_state` belongs to the segment of token 0.
+    x_{t-1} is zero at a segment's first token; `initial_state` belongs to the segment of token 0. `axes`: logical axes
+    after the time; none by default.
     """
     if isinstance(segment_ids, Segments):
-        shifted, _ = previous(x, initial_state=initial_state, segment_ids=segment_ids.numbers)
+        shifted, _ = previous(x, *axes, initial_state=initial_state, segment_ids=segment_ids.numbers)
         before = jnp.zeros_like(x[:, 0]) if initial_state is None else initial_state
         return shifted, taken.last(x, segment_ids, before)
-    axes = ("batch", "time", *(None,) * (x.ndim - 2))
+    axes = ("batch", "time", *(axes or (None,) * (x.ndim - 2)))
     of_state = None if initial_state is None else initial_state.astype(x.dtype)[:, None]
     arrays = {"x": (x, axes), "initial_state": (of_state, ("batch", None, *axes[2:]))}
     arrays["segment_ids"] = (segment_ids, OF_TOKENS)
@@ -325,6 +343,16 @@ def earlier(x, distance, *, initial_state=None, segment_ids=None):
         over_time = None  # it would reach into more than the first part
     out_axes = (("batch", "time", None), ("batch", None, None))
     return sharding.on_each_device(call, arrays, out_axes, over_time=over_time)
+
+
+def reversed_time(x, *axes):
+    """x [B, T, ...] from the last token to the first. `axes`: logical axes after the time; none by default."""
+    axes = ("batch", "time", *(axes or (None,) * (x.ndim - 2)))
+
+    def over_time(call):
+        return lambda arrays: sequence.reversed_time(arrays["x"])
+
+    return sharding.on_each_device(lambda arrays: jnp.flip(arrays["x"], 1), {"x": (x, axes)}, axes, over_time=over_time)
 
 
 def segment_starts(segment_ids):
@@ -453,11 +481,14 @@ def _keys_to_queries(call, *, causal, window):
         ids, time = arrays.get("q_ids"), arrays["q"].shape[1]
         shards, index = jax.lax.axis_size(sequence.AXIS), jax.lax.axis_index(sequence.AXIS)
         numbers = None if ids is None else sequence.segment_numbers(ids)
-        if causal and window is not None and window <= (shards - 1) * time:
-            # Where there is no key on the left there is a zero, of a segment that no query is of.
+        if window is not None and window <= (shards - 1) * time // (1 if causal else 2):
+            # Where there is no key at the side there is a zero, of a segment that no query is of.
             keys["q_ids"] = 1 + (jnp.zeros(arrays["q"].shape[:2], jnp.int32) if ids is None else numbers)
             width = -(-(window - 1) // TILE) * TILE if time % TILE == 0 else window - 1
-            keys = {name: jnp.concatenate([sequence.halo(x, width), x], 1) for name, x in keys.items()}
+            seen = {name: [sequence.halo(x, width), x] for name, x in keys.items()}
+            if not causal:
+                seen = {name: [*parts, sequence.halo_after(parts[-1], width)] for name, parts in seen.items()}
+            keys = {name: jnp.concatenate(parts, 1) for name, parts in seen.items()}
             return call(keys | queries, q_start=width)
 
         keys |= {} if ids is None else {"q_ids": numbers}

@@ -49,7 +49,7 @@ def attention(
         or z_ts = softcap tanh(scale q_t . k_s / softcap), and with decays z_ts + sum of log_decay over s < u <= t
 
     Key s is visible to query t if they are of one segment, and (causal) kv_positions_s <= q_positions_t, and
-    (window) q_positions_t - kv_positions_s < window. A query that sees no key gives 0.
+    (window) |q_positions_t - kv_positions_s| < window. A query that sees no key gives 0.
     Memory is linear in T and L, also for the gradients of q, k and v.
     `reference` differentiates in every mode, the others once, in reverse (`dispatch.use_implementation`).
 
@@ -57,12 +57,12 @@ def attention(
       q: queries, H heads.
       k, v: keys and values, G heads; query head h reads head h // (H // G).
       causal: whether a query sees only keys that are not after it.
-      window: how many positions back a query sees, its own included; None: all.
+      window: how many positions back a query sees, its own included, and unless causal as many ahead; None: all.
       segment_ids: of the keys, and of the queries where T = L or q_start is given: a token whose id differs from its
         left neighbour's starts a new segment. Or a pair, of q and of k, that may stand in any order: a query and a key
         are of one segment if their ids are equal.
-      q_start: the queries are those of the keys' tokens q_start, q_start + 1, ..., a part of the sequence; it and L are
-        multiples of T, or it is L - T. With it, causality and windows count by the tokens' own indices.
+      q_start: the queries are those of the keys' tokens q_start, q_start + 1, ..., a part of the sequence; where it is
+        traced, it and L are multiples of T. With it, causality and windows count by the tokens' own indices.
       q_positions, kv_positions: positions in tokens; 0, 1, 2, ... by default.
       log_decay: what each token leaves of the keys before it, at most 0 (forgetting attention, arXiv:2503.02130). Of
         the keys' tokens, each for its query head, where the queries are among them (T = L, or q_start). Or a pair,
@@ -72,9 +72,8 @@ def attention(
 
     Raises:
       ValueError: a shape or dtype that does not fit, an empty axis, a window below 1, a scale that is not finite, a
-        log_decay above 0 that is known or without causality,
-        softcap that is not above 0, a q_start beside positions or a pair of segment_ids or where no part of the keys
-        starts, or an unknown implementation.
+        log_decay above 0 that is known or without causality, a softcap that is not above 0, a q_start beside positions
+        or a pair of segment_ids or of which the keys lack some, or an unknown implementation.
       NotImplementedError: the implementation asked for does not support the call; the message says why.
     """
     check_rank(OP, "q", q, "B T H K")
@@ -157,6 +156,5 @@ def _check_part(q_start, T, L, segment_ids, q_positions, kv_positions):
     known = not isinstance(q_start, jax.core.Tracer)
     if T > L or (known and not (0 <= int(q_start) <= L - T)):
         raise ValueError(f"{OP}: q_start is {q_start if known else 'given'}, expected {T} queries within the {L} keys")
-    aligned = L % T == 0 and not (known and int(q_start) % T)
-    if not aligned and not (known and int(q_start) == L - T):
-        raise ValueError(f"{OP}: {L} keys are no multiple of the {T} queries, and q_start is not {L - T}, their end")
+    if not known and L % T:
+        raise ValueError(f"{OP}: {L} keys are no multiple of the {T} queries, and q_start is traced: make it a number")

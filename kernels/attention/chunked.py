@@ -170,8 +170,9 @@ _attention.defvjp(_forward, _backward)
 def _bounds(q_positions, L, options):
     """First and past-the-last block of keys that some query of the block can see."""
     first, last = 0, math.ceil(L / options.block_k)
-    if options.skip and options.causal:
-        last = jnp.clip(q_positions.max() // options.block_k + 1, 0, last)
+    ahead = 0 if options.causal else None if options.window is None else options.window - 1
+    if options.skip and ahead is not None:
+        last = jnp.clip((q_positions.max() + ahead) // options.block_k + 1, 0, last)
     if options.skip and options.window is not None:
         first = jnp.clip((q_positions.min() - options.window + 1) // options.block_k, 0, last)
     return first, last
@@ -190,7 +191,7 @@ def _visible(j, q_info, kv_info, options):
         if options.causal:
             visible &= distance >= 0
         if options.window is not None:
-            visible &= distance < options.window
+            visible &= jnp.abs(distance) < options.window
     if kv_ids is not None:
         visible &= queries(q_ids) == keys(kv_ids)
     return start, visible

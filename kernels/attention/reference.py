@@ -33,7 +33,7 @@ def reference(
     if causal:
         visible &= distance >= 0
     if window is not None:
-        visible &= distance < window
+        visible &= jnp.abs(distance) < window
     visible = visible[:, None]  # [B, 1, T, L]
 
     dtype = v.dtype

@@ -38,8 +38,6 @@ def splash(
         raise NotImplementedError(f"{T} queries or {L} keys are not a multiple of {BLOCKS[-1]}")
     if segment_ids is not None and q_start is None and segment_ids[0] is not segment_ids[1]:
         raise NotImplementedError("a query whose segment has no key would not give 0")
-    if window is not None and not causal:
-        raise NotImplementedError("a window is causal here")
     if not any(jnp.dtype(q.dtype) == dtype for dtype in (jnp.float32, jnp.bfloat16)):
         raise NotImplementedError(f"inputs are float32 or bfloat16 here, got {q.dtype}")
 
@@ -47,7 +45,7 @@ def splash(
     known = q_start is None or not isinstance(q_start, jax.core.Tracer)
     shape, offset = ((T, L), int(q_start or 0)) if known else ((L, L), 0)
     if window is not None:
-        mask = splash_attention.LocalMask(shape, (window - 1, 0), offset=offset)
+        mask = splash_attention.LocalMask(shape, (window - 1, 0 if causal else window - 1), offset=offset)
     else:
         mask = splash_attention.CausalMask(shape, offset) if causal else splash_attention.FullMask(shape)
     block = next(block for block in BLOCKS if T % block == 0 and L % block == 0)

@@ -43,6 +43,7 @@ BLOCKS = {  # rows of several blocks, and tails that fill none
     "causal": (300, 300, {}),
     "window": (300, 300, {"window": 70}),
     "not_causal": (130, 200, {"causal": False}),
+    "window_both_ways": (300, 300, {"causal": False, "window": 70}),
     "more_queries": (300, 150, {"window": 40}),  # the last queries see nothing
     "more_keys": (20, 1100, {}),
 }
@@ -106,7 +107,11 @@ def test_keys_may_stand_anywhere():
     assert error_ratio(out, attention(q, k, v, window=4)) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"causal": False}], ids=["causal", "window", "both ways"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 5}, {"causal": False}, {"causal": False, "window": 5}],
+    ids=["causal", "window", "both ways", "window both ways"],
+)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_a_part_of_the_queries_at_its_place_among_the_keys(options, implementation):
     q, k, v = qkv(12, 12)
@@ -120,13 +125,13 @@ def test_a_part_of_the_queries_at_its_place_among_the_keys(options, implementati
 
     for start in (0, 4, 8):
         assert error_ratio(part(start), whole[:, start : start + 4]) < 1e-6
-    assert error_ratio(attention(q[:, 5:], k, v, q_start=5, **options), whole[:, 5:]) < 1e-6
+    for here in (slice(5, None), slice(3, 8)):
+        assert error_ratio(attention(q[:, here], k, v, q_start=here.start, **options), whole[:, here]) < 1e-6
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"q_start": 3}, "12 keys are no multiple of the 5 queries, and q_start is not 7, their end"),
         ({"q_start": 8}, "q_start is 8, expected 5 queries within the 12 keys"),
         ({"q_start": 7, "q_positions": jnp.zeros((2, 5), jnp.int32)}, "give no positions"),
         ({"q_start": 7, "segment_ids": (jnp.zeros((2, 5), jnp.int32), jnp.zeros((2, 12), jnp.int32))}, "as one array"),
@@ -135,6 +140,11 @@ def test_a_part_of_the_queries_at_its_place_among_the_keys(options, implementati
 def test_a_part_that_is_none_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         attention(*qkv(5, 12), **given)
+
+
+def test_a_traced_part_must_be_one_of_equal_parts():
+    with pytest.raises(ValueError, match="12 keys are no multiple of the 5 queries, and q_start is traced"):
+        jax.eval_shape(lambda start: attention(*qkv(5, 12), q_start=start), jnp.int32(0))
 
 
 def decays(T, *, heads=4, batch=2):
@@ -211,6 +221,7 @@ def test_memory_is_linear_in_time(with_decays):
 SPLASH = {
     "causal": {},
     "window": {"window": 50},
+    "window_both_ways": {"causal": False, "window": 50},
     "softcap": {"causal": False, "softcap": 2.0},
     "packed": {"segment_ids": jnp.repeat(jnp.array([[3, 1]]), 64, axis=1)},
 }
@@ -287,7 +298,6 @@ REFUSED_BY_SPLASH = {
     "same tokens": (128, 256, {}),
     "multiple of 128": (100, 100, {}),
     "segment has no key": (128, 128, {"segment_ids": (jnp.zeros((2, 128), jnp.int32), jnp.ones((2, 128), jnp.int32))}),
-    "window is causal": (128, 128, {"causal": False, "window": 5}),
     "no decays": (128, 128, {"log_decay": (jnp.zeros((2, 128, 4, 2)),) * 2}),
 }
 

@@ -5,7 +5,7 @@ descent moved them.
 
     python -m tests.training.on_meshes gla,attention data=8 sequence=8 data=2+sequence=2+tensor=2
 
-`descent` leaves AdamW out, names of implementations choose kernels.
+A pattern may end in /bidirectional. `descent` leaves AdamW out, names of implementations choose kernels.
 """
 
 import json
@@ -36,7 +36,9 @@ DESCENT = optax.sgd(0.02)
 def make_config(mixer: str) -> Config:
     """A model of two layers of the pattern's families, whose sizes every mesh divides."""
     c = config.preset("tiny")
-    c.model.mixer, c.model.vocab_size, c.model.d_model, c.model.d_ff = mixer, 64, 32, 32
+    c.model.mixer, _, direction = mixer.partition("/")
+    c.model.direction = direction or c.model.direction
+    c.model.vocab_size, c.model.d_model, c.model.d_ff = 64, 32, 32
     c.model.num_layers = max(2, len(pattern(c.model)))
     for family in pattern(c.model):
         section = getattr(c.model, family)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from zoo.config import Config
-from zoo.mixers import MIXERS, Sizes
+from zoo.mixers import MIXERS, Sizes, make_mixer
 
 D_MODEL = 32
 VARIANTS = {
@@ -88,10 +88,11 @@ def config_of(case: str):
     return config
 
 
-def build(case: str, dtype=jnp.float32, d_model: int = D_MODEL, seed: int = 0):
+def build(case: str, dtype=jnp.float32, d_model: int = D_MODEL, seed: int = 0, **direction):
     """The mixer of a case, as the first of two layers."""
-    sizes = Sizes(d_model=d_model, num_layers=2, dtype=dtype)
-    return MIXERS[CASES[case][0]](config_of(case), sizes, layer_index=jnp.asarray(0), rngs=nnx.Rngs(seed))
+    sizes = Sizes(d_model=d_model, num_layers=2, dtype=dtype, **direction)
+    family = MIXERS[CASES[case][0]]
+    return make_mixer(family, config_of(case), sizes, layer_index=jnp.asarray(0), rngs=nnx.Rngs(seed))
 
 
 def apply(mixer, dtype=jnp.float32):
@@ -106,9 +107,9 @@ def apply(mixer, dtype=jnp.float32):
 
 
 @functools.cache
-def applied(case: str, dtype=jnp.float32):
+def applied(case: str, dtype=jnp.float32, **direction):
     """The mixer of a case, and `apply` of it: one for all tests of the case, which share what is compiled."""
-    mixer = build(case, dtype)
+    mixer = build(case, dtype, **direction)
     return mixer, *apply(mixer)
 
 

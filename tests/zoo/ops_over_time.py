@@ -132,8 +132,12 @@ def cases():
             q, k, v, window=window, log_decay=g, **given
         )
         yield f"attention decay {window}", attend, (*groups, decay(3, 2, T, H)), (None,)
-    both_ways = lambda q, k, v, **given: ops.attention(q, k, v, causal=False, **given)  # noqa: E731
-    yield "attention both ways", both_ways, groups, (None,)
+    for window in (None, 3, 9, 30):
+        options = {"causal": False, "window": window}
+        attend = lambda q, k, v, options=options, **given: ops.attention(q, k, v, **options, **given)  # noqa: E731
+        yield f"attention both ways {window}", attend, groups, (None,)
+    full = lambda q, k, v, **given: ops.full_linear_attention(q, k, v, **given)  # noqa: E731
+    yield "full_linear_attention", full, (q, k, v), (None,)
 
     def odd(q, k, v, segment_ids):  # parts of three tokens, whose halves are not equal
         ids = None if segment_ids is None else segment_ids[:, :24]

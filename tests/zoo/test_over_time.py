@@ -14,7 +14,7 @@ from zoo.mixers import MIXERS
 QUICK = (
     r"^(linear_attention key packed|linear_scan complex packed|selective_scan packed|diagonal_ssm packed|"
     r"short_conv 5 state packed|previous packed|associative_scan packed|attention None packed|attention 3 packed|"
-    r"delta_rule key packed|cross_entropy|cross_entropy half)$"
+    r"attention both ways 3 packed|full_linear_attention packed|delta_rule key packed|cross_entropy( half)?)$"
 )
 
 
@@ -30,7 +30,7 @@ def results(module, *arguments):
 def test_an_op_on_parts_of_the_time_is_the_op():
     errors = dict(results("ops_over_time", QUICK, "4"))  # and its heads in two
     assert errors.pop("cross_entropy half") < 1e-2  # sums over devices of bfloat16
-    assert len(errors) == 12 and all(error < 1e-5 for error in errors.values()), errors
+    assert len(errors) == 14 and all(error < 1e-5 for error in errors.values()), errors
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from zoo.interop.family import HARMLESS, Family, to_fields, to_model, unsaid
 from zoo.interop.files import DTYPES, SHARD_BYTES, new_folder, write_shards
 from zoo.interop.importing import MAX_JSON
 from zoo.interop.table import Table, table
+from zoo.mixers import CAUSAL
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -54,6 +55,8 @@ def export_run(
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPE_NAMES)}")
     config = checkpoints.read_config(source)
+    if config.model.direction != CAUSAL:
+        raise UsageError(f"{source} is a bidirectional model, and no family of other packages is one here; export none")
     origin = _origin(source)
     family, model = choose(config.model, model_type, origin.get("model_type", ""))
     with new_folder(target) as temporary:

@@ -1,7 +1,8 @@
 """The registry: a family's name, as `model.mixer` spells it, and its class."""
 
 from zoo.mixers.attention import Attention
-from zoo.mixers.base import Mixer, Sizes
+from zoo.mixers.base import BIDIRECTIONAL, CAUSAL, DIRECTIONS, Mixer, Sizes
+from zoo.mixers.both_ways import BothWays, make_mixer, passes
 from zoo.mixers.conv_linear import ConvLinear
 from zoo.mixers.delta_net import DeltaNet
 from zoo.mixers.dfw import DFW
@@ -55,4 +56,4 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv7": RWKV7,
 }
 
-__all__ = ["MIXERS", "Mixer", "Sizes"]
+__all__ = ["BIDIRECTIONAL", "CAUSAL", "DIRECTIONS", "MIXERS", "BothWays", "Mixer", "Sizes", "make_mixer", "passes"]

@@ -2,9 +2,9 @@
 
     o_t = sum_s p_ts v_s,   p_ts = softmax over s <= t of (q_t . k_s / sqrt(K)),   y_t = W_o o_t
 
-Optional: a norm on q and k (2302.05442), of each head or of all together (OLMo 2's, 2501.00656), a sliding window of
-`window` tokens, rotary positions on a part of each head or scaled to longer contexts, a gate on what is read
-(2505.06708, as in Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
+Bidirectional: over all s of the document. Optional: a norm on q and k (2302.05442), of each head or of all together
+(OLMo 2's, 2501.00656), a sliding window of `window` tokens, rotary positions on a part of each head or scaled to longer
+contexts, a gate on what is read (2505.06708, as in Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
 State: the keys and values so far, [batch, max_length, kv_heads, K], and of each row the number of tokens in them and
 where its current segment starts. More than max_length tokens, of all segments and padding together, are a ValueError
 where their number is known, else NaN. With a window shorter than max_length the state is a ring of the last `window`
@@ -38,7 +38,9 @@ class AttentionConfig(NormedMixerConfig):
     rope_scaling: RopeScaling = section(RopeScaling)
     qk_norm: bool = setting(False, "an RMS norm on each head's q and k")
     qk_norm_whole: bool = setting(False, "with qk_norm: one norm over all heads of q, and of k")
-    window: int = setting(0, "tokens a query sees, itself included", unit="token", zero="all before it")
+    window: int = setting(
+        0, "tokens a query sees, itself included (bidirectional: and as many after it)", unit="token", zero="all"
+    )
     output_gate: bool = setting(False, "a sigmoid gate on what is read, for each entry of each head")
 
 
@@ -73,6 +75,7 @@ def _put(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
 
 class Attention(Mixer):
     config_class = AttentionConfig
+    runs_twice = False
     saved_names = ("attention_q", "attention_k", "attention_v")
 
     def __init__(self, config: AttentionConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
@@ -125,7 +128,8 @@ class Attention(Mixer):
         q, k, v = (checkpoint_name(a, f"attention_{name}") for a, name in ((q, "q"), (k, "k"), (v, "v")))
         log_decay = self.log_decay(x)
         if state is None:
-            o = ops.attention(q, k, v, window=self.window, segment_ids=segment_ids, log_decay=log_decay)
+            options = {"causal": self.causal, "window": self.window, "log_decay": log_decay}
+            o = ops.attention(q, k, v, segment_ids=segment_ids, **options)
         else:
             o, state = self._continue(q, k, v, log_decay, segment_ids, state)
         o = o.reshape(batch, time, -1)

@@ -12,6 +12,9 @@ from zoo.mixers.shared_settings import MixerConfig, NormedMixerConfig, put_aroun
 from zoo.settings import divisors_near
 
 __all__ = [
+    "BIDIRECTIONAL",
+    "CAUSAL",
+    "DIRECTIONS",
     "Mixer",
     "MixerConfig",
     "NormedMixerConfig",
@@ -24,6 +27,7 @@ __all__ = [
 ]
 
 State = Any  # a pytree of arrays
+DIRECTIONS = CAUSAL, BIDIRECTIONAL = ("causal", "bidirectional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +40,12 @@ class Sizes:
     norm_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
     output_scale: float = 1.0  # of the initial output projection, relative to 1 / sqrt(fan-in)
+    direction: str = CAUSAL  # or BIDIRECTIONAL: a token sees those after it too
+    direction_shared: bool = False  # of a family that runs twice, both ways: by the same parameters
 
 
 class Mixer(nnx.Module):
-    """Mixes tokens along time: y_t is a function of x_1 ... x_t of the same segment.
+    """Mixes tokens along time: y_t is a function of x_1 ... x_t of the same segment, or of all of it (`directions`).
 
     A family is one file: a subclass, its config dataclass, its equation. The registry, `zoo.config`, the flops table,
     the conformance suite, benchmarks and command lines find it from there. What every family can be set to (biases,
@@ -49,11 +55,17 @@ class Mixer(nnx.Module):
       config_class: the family's config dataclass.
       saved_names: values tagged by `jax.ad_checkpoint.checkpoint_name` that the remat policy "family" keeps.
       reads_input: whether the family's layers are handed what `on_input` makes of the model's input.
+      directions: the ways that it can see: (CAUSAL, BIDIRECTIONAL), or one of them.
+      runs_twice: what sees both ways: two of the family, one in reversed time, added (`zoo.mixers.BothWays`). False:
+        itself, by `self.causal`, which is set before its `__init__`; its states are refused where that is False.
     """
 
     config_class: ClassVar[type[MixerConfig]]
     saved_names: ClassVar[tuple[str, ...]] = ()
     reads_input: ClassVar[bool] = False
+    directions: ClassVar[tuple[str, ...]] = DIRECTIONS
+    runs_twice: ClassVar[bool] = True
+    causal: bool
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)

@@ -28,6 +28,7 @@ class ForgettingAttentionConfig(AttentionConfig):
 
 class ForgettingAttention(Attention):
     config_class = ForgettingAttentionConfig
+    runs_twice = True  # its decays have a direction
     saved_names = (*Attention.saved_names, "attention_log_decay")
 
     def __init__(

@@ -3,6 +3,7 @@
     S_t = S_{t-1} + phi(k_t) v_t^T             z_t = z_{t-1} + phi(k_t)
     o_t = S_t^T phi(q_t) / (z_t . phi(q_t))    y_t = W_o o_t
 
+Bidirectional: S and z are the sums over all tokens of the document.
 phi is elu + 1, relu, exp, the identity, or the second-order Taylor map of exp (Arora et al. 2024, arXiv:2402.18668):
 phi(x) = [1, x / K^(1/4), x_i x_j c_ij / sqrt(2 K) for i <= j], c_ii = 1, c_ij = sqrt(2), so that with s = q.k / sqrt(K)
 phi(q).phi(k) = 1 + s + s^2/2. The identity is not positive, so it has no normaliser z: a norm per head, of
@@ -67,8 +68,13 @@ def _has_normaliser(config: LinearAttentionConfig) -> bool:
     return config.normalise and config.feature_map != "identity"
 
 
-def normalised_sum(q, k, v, segment_ids, state, epsilon=1e-6):
+def normalised_sum(q, k, v, segment_ids, state, epsilon=1e-6, causal=True):
     """S_t^T q_t / (z_t . q_t + epsilon) of features q and k [B, T, H, phi(K)], and the state after the last token."""
+    if not causal:
+        o = ops.full_linear_attention(q, k, v, segment_ids=segment_ids, scale=1.0)
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        weight = ops.full_linear_attention(q, k, jnp.ones_like(k[..., :1]), segment_ids=segment_ids, scale=1.0)
+        return (o.astype(jnp.float32) / (weight + epsilon)).astype(v.dtype), None
     initial = {"S": None, "z": None} if state is None else state
     o, final_s = ops.linear_attention(q, k, v, initial_state=initial["S"], segment_ids=segment_ids, scale=1.0)
     flat = k.astype(jnp.float32).reshape(*k.shape[:2], -1)
@@ -81,6 +87,7 @@ def normalised_sum(q, k, v, segment_ids, state, epsilon=1e-6):
 
 class LinearAttention(Mixer):
     config_class = LinearAttentionConfig
+    runs_twice = False
     saved_names = ("linear_attention_q", "linear_attention_k", "linear_attention_v")
 
     def __init__(self, config: LinearAttentionConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
@@ -105,7 +112,9 @@ class LinearAttention(Mixer):
         k = checkpoint_name(k, "linear_attention_k")
         v = checkpoint_name(v, "linear_attention_v")
         if self.has_normaliser:
-            o, state = normalised_sum(q, k, v, segment_ids, state)
+            o, state = normalised_sum(q, k, v, segment_ids, state, causal=self.causal)
+        elif not self.causal:
+            o = self.norm(ops.full_linear_attention(q, k, v, segment_ids=segment_ids, scale=self.features**-0.5))
         else:
             initial, scale = None if state is None else state["S"], self.features**-0.5
             o, final_s = ops.linear_attention(q, k, v, initial_state=initial, segment_ids=segment_ids, scale=scale)

@@ -7,8 +7,9 @@ phi are FAVOR+'s positive orthogonal features (`zoo.layers.random_features`), wh
 average, with an error of features^(-1/2); or relu(W x), "generalised attention", which approximates no softmax. The
 random W differs from layer to layer and is shared by heads; it is no parameter, but drawn from `feature_seed`. With
 `redraw_every` training takes another one every so many steps, known from the step alone; evaluation and generation use
-the first. q and k are turned by rotary positions where the model has them, as in `attention`. Published code takes the
-maximum of the keys' exponents over time, which sees the future; none is taken here.
+the first. Bidirectional: S and z are the sums over all of the document. q and k are turned by rotary positions where
+the model has them, as in `attention`. Published code takes the maximum of the keys' exponents over time, which sees the
+future; none is taken here.
 State: S, float32 [batch, heads, features, V], and z, float32 [batch, heads * features].
 """
 
@@ -47,6 +48,7 @@ def _widths(config: PerformerConfig, d_model: int) -> tuple[int, int, int]:
 
 class Performer(Mixer):
     config_class = PerformerConfig
+    runs_twice = False
     saved_names = ("performer_q", "performer_k", "performer_v")
 
     def __init__(self, config: PerformerConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
@@ -89,7 +91,7 @@ class Performer(Mixer):
         q = checkpoint_name(rounded_once(functools.partial(phi, of_queries=True), q), "performer_q")
         k = checkpoint_name(rounded_once(functools.partial(phi, of_queries=False), k), "performer_k")
         v = checkpoint_name(v, "performer_v")
-        o, state = normalised_sum(q, k, v, segment_ids, state, epsilon=1e-12)
+        o, state = normalised_sum(q, k, v, segment_ids, state, epsilon=1e-12, causal=self.causal)
         return self.out(o.reshape(x.shape)), state
 
     def init_state(self, batch_size, max_length, dtype):

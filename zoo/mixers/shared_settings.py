@@ -1,6 +1,6 @@
 """Settings that every family has, and what they do, so that no family's file speaks of them.
 
-`Mixer.__init_subclass__` puts them around a family's own `__init__`, `check` and `num_parameters`.
+`Mixer.__init_subclass__` puts them around a family's own `__init__`, `init_state`, `check` and `num_parameters`.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo import lists
+from zoo.errors import UsageError
 from zoo.layers import parameter
 from zoo.settings import nearest, setting, shown
 
@@ -34,6 +35,12 @@ class NormedMixerConfig(MixerConfig):
     )
 
 
+NO_STATE = (
+    "model.direction is bidirectional: what a token becomes depends on those after it, so there is no state to go on "
+    "from and nothing to generate; train with model.direction=causal for that"
+)
+
+
 def put_around(family: type, sizes_of: Callable[[int], Any]) -> None:
     """Let a family's own constructor, check and formula do what the settings of this file say.
 
@@ -46,11 +53,25 @@ def put_around(family: type, sizes_of: Callable[[int], Any]) -> None:
 
         @functools.wraps(init)
         def with_settings(self, config, sizes, **others):
+            self.causal = sizes.direction == "causal"
+            if sizes.direction not in self.directions or (self.runs_twice and not self.causal):
+                raise UsageError(_no_way(type(self), sizes.direction))
             init(self, config, _with_epsilon(sizes, config), **others)
             for name in _biases(config):
                 add_bias(projections(self)[name])
 
         family.__init__ = with_settings
+
+    if "init_state" in own:
+        init_state = own["init_state"]
+
+        @functools.wraps(init_state)
+        def of_causal(self, *arguments, **others):
+            if not self.causal:
+                raise UsageError(NO_STATE)
+            return init_state(self, *arguments, **others)
+
+        family.init_state = of_causal
 
     if "check" in own:
         check = family.check
@@ -87,6 +108,12 @@ def add_bias(layer: nnx.Linear) -> None:
     """y = x W + b: b is 0 at the start, and has no weight decay."""
     axes = layer.kernel.get_metadata("out_sharding")
     layer.use_bias, layer.bias = True, parameter(jnp.zeros((layer.out_features,)), axes[-1:], decay=False)
+
+
+def _no_way(family: type, direction: str) -> str:
+    if direction in family.directions:
+        return f"{family.__name__} alone runs one way; make it by zoo.mixers.make_mixer, which adds the other"
+    return f"direction: got {shown(direction)}, expected {' or '.join(family.directions)}, as {family.__name__} sees"
 
 
 def _biases(config: Any) -> list[str]:

@@ -5,10 +5,10 @@
     both                       y_t = W_o o_t
 
 Below, attention is local and sharp; above, it sees all, without the denominator of linear attention, whose gradients
-have no bound: an RMS norm without a scale, over all heads together, is in its place. The published T2, causal; T1 has
-relu and elu for softmax and phi. A document's blocks begin with it. q and k of the lower half are turned by rotary
-positions where the model has them. What a layer is comes from its place in the depth; `kind` may say it instead. A
-mixer outside a model is a first layer.
+have no bound: an RMS norm without a scale, over all heads together, is in its place. The published T2; T1 has relu and
+elu for softmax and phi. Bidirectional: over all s of the block, and S the sum over all of the document. A document's
+blocks begin with it. q and k of the lower half are turned by rotary positions where the model has them. What a layer is
+comes from its place in the depth; `kind` may say it instead. A mixer outside a model is a first layer.
 State: keys and values of the last block - 1 tokens, and S, float32 [batch, heads, K, V]; a layer uses one of the two.
 """
 
@@ -41,6 +41,7 @@ class TransNormerConfig(NormedMixerConfig):
 
 class TransNormer(Mixer):
     config_class = TransNormerConfig
+    runs_twice = False
     saved_names = ("transnormer_q", "transnormer_k", "transnormer_v")
 
     def __init__(self, config: TransNormerConfig, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
@@ -68,6 +69,9 @@ class TransNormer(Mixer):
 
         def normed():
             phi = lambda x: rounded_once(lambda x: jax.nn.elu(x) + 1.0, x)  # noqa: E731
+            if not self.causal:
+                o = ops.full_linear_attention(phi(q), phi(k), v, segment_ids=segment_ids)
+                return self.norm(o.reshape(x.shape)), None
             initial = None if state is None else state["S"]
             o, final = ops.linear_attention(phi(q), phi(k), v, initial_state=initial, segment_ids=segment_ids)
             after = state
@@ -89,7 +93,7 @@ class TransNormer(Mixer):
         # Neighbours are of one id if they are of one block of one segment.
         numbers = segment_ids.numbers if isinstance(segment_ids, Segments) else segment_ids
         ids = count // self.block % 2 + (0 if numbers is None else 2 * numbers)
-        given = {"window": self.block, "segment_ids": ids}
+        given = {"causal": self.causal, "window": self.block, "segment_ids": ids}
         if state is not None:
             of_call = {"seen": count[:, 0] % self.block, "count": count, "segment_ids": segment_ids}
             k, v, ids, after = with_recent(k, v, ids, state, **of_call)

@@ -110,6 +110,16 @@ def halo(x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate(pieces, 1) if pieces else x[:, :0]
 
 
+def halo_after(x: jax.Array, width: int) -> jax.Array:
+    """The `width` tokens after this shard's last one, [B, width, ...]; zeros where there are none."""
+    return jnp.flip(mirrored(halo(reversed_time(x), width)), 1)
+
+
+def reversed_time(x: jax.Array) -> jax.Array:
+    """This shard's part of the sequence from its last token to its first."""
+    return jnp.flip(mirrored(x), 1)
+
+
 def gathered(x: jax.Array) -> jax.Array:
     """All tokens, [B, T, ...], on every device."""
     return lax.all_gather(x, AXIS, axis=1, tiled=True)

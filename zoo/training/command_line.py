@@ -68,9 +68,10 @@ def _read_overrides(argv: list[str]) -> list[str]:
 
 def listing() -> str:
     """Mixers, sizes, config files and every setting."""
-    lines = ["Mixers (--config.model.mixer=NAME, or a pattern such as gla,gla,attention):"]
+    lines = ["Mixers (--config.model.mixer=NAME, or a pattern such as gla,gla,attention), and model.direction of each:"]
     for name, mixer in MIXERS.items():
-        lines.append(f"  {name:18} {sys.modules[mixer.__module__].__doc__.splitlines()[0]}")
+        directions = "both" if len(mixer.directions) == 2 else mixer.directions[0]
+        lines.append(f"  {name:18} {directions:14} {sys.modules[mixer.__module__].__doc__.splitlines()[0]}")
     lines += ["", "Sizes (--config=gla:SIZE):"]
     for name, size in zoo_config.SIZES.items():
         lines.append(
