@@ -103,6 +103,7 @@ def warnings(runs: list[Run]) -> list[str]:
     if len({run.corpus for run in runs}) > 1:
         found.append("the runs read different texts; their losses do not compare, so each text has a table of its own")
     for field, value, what in (
+        ("train.objective", lambda c: c.train.objective, "losses of masked and of next tokens do not compare"),
         ("train.context_length", lambda c: c.train.context_length, "longer contexts make tokens easier to predict"),
         ("data.tokenizer", lambda c: c.data.tokenizer, "compare bits per byte, not loss per token"),
     ):

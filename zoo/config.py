@@ -33,6 +33,7 @@ MLP_CHOICES = {
     "none": "no MLP in a block",
 }  # fmt: skip
 DIRECTION_CHOICES = {CAUSAL: "those before it", BIDIRECTIONAL: "all of its document"}
+OBJECTIVES = {"next_token": "by causal models", "masked_tokens": "by bidirectional ones"}
 NORM_CHOICES = {"rms_norm": "root mean square, and a scale", "layer_norm": "mean and variance, a scale and a bias"}
 NORM_POSITIONS = {"before": "x + f(norm(x))", "after": "x + norm(f(x))", "both": "x + norm(f(norm(x)))"}
 DTYPES = ("float32", "bfloat16")
@@ -115,7 +116,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass
+class MaskConfig:
+    """Of the objective masked_tokens: zoo/data/masking.py."""
+
+    share: float = setting(0.15, "of a row's tokens, those to predict", above=0, at_most=1)
+    span_length: int = setting(1, "tokens that are chosen together", unit="token", at_most=1024)
+    masked: float = setting(0.8, "of those, the share that the mask token replaces", at_least=0, at_most=1)
+    random: float = setting(0.1, "and the share that another token replaces; the rest stays", at_least=0, at_most=1)
+
+
+@dataclasses.dataclass
 class TrainConfig:
+    objective: str = setting("next_token", "what is predicted", choices=OBJECTIVES)
     steps: int = setting(1000, "steps of the run", unit="step", also=("iterations", "max_iters", "num_updates"))
     batch_size: int = setting(
         16, "sequences a step, over all devices and microbatches", unit="sequence", also=("bs", "bsz")
@@ -126,6 +138,7 @@ class TrainConfig:
     seed: int = setting(0, "of initial weights, order and dropout", at_least=0, at_most=2**32 - 1)
     accumulate_steps: int = setting(1, "microbatches a step", unit="microbatch", also=("grad_accum",))
     log_every: int = setting(10, "steps between rows of metrics", unit="step")
+    mask: MaskConfig = section(MaskConfig)
 
 
 @dataclasses.dataclass
@@ -384,9 +397,21 @@ def _training_problems(config: Config) -> list[str]:
             f"model.max_positions: a table of {config.model.max_positions} is shorter than train.context_length = "
             f"{train.context_length}; make it at least that"
         )
-    if config.model.direction != CAUSAL:
+    causal, next_token = config.model.direction == CAUSAL, train.objective == "next_token"
+    if next_token and not causal:
         found.append(
-            "model.direction: a bidirectional model reads the next token, which training predicts; train a causal one"
+            "train.objective: a bidirectional model reads the next token, which it would predict; set "
+            "train.objective=masked_tokens, or model.direction=causal"
+        )
+    if causal and not next_token:
+        found.append(
+            "train.objective: a causal model predicts a masked token from its left alone, as next_token lets it do of "
+            "every token; set model.direction=bidirectional, or train.objective=next_token"
+        )
+    if not next_token and train.mask.masked + train.mask.random > 1:
+        found.append(
+            f"train.mask.random: {train.mask.random:g} and train.mask.masked = {train.mask.masked:g} are more than all "
+            f"tokens to predict; use at most {1 - train.mask.masked:.4g}"
         )
     for name, rows in (("train.batch_size", train.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if rows * train.context_length > INT_MAX:

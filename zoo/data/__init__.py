@@ -6,10 +6,12 @@ from zoo.data.pipeline import (
     ValidationBatches,
     check,
     corpus_info,
+    labels,
     table_figures,
     tokenize,
     training_dataset,
     validation_batches,
+    vocabulary,
 )
 from zoo.data.yardstick import conclusion
 
@@ -19,9 +21,11 @@ __all__ = [
     "check",
     "conclusion",
     "corpus_info",
+    "labels",
     "table_figures",
     "tokenize",
     "tokenizer",
     "training_dataset",
     "validation_batches",
+    "vocabulary",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from zoo.data.streams import Stream
 
-_NOTHING = -1  # in a row: behind the stream's end
+NOTHING = -1  # in a row: behind the stream's end
 
 
 class Packs:
@@ -37,7 +37,7 @@ class Packs:
 
     def read(self, indices: Sequence[int], num_rows: int) -> np.ndarray:
         """Rows of inputs and last target, int32 [num_rows, T + 1]; those without a pack have nothing to predict."""
-        rows = np.full((num_rows, self._context_length + 1), _NOTHING, np.int32)
+        rows = np.full((num_rows, self._context_length + 1), NOTHING, np.int32)
         for row, index in zip(rows, indices, strict=False):
             tokens = self.row(index)
             row[: len(tokens)] = tokens
@@ -61,10 +61,14 @@ def to_batch(rows: np.ndarray, separator_id: int) -> dict[str, np.ndarray]:
       a separator starts a new one. Where there is nothing to predict, weight and segment are 0.
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
-    is_separator = tokens == separator_id
-    segment_ids = np.cumsum(is_separator, axis=1, dtype=np.int32) + 1 - is_separator[:, :1]
-    batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
-    weights = (targets != _NOTHING).astype(np.float32)
+    batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids(tokens, separator_id)}
+    weights = (targets != NOTHING).astype(np.float32)
     if not weights.all():
         batch = {name: np.where(weights > 0, array, 0) for name, array in batch.items()}
     return {name: np.ascontiguousarray(array, np.int32) for name, array in batch.items()} | {"weights": weights}
+
+
+def segment_ids(tokens: np.ndarray, separator_id: int) -> np.ndarray:
+    """1, 2, ... in each row [b, T]; a separator starts a segment."""
+    is_separator = tokens == separator_id
+    return np.cumsum(is_separator, axis=1, dtype=np.int32) + 1 - is_separator[:, :1]

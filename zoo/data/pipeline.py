@@ -7,14 +7,14 @@ before; each of several processes takes the rows of the same global batch that i
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
 from zoo import lists, processes
-from zoo.data import cache, corpora, packing, synthetic, yardstick
+from zoo.data import cache, corpora, masking, packing, synthetic, yardstick
 from zoo.data import tokenizer as tokenizers
 from zoo.data.streams import Stream, content_hash
 from zoo.data.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def training_dataset(config: "Config", rows: Sequence[int] | None = None) -> Tra
     """
     length, batch_size = config.train.context_length, config.train.batch_size
     rows = range(batch_size) if rows is None else rows
-    if task := synthetic.find(config):
+    if task := _task(config):
         return _synthetic_dataset(config, task, rows)
     sources, weights, tokenizer = _settings(config)
     streams = [_streams(config, source, tokenizer)["train"] for source in sources]
@@ -115,10 +115,11 @@ def training_dataset(config: "Config", rows: Sequence[int] | None = None) -> Tra
         for part in (packs.ranges() if weights else [range(len(packs))])
     ]  # Grain orders the numbers of packs: it costs less for a number than for an array
     order = grain.MapDataset.mix(orders, weights) if weights else orders[0]
+    make = _objective(config, tokenizer)
 
     def batch(step):
         indices = [order[int(step) * batch_size + row] for row in rows]
-        return packing.to_batch(packs.read(indices, len(rows)), tokenizer.separator_id)
+        return make(packs.read(indices, len(rows)), [masking.training_seed(config, step, row) for row in rows])
 
     return TrainingDataset(
         tokens_per_epoch=sum(stream.num_targets for stream in streams),
@@ -148,14 +149,15 @@ def _synthetic_dataset(config: "Config", task: synthetic.Task, rows: Sequence[in
 class ValidationBatches:
     """The validation text once, in fixed order; iterate it as often as wanted."""
 
-    labels: ClassVar[None] = None  # every target counts
-    num_tokens: int  # to predict, in all
+    labels: int | None  # targets of a row that count, at most; None: all
+    num_tokens: int  # that can be predicted, in all
     text_bytes: int
     fingerprint: str  # of text and tokenizer
     streams: list[Stream]
     tokenizer: Tokenizer
     _packs: packing.Packs
     _context_length: int
+    _make: Callable[[np.ndarray, list[tuple[int, ...]]], Batch]
     batch_size: int  # rows of a batch, of which `only` leaves some
     _max_batches: int  # 0: all
     _rows: Sequence[int]
@@ -200,8 +202,11 @@ class ValidationBatches:
         return found
 
     def _batch(self, indices: Sequence[int]) -> Batch:
-        batch = packing.to_batch(self._packs.read(indices, len(self._rows)), self.tokenizer.separator_id)
+        seeds = [masking.validation_seed(i) for i in indices]
+        batch = self._make(self._packs.read(indices, len(self._rows)), seeds)
         batch["bytes"] = np.zeros_like(batch["weights"])
+        if self.labels is not None:  # bits per byte would be of other bytes than everybody's
+            return batch
         for row, i in enumerate(indices):
             stream, start = self._packs.position(i)
             stop = min(start + self._context_length, stream.num_targets)
@@ -227,7 +232,7 @@ def validation_batches(
     Raises:
       UsageError: as `training_dataset`.
     """
-    if task := synthetic.find(config, source or config.data.validation_source or None, context_length):
+    if task := _task(config, source or config.data.validation_source or None, context_length):
         return synthetic.validation_rows(task, config, max_batches)
     tokenizer = _settings(config)[2]
     length = config.train.context_length if context_length is None else context_length
@@ -235,6 +240,7 @@ def validation_batches(
         raise UsageError(f"context length: got {length}, expected at least 1 token")
     streams = _validation_streams(config, source, tokenizer)
     return ValidationBatches(
+        labels=labels(config, training=False, context_length=length),
         num_tokens=sum(stream.num_targets for stream in streams),
         text_bytes=sum(stream.text_bytes for stream in streams),
         fingerprint=content_hash([stream.fingerprint for stream in streams], tokenizer.fingerprint),
@@ -242,6 +248,7 @@ def validation_batches(
         tokenizer=tokenizer,
         _packs=packing.Packs(streams, length),
         _context_length=length,
+        _make=_objective(config, tokenizer),
         batch_size=config.eval.batch_size or config.train.batch_size,
         _max_batches=max_batches,
         _rows=range(config.eval.batch_size or config.train.batch_size),
@@ -290,9 +297,9 @@ def table_figures(dataset: TrainingDataset, validation: ValidationBatches, steps
 
     Returns:
       table_order, table_bits_per_byte, and table_bytes, of training text, that were counted; None for rows of a
-      synthetic task, which stand for no text.
+      synthetic task, which stand for no text, and for masked tokens, which have text on both sides.
     """
-    if isinstance(validation, synthetic.ValidationRows):
+    if validation.labels is not None:
         return {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
     rows = dataset.rows(steps)
     bits, counted = yardstick.table_bits_per_byte(rows, validation.streams, validation.tokenizer)
@@ -305,7 +312,7 @@ def check(config: "Config") -> None:
     Raises:
       UsageError: the first problem found.
     """
-    if task := synthetic.find(config):
+    if task := _task(config):
         _weights(config.data.weights, 1)
         if config.data.validation_source:
             raise UsageError(f"data.validation_source: {task.name} has validation rows of its own; leave it empty")
@@ -317,6 +324,38 @@ def check(config: "Config") -> None:
             warn("data.validation_source: training reads it too, so its loss says nothing of new text")
 
 
+def labels(config: "Config", *, training: bool, context_length: int | None = None) -> int | None:
+    """Targets of a row that count, at most, in training or in an evaluation; None: all do."""
+    if masking.is_objective(config):
+        return masking.labels(config, context_length or config.train.context_length)
+    return synthetic.labels(config, training=training)
+
+
+def vocabulary(config: "Config", tokenizer: Tokenizer) -> int:
+    """Ids that the model needs: the tokenizer's, the mask token's after them, or a synthetic task's."""
+    task = _task(config)
+    return max(tokenizer.vocab_size + masking.is_objective(config), task.vocab_size if task else 0)
+
+
+def _objective(config: "Config", tokenizer: Tokenizer) -> Callable[[np.ndarray, list[tuple[int, ...]]], Batch]:
+    """What makes a batch of rows of `packing.Packs`, and of a seed each."""
+    if not masking.is_objective(config):
+        return lambda rows, seeds: packing.to_batch(rows, tokenizer.separator_id)
+    separator, mask_id, mask = tokenizer.separator_id, tokenizer.vocab_size, config.train.mask
+    return lambda rows, seeds: masking.to_batch(rows, separator, mask_id, mask, seeds)
+
+
+def _task(config: "Config", source: str | None = None, context_length: int | None = None) -> synthetic.Task | None:
+    """`synthetic.find`; UsageError for a task where tokens are masked."""
+    task = synthetic.find(config, source, context_length)
+    if task and masking.is_objective(config):
+        raise UsageError(
+            f"data.source: {task.name} asks for the next token, which a bidirectional model reads; masked_tokens needs "
+            "text, or train the task with model.direction=causal and train.objective=next_token"
+        )
+    return task
+
+
 def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Tokenizer]:
     data = config.data
     sources = corpora.find_all(data.source, data.text_field)
@@ -324,6 +363,11 @@ def _settings(config: "Config") -> tuple[list[corpora.Source], list[float], Toke
     if data.validation_source:
         corpora.find(data.validation_source, data.text_field, "data.validation_source")
     tokenizer = tokenizers.load(data.tokenizer)
+    if 0 < config.model.vocab_size <= tokenizer.vocab_size and masking.is_objective(config):
+        raise UsageError(
+            f"model.vocab_size: {config.model.vocab_size} has no id for the mask token, which is the first after the "
+            f"tokenizer's {tokenizer.vocab_size}; use 0 (chosen by both) or at least {tokenizer.vocab_size + 1}"
+        )
     if 0 < config.model.vocab_size < tokenizer.vocab_size:
         raise UsageError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's largest id, "

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 
-from zoo import chips, flops, hlo, memory, pallas_costs, roofline, sharding
+from zoo import chips, data, flops, hlo, memory, pallas_costs, roofline, sharding
 from zoo import config as zoo_config
 from zoo.config import Config
-from zoo.data import synthetic
 from zoo.training import placement, step, topology
 
 GIB = 2**30
@@ -98,7 +97,7 @@ def compile_step(config: Config, name: str) -> Report:
         "optimizer": placement.bytes_of(jax.tree.leaves(state.opt))[1],
         "batch": placement.bytes_of(batch.values())[1],
     }
-    labels = synthetic.labels(config, training=True)
+    labels = data.labels(config, training=True)
     report = Report(
         topology=name,
         devices=mesh.size,

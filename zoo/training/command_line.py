@@ -11,9 +11,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from zoo import config as zoo_config
-from zoo import config_files, flops, memory
+from zoo import config_files, data, flops, memory
 from zoo.config import Config, pattern
-from zoo.data import synthetic
 from zoo.errors import UsageError
 from zoo.mixers import MIXERS
 from zoo.settings import Setting, declarations, shown, suggestions
@@ -99,7 +98,7 @@ def config_listing(config: Config, workdir: str = "") -> str:
     zoo_config.validate(config)
     config = settle_vocabulary(config, workdir or None)
     model, length = config.model, config.train.context_length
-    labels = synthetic.labels(config, training=True)
+    labels = data.labels(config, training=True)
     forward, train = (f(model, length, labels) for f in (flops.forward_flops_per_token, flops.train_flops_per_token))
     needed = memory.training(config)
     lines = [

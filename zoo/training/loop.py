@@ -26,7 +26,6 @@ from zoo import config as zoo_config
 from zoo import data, files, flops, memory, metrics, processes, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
-from zoo.data import synthetic
 from zoo.errors import RunError
 from zoo.training import placement, report
 from zoo.training import workdir as workdirs
@@ -132,7 +131,7 @@ class _Loop:
         writes = processes.is_first()
         self.writer = metrics.Writer(self.workdir, self.config, self.step) if writes else metrics.NoWriter()
         self.progress = ProgressLine(self.step, self.config.train.steps, silent=not writes)
-        labels = synthetic.labels(self.config, training=True)
+        labels = data.labels(self.config, training=True)
         self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length, labels)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self.peak_flops = peak and peak * mesh.size  # of all devices; None: unknown
@@ -357,9 +356,9 @@ class _Loop:
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
         }
-        if num_bytes:  # a synthetic task has none
+        if num_bytes:  # a synthetic task has none, and masked tokens count none
             row["eval_bits_per_byte"] = nats / math.log(2) / num_bytes
-        if "right" in sums:  # of a synthetic task
+        if "right" in sums:  # of a synthetic task, and of masked tokens
             row["eval_accuracy"] = sums["right"] / max(tokens, 1.0)
         if shown:
             self._write(row)

@@ -19,9 +19,8 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from zoo import processes, sharding
+from zoo import data, processes, sharding
 from zoo.config import Config
-from zoo.data import synthetic
 from zoo.model import LanguageModel
 from zoo.training.optimizer import make_optimizer
 from zoo.training.schedules import schedule
@@ -86,7 +85,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
         with sharding.use_mesh(mesh):
             return nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(key)), nnx.Param)
 
-    labels, asked = (synthetic.labels(config, training=training) for training in (True, False))
+    labels, asked = (data.labels(config, training=training) for training in (True, False))
 
     graphdef, abstract_params = nnx.split(abstract_model(config), nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)

@@ -109,15 +109,13 @@ def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...]) -
 
 
 def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Config:
-    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`) and
-    a synthetic task need."""
+    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`),
+    the objective and a synthetic task need."""
     config = copy.deepcopy(config)
     if config.model.vocab_size == 0:
         name = config.data.tokenizer
         tokenizer = data.tokenizer.for_run(files.expand(workdir), config) if workdir else data.tokenizer.load(name)
-        task = synthetic.find(config)
-        needed = max(tokenizer.vocab_size, task.vocab_size if task else 0)
-        config.model.vocab_size = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        config.model.vocab_size = -(-data.vocabulary(config, tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return config
 
 
