@@ -8,6 +8,7 @@ from zoo import evaluate, interop
 from zoo.checkpoints import load_run
 from zoo.data import validation_batches
 from zoo.errors import UsageError
+from zoo.evaluate.__main__ import main as evaluate_run
 from zoo.generate.__main__ import main as generate
 from zoo.training.loop import train
 
@@ -33,6 +34,9 @@ def test_a_masked_run_resumes_bit_by_bit_and_is_measured_by_its_masks(make_confi
     assert measured["loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
     assert measured["accuracy"] == pytest.approx(summary["eval_accuracy"])
 
+    evaluate_run([f"--workdir={workdir}", f"--cache_dir={config.data.cache_dir}"])
+    out, error = capsys.readouterr()
+    assert "accuracy" in out and error.count("asks for the next token, which a bidirectional model reads") == 3
     with pytest.raises(SystemExit):
         generate([f"--workdir={workdir}", "--prompt=def"])
     out, error = capsys.readouterr()

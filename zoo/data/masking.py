@@ -50,10 +50,10 @@ def to_batch(
 
     Returns:
       tokens, targets, segment_ids: int32 [b, T]; weights: float32 [b, T]. targets are the text; weights are 1 at chosen
-      tokens, else 0. Behind the text's end all are 0.
+      tokens, else 0. At the text's last token and behind it all are 0, as where the next token is predicted.
     """
     text = rows[:, :-1]
-    is_text = text != packing.NOTHING
+    is_text = rows[:, 1:] != packing.NOTHING
     can_be_chosen = is_text & (text != separator_id)
     segment_ids = packing.segment_ids(text, separator_id)
     draws = [np.random.default_rng(seed) for seed in seeds]

@@ -63,6 +63,8 @@ def _checked(names: str, request: Request) -> dict[str, Task]:
     chosen = tasks.find(names)
     for name, task in list(chosen.items()):
         try:
+            if not (request.run.model.causal or task.both_ways):
+                raise UsageError(f"--tasks: {name}: it asks for the next token, which a bidirectional model reads")
             task.check(request)
         except UsageError as error:
             if names.strip() != tasks.DEFAULT or name == "perplexity":

@@ -83,11 +83,13 @@ class Task:
       name: as in --tasks.
       about: what it measures, in a sentence.
       of_text: what it measures of runs compares on the same text alone.
+      both_ways: whether bidirectional models can do it.
     """
 
     name: str
     about: str
     of_text: ClassVar[bool] = False
+    both_ways: ClassVar[bool] = False
 
     def check(self, request: Request) -> None:
         """UsageError if it cannot be measured; nothing is compiled yet."""

@@ -14,7 +14,7 @@ from zoo.figures import Chart, Line, Table, interval, line_names, of_runs, shown
 class Perplexity(Task):
     name = "perplexity"
     about = "loss, perplexity and bits per byte of the text, by context length and by position"
-    of_text = True
+    of_text = both_ways = True
 
     def check(self, request):
         model = request.run.model
