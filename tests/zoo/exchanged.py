@@ -23,7 +23,8 @@ def compiled_text(family: str, time: int) -> str:
     cls = MIXERS[family]
     mixer = cls(cls.config_class(), Sizes(WIDTH, 1), layer_index=0, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(mixer, nnx.Param)
-    of_depth = cls.over_depth([nnx.merge(graphdef, jax.tree.map(lambda p: p[None], params))], jnp.zeros((1, 1)), 1)
+    stacked = nnx.merge(graphdef, jax.tree.map(lambda p: p[None], params))
+    of_depth = cls.over_depth([stacked], jnp.zeros((1, 1), jnp.int32), 1)
     given = {} if of_depth is None else {"depth": of_depth[0, 0]}
 
     def loss(params, x, ids):
