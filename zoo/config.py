@@ -371,7 +371,9 @@ def _model_problems(model: ModelConfig) -> list[str]:
         return [str(error)]
     for name, place in different.items():
         where = f"model.{name}." if name == place.family else f"model.mixer: {shown(name)}: "
-        family = [f"{where}{problem}" for problem in MIXERS[place.family].check(place.settings, model.d_model)]
+        mixer = MIXERS[place.family]
+        wrong = mixer.check(place.settings, model.d_model) + mixer.check_direction(place.settings, model.direction)
+        family = [f"{where}{problem}" for problem in wrong]
         found += family
         if not family and mlp_width(model, place) < 1 and model.mlp != "none":
             size = place.num_parameters(model.d_model) / model.d_model**2

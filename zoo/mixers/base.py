@@ -156,6 +156,11 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
+    def check_direction(config: Any, direction: str) -> list[str]:
+        """What is wrong with the settings in a model of that `model.direction`, as of `check`."""
+        return []
+
+    @staticmethod
     def num_parameters(config: Any, d_model: int) -> int:
         raise NotImplementedError
 
