@@ -106,11 +106,12 @@ def check_forward(config: Config, length: int) -> None:
     check(f"evaluating {tokens} tokens at once", tokens * _forward_bytes(config.model), jax.local_devices()[:1], advice)
 
 
-def check_state(model: LanguageModel, rows: int, length: int) -> None:
+def check_state(
+    model: LanguageModel, rows: int, length: int, advice: str = "lower max_tokens, or give fewer or shorter prompts"
+) -> None:
     """UsageError if the states of `rows` sequences of `length` tokens (caches grow with it) do not fit."""
     state = jax.eval_shape(lambda: model.init_state(rows, length))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    advice = "lower max_tokens, or give fewer or shorter prompts"
     check(f"{rows} sequence(s) of {length} tokens", size, jax.local_devices()[:1], advice)
 
 

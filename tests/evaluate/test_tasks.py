@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from zoo import data
-from zoo.checkpoints import Run
 from zoo.config import Config, preset
 from zoo.data import synthetic
 from zoo.errors import UsageError
@@ -52,7 +51,7 @@ def request_of(text, mixer="gla", source=None, positions=None, reader=None) -> R
     config.data.cache_dir = str(text / "cache")
     config.data.source = source or str(text / "text.jsonl")
     config.data.validation_source = "" if source else config.data.source
-    request = Request(config, Run(model, None, config, 7), [PIECE], 0)
+    request = Request(config, types.SimpleNamespace(model=model), [PIECE], 0)  # all that tasks know of a run
     if reader is not None:
         request.__dict__["reader"] = reader
     return request
@@ -61,7 +60,7 @@ def request_of(text, mixer="gla", source=None, positions=None, reader=None) -> R
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixer", ["gla", "attention"])
+@pytest.mark.parametrize("mixer", ["attention", pytest.param("gla", marks=pytest.mark.slow)])
 def test_rows_read_in_pieces_have_the_losses_of_one_call(mixer):
     model, _ = build(mixer)
     rng = np.random.default_rng(0)
@@ -251,7 +250,7 @@ def test_tasks_by_name():
 
 
 def test_a_tokens_time_is_the_median_of_runs(text, monkeypatch):
-    seconds = iter([9, 2, 1, 3, 2] * 3)
+    seconds = iter([9, 9, 9, 2, 2, 2, 1, 1, 1, 3, 3, 3, 2, 2, 2])  # lengths take turns
 
     def generate(model, prompts, max_tokens, sampling):
         took = next(seconds) / 1000 * max_tokens
@@ -274,3 +273,10 @@ def test_perplexity_keeps_each_documents_sums(text):
         assert tokens.tolist() == [LONG + 41] * 6 + [6] and sizes.tolist() == [LONG + 40] * 6 + [5]
         assert nats.sum() / math.log(2) / sizes.sum() == pytest.approx(r["bits_per_byte"], rel=1e-5)
         assert r["low"] < r["bits_per_byte"] < r["high"] and r["documents"] == 7 and r["unit"] == "bits per byte"
+
+
+def test_what_does_not_fit_the_memory_is_refused(text, monkeypatch):
+    monkeypatch.setattr("zoo.memory.available", lambda devices: 1000)
+    for name in ("extrapolation", "recall"):
+        with pytest.raises(UsageError, match=f"--tasks: {name}: 4 sequence.* of 256 tokens: at least .* name other"):
+            tasks.TASKS[name].check(request_of(text, "attention"))

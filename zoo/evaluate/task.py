@@ -66,7 +66,8 @@ class Request:
     def check_reader(self, task: str) -> None:
         """UsageError if the states of `reader` do not fit."""
         try:
-            memory.check_state(self.run.model, self.reader.rows, self.longest)
+            advice = "name other --tasks, or lower eval.batch_size in its config.json"
+            memory.check_state(self.run.model, self.reader.rows, self.longest, advice)
         except UsageError as error:
             raise UsageError(f"--tasks: {task}: {error}") from error
 

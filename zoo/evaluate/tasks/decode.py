@@ -26,9 +26,14 @@ class Decode(Task):
 
     def measure(self, request):
         model, rng, found = request.run.model, np.random.default_rng(0), []
-        for length in request.track(self._lengths(request), "decode"):
-            prompt = rng.integers(0, model.tokenizer_size, length).tolist()
-            runs = [generate(model, [prompt], _WRITTEN, _LIKELIEST) for _ in range(_RUNS)]
+        lengths = self._lengths(request)
+        prompts = [rng.integers(0, model.tokenizer_size, length).tolist() for length in lengths]
+        # Lengths take turns, so that a slow moment of the machine falls on all of them.
+        rounds = [
+            [generate(model, [prompt], _WRITTEN, _LIKELIEST) for prompt in prompts]
+            for _ in request.track(range(_RUNS), "decode")
+        ]
+        for length, *runs in zip(lengths, *rounds, strict=True):
             seconds = [run.decode_seconds / run.decode_tokens for run in runs]
             found.append(
                 {
