@@ -139,6 +139,16 @@ def test_the_record_of_an_evaluation_says_what_was_measured(run, text, tmp_path,
     capsys.readouterr()
 
 
+@pytest.mark.slow
+def test_what_a_run_cannot_do_is_left_out_unless_it_was_asked_for(run, tmp_path, capsys):
+    evaluate([f"--workdir={run}", f"--output={tmp_path / 'own.json'}"])
+    assert list(json.loads((tmp_path / "own.json").read_text())["tasks"]) == ["perplexity", "decode"]
+    errors = capsys.readouterr().err
+    assert errors.count("warning: left out: ") == 2 and "recall: the validation text has fewer than 4" in errors
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"own.json", "own.npz", "own.html", "own_perplexity.png", "own_decode.png"}
+
+
 def test_any_text_can_be_evaluated(run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("another text, all of it\n" * 5)
@@ -286,6 +296,9 @@ EVALUATE = {
     "no step": (["--step=3"], "no checkpoint of step 3; it has steps 7"),
     "unknown task": (["--tasks=perplexty"], "unknown task 'perplexty'; known, nearest first: perplexity"),
     "no task": (["--tasks="], "--tasks: got none; known: perplexity"),
+    "a task too large": (["--tasks=mqar"], "--tasks: mqar has 8192 token ids, and the model"),
+    "a task's option": (["--tasks=needle?dept=1"], "--tasks: needle: unknown option 'dept'; known, nearest"),
+    "text too short": (["--tasks=recall"], "recall: the validation text has fewer than 4 documents of 64 tokens"),
     "no such text": (["--source=nowhere.txt"], "no file 'nowhere.txt'"),
     "context length": (["--context_length=64,none"], "--context_length: got 'none', expected a whole number"),
     "context length 0": (["--context_length=0"], "--context_length: got 0, expected at least 1 token"),

@@ -36,6 +36,14 @@ class Chart(NamedTuple):
         ]
 
 
+class Intervals(NamedTuple):
+    """Of each name a value between two others, one under the other."""
+
+    title: str
+    x: str
+    rows: Sequence[tuple[str, float, float, float]]  # name, low, value, high
+
+
 class Table(NamedTuple):
     title: str
     headings: Sequence[str]

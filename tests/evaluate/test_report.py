@@ -17,7 +17,7 @@ from tests.evaluate.test_compare import run, write_run
 from zoo import plots
 from zoo.evaluate import documents, html, svg
 from zoo.evaluate.documents import Documents
-from zoo.figures import Chart, Line, Table
+from zoo.figures import Chart, Intervals, Line, Table
 from zoo.mixers import MIXERS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -209,6 +209,15 @@ def test_an_axis_has_ticks_within_it(values, base):
     ticks = axis.ticks()
     assert 1 <= len(ticks) <= 12 and len({text for _, text in ticks}) == len(ticks)
     assert all(-1e-6 <= axis.at(value) <= 100 + 1e-6 for value, _ in ticks)
+
+
+def test_intervals_stand_on_one_scale():
+    rows = [("a", 0.0, 0.0, 0.0), ("<b>" * 9, -1.0, 1.0, 3.0)]
+    text = svg.intervals(Intervals("t", "x", rows), [svg.Look(0, "", 0), svg.Look(1, "", 1)])
+    at = {tick: float(x) for x, tick in re.findall(r'<text x="([\d.]+)" y="56" text-anchor="middle">(-?\d)<', text)}
+    assert re.findall(r'd="M([\d.]+) 33.5H([\d.]+)"', text) == [(f"{at['-1']:.1f}", f"{at['3']:.1f}")]
+    assert [float(x) for x in re.findall(r"translate\(([\d.]+)", text)] == [at["0"], at["1"]]
+    assert "<b>" not in text and "..." in text
 
 
 def test_numbers_of_an_axis():

@@ -8,7 +8,7 @@ from zoo import files
 from zoo.errors import UsageError
 from zoo.evaluate import documents, html, tasks
 from zoo.evaluate.documents import Documents
-from zoo.figures import Table, interval, shown
+from zoo.figures import Intervals, Table, interval, shown
 
 _LARGEST = 64 << 20  # bytes of an evaluate.json
 _ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError)
@@ -106,8 +106,9 @@ def sections(runs: Sequence[Evaluated]) -> list[html.Section]:
         ranked, notes = differences(on_text)
         if ranked or notes:
             table = [difference_table(ranked)] if ranked else []
+            figure = [_difference_figure(ranked)] if ranked else []
             title = "Differences" if len(by_text) == 1 else f"Differences on text {text}"
-            found.append(html.Section(title, tables=table, notes=[*([_ABOUT] if ranked else []), *notes]))
+            found.append(html.Section(title, figure, table, notes=[*([_ABOUT] if ranked else []), *notes]))
     names = dict.fromkeys(name for run in runs for name in run.record["tasks"])
     for name in names:
         if (task := tasks.of_record(name)) is None:
@@ -134,6 +135,11 @@ def difference_table(ranked: Sequence[Difference]) -> Table:
     title = f"{first.unit} at context {first.context_length:,}, and the difference from {first.best}"
     rows = [[d.run, f"{d.loss:.4f}", *(["the best", "", ""] if d.run == d.best else _apart(d))] for d in ranked]
     return Table(title, ["run", first.unit, "difference", "95 %", "told apart"], rows, texts=1)
+
+
+def _difference_figure(ranked: Sequence[Difference]) -> Intervals:
+    rows = [(d.run, d.low, d.difference, d.high) for d in ranked]
+    return Intervals(f"Difference from {ranked[0].best}", f"{ranked[0].unit}, with 95 % interval", rows)
 
 
 def _apart(d: Difference) -> list[str]:

@@ -6,7 +6,7 @@ What stands in files of runs is text: all of it is escaped, and the page's polic
 from collections.abc import Iterable, Mapping, Sequence
 
 from zoo.evaluate import svg
-from zoo.figures import Chart, Table
+from zoo.figures import Chart, Intervals, Table
 
 # Of dark pages: those of `zoo.plots.COLOURS` in the same order, lighter.
 _DARK = ("#9d8df1", "#f0919e", "#55c47e", "#6cc4f5", "#e573ad", "#cfcf62", "#63d6c2", "#dd8cd2", "#f4c05f")
@@ -37,7 +37,7 @@ ul.legend { list-style: none; margin: 6px 0 0; padding: 0; display: flex; flex-w
 ul.legend li { display: flex; align-items: center; gap: 6px; min-width: 0; } svg.swatch { width: 36px; flex: none; }
 table { border-collapse: separate; border-spacing: 0; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { color: var(--muted); font-weight: 500; vertical-align: bottom; } th:not(.text) { white-space: normal; }
+th { color: var(--muted); font-weight: 500; vertical-align: bottom; } th:not(.text) { white-space: normal; min-width: 9ch; }
 .text { text-align: left; } tr > :first-child { padding-left: 0; }
 tr > .text:first-child { position: sticky; left: 0; background: var(--card); }
 @media print { figure, .card { break-inside: avoid; } }
@@ -48,7 +48,11 @@ class Section:
     """A heading, and tables and charts under it. `notes` are sentences."""
 
     def __init__(
-        self, title: str, charts: Iterable[Chart] = (), tables: Iterable[Table] = (), notes: Iterable[str] = ()
+        self,
+        title: str,
+        charts: Iterable[Chart | Intervals] = (),
+        tables: Iterable[Table] = (),
+        notes: Iterable[str] = (),
     ):
         self.title, self.charts, self.tables, self.notes = title, [*charts], [*tables], [*notes]
 
@@ -110,7 +114,10 @@ def _dash(linestyle: str | tuple) -> str:
     return "" if isinstance(linestyle, str) else " ".join(f"{1.5 * length:g}" for length in linestyle[1])
 
 
-def _figure(chart: Chart, looks: Mapping[str, svg.Look]) -> str:
+def _figure(chart: Chart | Intervals, looks: Mapping[str, svg.Look]) -> str:
+    if isinstance(chart, Intervals):
+        picture = svg.intervals(chart, [looks[name] for name, *_ in chart.rows])
+        return f"<figure><figcaption>{svg.escaped(chart.title)}</figcaption>{picture}</figure>"
     if len(looks) == 1 or len({line.run for line in chart.lines}) < len(chart.lines):
         from zoo import plots
 

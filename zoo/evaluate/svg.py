@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from zoo.figures import Chart
+from zoo.figures import Chart, Intervals
 from zoo.terminal import one_line
 
 # Units of the view box: about the pixels of the narrowest phone, where letters are to be as large as the page's.
 _WIDTH, _HEIGHT = 316, 228
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 308, 24, 188
+_NAMES, _NAME, _ROW = 122, 19, 17  # of intervals: the names' width, their letters at most, a row's height
 _MARKED = 12  # points of a line that have a marker, at most
 
 # Around (0, 0).
@@ -73,6 +74,32 @@ def draw(chart: Chart, looks: Sequence[Look]) -> str:
     for i, (line, own, look) in enumerate(zip(chart.lines, lines, looks, strict=True)):
         if own:
             parts.append(_line(f"l k{i}", line.name, own, [(across.at(x), up.at(y)) for x, y in own], look))
+    return "".join([*parts, "</svg>"])
+
+
+def intervals(figure: Intervals, looks: Sequence[Look]) -> str:
+    """A row a name, with a line at 0."""
+    across = _Axis([0.0, *(x for row in figure.rows for x in row[1:])], _NAMES, _WIDTH - 8, 0, most=4)
+    bottom = 8 + _ROW * len(figure.rows)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {bottom + 38}" role="img" aria-label="{escaped(figure.title)}">']
+    for value, text in across.ticks():
+        x = across.at(value)
+        parts.append(f'<path class="{"marked" if value == 0 else "grid"}" d="M{x:.1f} 4V{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{text}</text>')
+    parts.append(
+        f'<text class="label" x="{_WIDTH / 2}" y="{bottom + 32}" text-anchor="middle">{escaped(figure.x)}</text>'
+    )
+    for i, ((name, low, value, high), look) in enumerate(zip(figure.rows, looks, strict=True)):
+        y = 8 + _ROW * (i + 0.5)
+        cut = name if len(name) <= _NAME else f"{name[: _NAME - 8]}...{name[-5:]}"
+        parts.append(f'<text class="label" x="{_NAMES - 8}" y="{y + 3.5:.1f}" text-anchor="end">{escaped(cut)}</text>')
+        title = escaped(f"{name}: {value:+.4f}, {low:+.4f} to {high:+.4f}")
+        parts.append(
+            f'<g style="color:var(--c{look.colour})"><title>{title}</title>'
+            f'<path d="M{across.at(low):.1f} {y:.1f}H{across.at(high):.1f}" stroke="currentColor" stroke-width="2"/>'
+            f'<path d="{MARKERS[look.marker % len(MARKERS)]}" transform="translate({across.at(value):.1f} {y:.1f})" '
+            'fill="currentColor"/></g>'
+        )
     return "".join([*parts, "</svg>"])
 
 
