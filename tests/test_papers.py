@@ -14,11 +14,13 @@ import pytest
 from flax import nnx
 
 from benchmarks import papers, record
+from benchmarks.papers import __main__ as command
+from benchmarks.papers import h3, kept, models, report, set_up, training
 from zoo.config import OptimizerConfig
 from zoo.data.synthetic import make
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = papers.Setup(
+SMALL = set_up.Setup(
     make("induction_heads", vocab_size=8, length=6),
     "attention",
     published="-",
@@ -38,13 +40,13 @@ def test_seeds_side_by_side_and_rows_shared_out_over_devices_train_as_on_one():
         import json
         import jax
         jax.config.update("jax_num_cpu_devices", 4)
-        from benchmarks import papers
+        from benchmarks.papers import training
         from tests.test_papers import SMALL
         assert jax.device_count() == 4
-        beside, another = papers.run(SMALL, [0, 1])
-        [shared] = papers.run(SMALL, [0])
+        beside, another = training.run(SMALL, [0, 1])
+        [shared] = training.run(SMALL, [0])
         jax.device_count = lambda: 1
-        print("RUNS", json.dumps([*papers.run(SMALL, [0]), *papers.run(SMALL, [1]), beside, shared, another]))
+        print("RUNS", json.dumps([*training.run(SMALL, [0]), *training.run(SMALL, [1]), beside, shared, another]))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
@@ -59,11 +61,15 @@ def test_seeds_side_by_side_and_rows_shared_out_over_devices_train_as_on_one():
 def test_a_run_is_kept_until_its_set_up_changes(monkeypatch, tmp_path):
     runs = []
 
-    def run(setup, seeds):
-        runs.append((setup.steps, *seeds))
-        return [{"accuracy_6": 50.0 + seed} for seed in seeds]
+    class Trainer:
+        def __init__(self, setup):
+            self.steps = setup.steps
 
-    monkeypatch.setattr(papers, "run", run)
+        def train_and_test(self, asked):
+            runs.append((self.steps, *((seed, rate) for seed, rate in asked)))
+            return [{"accuracy_6": 50.0 + seed} for seed, _ in asked]
+
+    monkeypatch.setattr(kept, "Trainer", Trainer)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
     record.RESULTS.parent.mkdir()
@@ -77,16 +83,52 @@ def test_a_run_is_kept_until_its_set_up_changes(monkeypatch, tmp_path):
         (longer, 1, False, False),
         (longer, 1, True, False),
     ):
-        found = papers.run_or_recall("h3", setup, seeds, again, partial)
+        [found] = kept.run_or_recall("h3", [setup], seeds, again, partial)
         assert [run["accuracy_6"] for run in found] == [50.0 + seed for seed in range(seeds)]
-    assert runs == [(8, 0), (8, 1, 2), (8, 3), (9, 0), (9, 0), (9, 0)]
-    assert papers.kept_runs("h3").keys() == {f"induction_heads attention {seed}" for seed in range(4)}
+    rate = SMALL.optimizer.learning_rate
+    expected = [(8, 0), (8, 1, 2), (8, 3), (9, 0), (9, 0), (9, 0)]
+    assert runs == [(steps, *((seed, rate) for seed in seeds)) for steps, *seeds in expected]
+    assert kept.kept_runs("h3").keys() == {f"induction_heads attention {seed}" for seed in range(4)}
+    [left] = kept.run_or_recall("h3", [SMALL], 5, False, False, recall_only=True)  # `longer` took the place of one
+    assert [run["accuracy_6"] for run in left] == [51.0, 52.0, 53.0]
+
+
+def tuned(rate):
+    optimizer = dataclasses.replace(SMALL.optimizer, learning_rate=rate)
+    return dataclasses.replace(SMALL, optimizer=optimizer, is_tuned=True, rows=0)
+
+
+@pytest.mark.slow
+def test_learning_rates_are_arguments_of_one_program(monkeypatch):
+    """Whatever stands beside it, a run is that of its own set-up."""
+    setups = [tuned(1e-2), tuned(1e-3)]
+    assert command.cells_of(setups) == [[setups]]
+    trainer = training.Trainer(setups[0])
+    runs = [training.Run(0, setup.optimizer.learning_rate) for setup in setups]
+    together = [trainer.train_and_test([run])[0] for run in runs]
+    assert len(trainer._programs) == 1
+    alone = training.run(setups[1], [0])[0]
+    assert together[1]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert together[0]["loss"] != pytest.approx(alone["loss"], rel=1e-3)
+    assert alone.keys() == {"seconds", "loss", "validation_6", "accuracy_6"}
+
+
+def test_validation_rows_choose_the_learning_rate():
+    setups = [tuned(1e-2), tuned(1e-3), tuned(1e-4)]
+    figures = [[(50, 90)], [(60, 10), (80, 70), (70, 30)], []]  # validation, accuracy
+    runs = [[{"validation_6": v, "accuracy_6": a, "seconds": 1.0} for v, a in of] for of in figures]
+    cell = report.cell([*zip(setups, runs, strict=True)])
+    assert cell.setup is setups[1] and cell.accuracies(6) == [10, 70, 30]
+    task, mixer, size, length, rate, _, median, span, seeds, _ = cell.rows()[0]
+    assert (rate, median, span, seeds) == ("0.001", "30.0", "10.0 - 70.0", "3")
+    assert int(size.replace(",", "")) == 2 * 2 * (7 * 16 * 4 + 4)  # two layers: keys and values of 7 tokens, two counts
+    assert report.cell([(setups[2], [])]) is None
 
 
 @pytest.mark.parametrize("mixer", ["s4d", "h3"])
 def test_h3s_set_ups_start_from_matrices_of_the_released_deviation(mixer):
-    setup = next(setup for setup in papers.h3_setups() if setup.mixer == mixer)
-    found = nnx.to_flat_state(nnx.state(papers.make_model(setup, seed=0), nnx.Param))
+    setup = next(setup for setup in h3.setups() if setup.mixer == mixer)
+    found = nnx.to_flat_state(nnx.state(models.make_model(setup, seed=0), nnx.Param))
     deviations = {path[-2]: float(np.std(value[...])) for path, value in found if path[-1] == "kernel"}
     assert deviations.pop("down") == pytest.approx(0.01, rel=1e-3)
     assert len(deviations) >= 2 and list(deviations.values()) == pytest.approx([0.02] * len(deviations), rel=1e-3)
@@ -94,8 +136,8 @@ def test_h3s_set_ups_start_from_matrices_of_the_released_deviation(mixer):
 
 @pytest.mark.parametrize("mixer", ["attention", "s4d", "h3"])
 def test_h3s_set_ups_have_gpt2s_norms_and_a_bias_in_every_projection(mixer):
-    setup = next(setup for setup in papers.h3_setups() if setup.mixer == mixer)
-    plain, made = (papers.make_model(dataclasses.replace(setup, as_gpt2=flag), seed=0) for flag in (False, True))
+    setup = next(setup for setup in h3.setups() if setup.mixer == mixer)
+    plain, made = (models.make_model(dataclasses.replace(setup, as_gpt2=flag), seed=0) for flag in (False, True))
     before, after = (dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in (plain, made))
     biases = after.keys() - before.keys()
     assert biases == {(*path[:-1], "bias") for path in before if path[-1] in ("kernel", "scale")}
@@ -112,9 +154,9 @@ def test_h3s_set_ups_have_gpt2s_norms_and_a_bias_in_every_projection(mixer):
 
 
 def test_h3s_set_ups_decay_all_but_A_B_and_dt():
-    setup = next(setup for setup in papers.h3_setups() if setup.mixer == "h3")
-    params = nnx.state(papers.make_model(setup, seed=0), nnx.Param)
-    optimizer = papers.optimizer_of(dataclasses.replace(setup, optimizer=OptimizerConfig(warmup_steps=0)), params)
+    setup = next(setup for setup in h3.setups() if setup.mixer == "h3")
+    params = nnx.state(models.make_model(setup, seed=0), nnx.Param)
+    optimizer = models.optimizer_of(dataclasses.replace(setup, optimizer=OptimizerConfig(warmup_steps=0)), params)
     ones = jax.tree.map(jnp.ones_like, params)
     nothing = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(nothing, optimizer.init(ones), ones)
@@ -124,15 +166,35 @@ def test_h3s_set_ups_decay_all_but_A_B_and_dt():
     assert all(moved[name] for name in ("D", "scale", "bias", "kernel", "c", "c_real"))
 
 
-def test_every_set_up_has_runs_of_its_own():
-    for paper, setups in papers.SETUPS.items():
-        names = [(setup.label, setup.mixer) for setup in setups()]
-        assert len(set(names)) == len(names), paper
+def set_ups(paper):
+    """Reduced and full ones, by the name of the results that they are kept under."""
+    forms = {paper: papers.PAPERS[paper].setups, f"{paper}_full": papers.PAPERS[paper].full}
+    return {name: [*form()] for name, form in forms.items() if form}
 
 
-@pytest.mark.parametrize("paper", papers.SETUPS)
+@pytest.mark.parametrize("paper", papers.PAPERS)
+def test_every_set_up_has_runs_of_its_own(paper):
+    for name, setups in set_ups(paper).items():
+        names = [setup.name for setup in setups]
+        assert len(set(names)) == len(names), name
+
+
+@pytest.mark.parametrize("paper", papers.PAPERS)
 def test_kept_runs_are_of_the_set_ups(paper):
     """Or a command would train them again."""
-    setups = {f"{setup.label} {setup.mixer}": setup.description for setup in papers.SETUPS[paper]()}
-    for name, run in papers.kept_runs(paper).items():
-        assert run["setup"] == setups[name.rsplit(" ", 1)[0]], name
+    for kept_as, setups in set_ups(paper).items():
+        descriptions = {setup.name: setup.description for setup in setups}
+        for name, run in kept.kept_runs(kept_as).items():
+            assert run["setup"] == descriptions[name.rsplit(" ", 1)[0]], name
+
+
+@pytest.mark.slow
+def test_every_set_up_is_a_model():
+    """Of the new papers, at each width."""
+    seen = set()
+    for paper in ("mqar", "mad", "extrapolation"):
+        for setup in papers.PAPERS[paper].setups():
+            kind = setup.mixer, setup.d_model, str(setup.model)
+            if kind not in seen:
+                seen.add(kind)
+                assert report.state_bytes(setup) > 0

@@ -1,0 +1,46 @@
+"""Tasks that follow a state: parity (arXiv:2411.12537), word problems (arXiv:2502.10297); reduced for a CPU."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from benchmarks.papers.set_up import Setup
+from zoo.config import OptimizerConfig
+from zoo.data.synthetic import make
+from zoo.mixers import MIXERS
+
+
+def setups() -> Iterator[Setup]:
+    """What a transition can follow: decays and corrections of b up to 1 forget, of b up to 2 they reflect, and n
+    reflections a token make what moves n dimensions.
+
+    Published, where the papers have the row: whether it was solved at lengths beyond the training's (parity), or at the
+    training's (word problems; n steps of which DeltaProduct).
+    """
+    model = {"num_layers": 1, "positions": "none"}
+    rotary = model | {"positions": "rope"}  # learned positions end where training did
+    sizes = {"d_model": 64, "d_ff": 128}
+    task, lengths = make("parity", length=32), (128,)
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=100, final_fraction=0.0)
+    bounded = {name: {"num_heads": 4} for name in ("delta_net", "gated_delta_net", "kda", "gated_delta_product")}
+    bounded["gated_delta_product"]["forget_gate"] = False
+    published = {name: "not solved" for name in ("attention", "mlstm", "mamba", "delta_net")}
+    runs = [("parity", mixer, published.get(mixer, "-"), {}) for mixer in MIXERS if mixer not in bounded]
+    for bound in (1.0, 2.0):
+        for mixer, settings in bounded.items():
+            found = {1.0: "not solved", 2.0: "solved"}[bound] if mixer in ("delta_net", "gated_delta_product") else "-"
+            runs.append((f"parity b<={bound:.0f}", mixer, found, settings | {"beta_max": bound}))
+    for label, mixer, found, settings in runs:
+        setup = Setup(task, mixer, found, 1000, 32, optimizer, test_lengths=lengths, settings=settings, **sizes)
+        yield dataclasses.replace(setup, label=label, model=rotary if mixer == "attention" else model)
+
+    optimizer = dataclasses.replace(optimizer, weight_decay=0.0)
+    for group, needed in {"S3": 2, "A5": 2, "S5": 4}.items():  # steps a token that solve it
+        task, lengths = make(f"word_problem:{group}", length=16), (64,)
+        runs = [(group, "attention", "-", {})]
+        for steps in (1, 2, 4):
+            settings = bounded["gated_delta_product"] | {"num_householder": steps}
+            found = "solved" if steps >= needed else "not solved"
+            runs.append((f"{group} n={steps}", "gated_delta_product", found, settings))
+        for label, mixer, found, settings in runs:
+            setup = Setup(task, mixer, found, 6000, 64, optimizer, test_lengths=lengths, settings=settings, **sizes)
+            yield dataclasses.replace(setup, label=label, model=rotary if mixer == "attention" else model)
