@@ -189,6 +189,9 @@ class _Batch:
             logits, state = jax.block_until_ready(reading.prefill(*inputs, capacity=self.capacity))
         else:
             (prompt,) = prompts
+            reading.compile_read(self.model, self.context, len(prompt))
+            self.result.compile_seconds += time.perf_counter() - start
+            start = time.perf_counter()
             _, state, logits, _ = jax.block_until_ready(reading.read(self.model, self.context, prompt))
         self.result.prefill_tokens += sum(map(len, prompts))
         self.result.prefill_seconds += time.perf_counter() - start
@@ -196,10 +199,10 @@ class _Batch:
 
     def _place(self, sources: dict[int, _Read]) -> None:
         """Put what was read into its rows."""
-        if self.state is None and not self.read and len({id(source.state) for source in sources.values()}) == 1:
-            if [source.row for source in sources.values()] == [*range(len(self.rows))]:
-                self.logits, self.state, _ = sources[0]  # the whole batch as it was read: no second copy
-                return
+        is_as_read = [source.row for source in sources.values()] == [*range(len(self.rows))]
+        if self.state is None and self.context is None and not self.read and is_as_read:
+            self.logits, self.state, _ = sources[0]  # no second copy
+            return
         if self.state is None:
             self.state = self.model.init_state(len(self.rows), self.capacity)
             self.logits = jnp.zeros((len(self.rows), self.model.vocab_size), jnp.float32)
@@ -210,7 +213,7 @@ class _Batch:
     def _set_up(self, coming: dict[int, _Text]) -> None:
         """Settings, keys, and the ids of prompts where the penalty must know them."""
         vocab_size, texts = self.model.vocab_size, [text or coming[min(coming)] for text in self.rows]
-        self.settings = rows([text.request.sampling for text in texts], vocab_size)
+        self.settings = jax.device_put(rows([text.request.sampling for text in texts], vocab_size))
         numbers = np.array([(t.request.seed, t.place, t.sample) for t in texts], np.uint32)
         self.keys = keys(*numbers.T)
         self.result.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))

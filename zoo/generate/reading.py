@@ -5,7 +5,7 @@ were alone. What goes on from a state is read in pieces of few lengths instead: 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,12 +44,24 @@ def read(model: LanguageModel, context: Context, tokens: Sequence[int]) -> Conte
         context = resized(model, context, room_for(needed))
     graphdef, parameters = nnx.split(model)
     state, logits, first = context.state, context.logits, 0
-    for piece in _PIECES:
-        while len(tokens) - first >= piece:
-            part = np.asarray(tokens[first : first + piece], np.int32)[None]
-            logits, state = _read(graphdef, parameters, state, part)
-            first += piece
+    for piece in _pieces(len(tokens)):
+        part = np.asarray(tokens[first : first + piece], np.int32)[None]
+        logits, state = _read(graphdef, parameters, state, part)
+        first += piece
     return Context((*context.tokens, *tokens), state, logits, context.capacity)
+
+
+def compile_read(model: LanguageModel, context: Context, length: int) -> None:
+    """The programs by which `read` reads so many tokens into the room that `context` has."""
+    graphdef, parameters = nnx.split(model)
+    for piece in set(_pieces(length)):
+        _read.lower(graphdef, parameters, context.state, np.zeros((1, piece), np.int32)).compile()
+
+
+def _pieces(length: int) -> Iterator[int]:
+    for piece in _PIECES:
+        yield from [piece] * (length // piece)
+        length %= piece
 
 
 def room_for(tokens: int) -> int:
