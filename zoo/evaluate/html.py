@@ -37,7 +37,8 @@ ul.legend { list-style: none; margin: 6px 0 0; padding: 0; display: flex; flex-w
 ul.legend li { display: flex; align-items: center; gap: 6px; min-width: 0; } svg.swatch { width: 36px; flex: none; }
 table { border-collapse: separate; border-spacing: 0; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { color: var(--muted); font-weight: 500; vertical-align: bottom; } th:not(.text) { white-space: normal; min-width: 9ch; }
+th { color: var(--muted); font-weight: 500; vertical-align: bottom; }
+th:not(.text) { white-space: normal; min-width: 9ch; }
 .text { text-align: left; } tr > :first-child { padding-left: 0; }
 tr > .text:first-child { position: sticky; left: 0; background: var(--card); }
 @media print { figure, .card { break-inside: avoid; } }
