@@ -22,7 +22,7 @@ decayed), and with db, dk as what is `within` the chunk and what is `written` to
            + sum_{t' < t} (b db_written + k dk_written) + e^total sum_V S R
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,9 +105,34 @@ def own(m: Any, pairs: Operand) -> Operand:
     return m.half(jnp.where(m.index(0) == m.index(1), m.load(pairs), 0.0))
 
 
-def decayed(m: Any, decay: PerKey, q: Operand) -> Operand:
-    """q with its token's own decay: so it reads what a reads."""
-    return m.load(q) * jnp.exp(m.load(decay.high) + m.load(decay.low))
+def own_decay(m: Any, decay: PerKey) -> Operand:
+    """exp of each token's own log-decay."""
+    return jnp.exp(m.load(decay.high) + m.load(decay.low))
+
+
+def through_levels(
+    m: Any,
+    decay: PerKey,
+    pairs: Sequence[Operand],
+    others: Sequence[Callable[[], Operand]],
+    gradients: Sequence[Operand],
+    transpose: bool,
+) -> Sequence[Operand]:
+    """`gradients` of q and a with what b and k, the `others`, give by the scores; with `transpose` the reverse."""
+
+    def add_level(level, gradients):
+        left, here = decay.level(m, level, before=True), pairs_of_level(m, level)
+        *of_level, first, second = m.stage_all(
+            *(lambda x=x: jnp.where(here, m.load(x), 0.0) for x in pairs), *(lambda x=x: x() * left for x in others)
+        )
+        q_b, q_k, a_b, a_k = map(m.transposed, of_level) if transpose else of_level
+        rows = ((q_b, a_b), (q_k, a_k)) if transpose else ((q_b, q_k), (a_b, a_k))
+        return tuple(
+            gradient + left * m.dots(None, (x, first), (y, second))
+            for gradient, (x, y) in zip(gradients, rows, strict=True)
+        )
+
+    return over_levels(add_level, tuple(gradients))
 
 
 def reader_gradients(
@@ -120,32 +145,21 @@ def reader_gradients(
     pairs: Sequence[Operand],
     d_reads: Sequence[Operand],
 ) -> Iterator[Operand]:
-    """da, what da and dq add to dg, and dq of 64 keys, [64, 64] float32: one after the other, which need not be in
-    registers at once.
+    """da, dq, and what they add to dg, of 64 keys, [64, 64] float32: one after the other, for which a thread has not
+    registers enough at once.
 
     pairs: dP_b, dP_k, dA_b, dA_k; d_reads: do S^T, E S^T; bfloat16, with the scale in what is of `do`.
     """
     gate = jnp.exp(decay.sums(m, m.ones("before")))
-    from_state = tuple(m.load(x) * gate for x in d_reads)
-
-    def add_level(level, gradients):
-        left, here = decay.level(m, level, before=True), pairs_of_level(m, level)
-        writes = m.stage_all(*(lambda x=x: m.load(x) * left for x in (b, k)))
-
-        def of_level(pairs):
-            found = None
-            for x, write in zip(pairs, writes, strict=True):
-                found = m.dots(found, (m.half(jnp.where(here, m.load(x), 0.0)), write))
-            return left * found
-
-        return gradients[0] + of_level(pairs[:2]), gradients[1] + of_level(pairs[2:])
-
-    dq, da = over_levels(add_level, from_state)
+    from_state = [m.load(x) * gate for x in d_reads]
+    writes = [lambda: m.load(b), lambda: m.load(k)]
+    dq, da = through_levels(m, decay, pairs, writes, from_state, False)
     yield da
     before = m.load(a) * da
-    dq = dq * jnp.exp(m.load(decay.high) + m.load(decay.low))
-    yield sums_over(m, "from", m.load(q) * dq + before) - before
+    dq = dq * own_decay(m, decay)
+    changes = m.load(q) * dq + before
     yield m.dots(dq, (own(m, pairs[0]), b), (own(m, pairs[1]), k))
+    yield sums_over(m, "from", changes) - before
 
 
 def writer_gradients(
@@ -164,21 +178,8 @@ def writer_gradients(
 
     d_writes: U R^T, V R^T, bfloat16; later [64]: e^total sum_V S R.
     """
-
-    def add_level(level, gradients):
-        left, here = decay.level(m, level, before=True), pairs_of_level(m, level)
-        *of_level, q_left, a_left = m.stage_all(
-            *(lambda x=x: jnp.where(here, m.load(x), 0.0) for x in pairs),
-            lambda: decayed(m, decay, q) * left,
-            lambda: m.load(a) * left,
-        )
-        q_b, q_k, a_b, a_k = map(m.transposed, of_level)
-        return (
-            gradients[0] + left * m.dots(None, (q_b, q_left), (a_b, a_left)),
-            gradients[1] + left * m.dots(None, (q_k, q_left), (a_k, a_left)),
-        )
-
-    within = over_levels(add_level, (_zero(m), _zero(m)))
+    reads = [lambda: m.load(q) * own_decay(m, decay), lambda: m.load(a)]  # q, with its own decay, reads what a reads
+    within = through_levels(m, decay, pairs, reads, (_zero(m), _zero(m)), True)
     added = -sums_over(m, "from", m.load(b) * within[0] + m.load(k) * within[1])
     gate, before = decay.gate(m, reads=False), 0.0
     for keys, gradient, d_write, pair in zip((b, k), within, d_writes, pairs[:2], strict=True):

@@ -107,56 +107,68 @@ def state_products(
 
 
 class _Levels:
-    """What both kernels of levels fetch: a tile of 64 keys of KEYS and of the log-decay, and the four of pairs."""
+    """What both kernels of levels fetch: tiles of 64 keys of KEYS, of the log-decay and of two of the products, and the
+    four of pairs."""
 
-    def __init__(self, plan: Plan, keys: Sequence[Array], decay: tuple[Array, Array], pairs: Array, vectors=()):
+    def __init__(
+        self, plan: Plan, keys: Sequence[Array], decay: tuple[Array, Array], pairs: Array, products: Array, vectors=()
+    ):
         self.plan = plan
-        self.inputs = {**dict(zip(KEYS, keys, strict=True)), **decay_inputs(plan, decay), "pairs": pairs}
+        self.inputs = {**dict(zip(KEYS, keys, strict=True)), **decay_inputs(plan, decay)}
+        self.of_keys = tuple(self.inputs)
+        self.inputs |= {"pairs": pairs, "products": products}
         self.fetches = Fetches()
-        for name in (*KEYS, "high", "low", *(f"pairs_{i}" for i in range(4))):
-            self.fetches.tile(name if name.startswith("pairs") else f"{name}_tile", CHUNK, CHUNK)
+        for name in (*self.of_keys, *(f"pairs_{i}" for i in range(4)), *(f"products_{i}" for i in range(2))):
+            self.fetches.tile(f"{name}_tile", CHUNK, CHUNK)
         self.fetches.vector(*vectors)
 
-    def scratch(self, count):
-        return stages(count) | masks(self.plan) | self.fetches.scratch()
+    def scratch(self):
+        return stages(6) | masks(self.plan) | self.fetches.scratch()
 
-    def start(self, refs, sequence, n, of_head, copies):
-        for name in (*KEYS, "high", "low"):
-            copies[f"{name}_tile"] = getattr(refs, name).at[of_head]
+    def fetch(self, refs, sequence, n, block, first, copies):
+        """The arrays of all heads at this one, and products from the `first` on, beside what `copies` has."""
+        batch, head, _ = indices(self.plan, sequence)
+        of_head = batch, pl.ds(n * CHUNK, CHUNK), head, pl.ds(block * CHUNK, CHUNK)
+        copies = copies | {f"{name}_tile": getattr(refs, name).at[of_head] for name in self.of_keys}
         for i in range(4):
-            copies[f"pairs_{i}"] = refs.pairs.at[i, sequence, pl.ds(n * CHUNK, CHUNK)]
+            copies[f"pairs_{i}_tile"] = refs.pairs.at[i, sequence, pl.ds(n * CHUNK, CHUNK)]
+        for i in range(2):
+            copies[f"products_{i}_tile"] = refs.products.at[first + i, *of_head]
         self.fetches.start(refs, 0, copies)
+        return of_head
 
     def wait(self, refs):
-        """The decay, tiles of KEYS, and of pairs; and all by name."""
+        """All tiles, and those that chunk.py's functions take first: the decay, KEYS, pairs and products."""
         tiles = self.fetches.wait(refs, 0)
         decay = PerKey(tiles["high_tile"], tiles["low_tile"])
-        return decay, [tiles[f"{name}_tile"] for name in KEYS], [tiles[f"pairs_{i}"] for i in range(4)], tiles
+        pairs = [tiles[f"pairs_{i}_tile"] for i in range(4)]
+        return tiles, (
+            decay,
+            *(tiles[f"{name}_tile"] for name in KEYS),
+            pairs,
+            [tiles[f"products_{i}_tile"] for i in range(2)],
+        )
 
 
 def reader_gradients(
     plan: Plan, keys: Sequence[Array], decay: tuple[Array, Array], pairs: Array, products: Array
 ) -> tuple[Array, Array, Array]:
     """dq, da [B, T, H, K] bfloat16, and what they add to dg, float32; keys: q, a, b, k."""
-    levels = _Levels(plan, keys, decay, pairs)
+    levels = _Levels(plan, keys, decay, pairs, products)
 
     def body(refs, sequence, n, block):
-        batch, head, _ = indices(plan, sequence)
-        of_head = batch, pl.ds(n * CHUNK, CHUNK), head, pl.ds(block * CHUNK, CHUNK)
-        levels.start(refs, sequence, n, of_head, {})
-        m = plan.machine(*staged(refs, 2), masks=refs.masks)
-        decay, (q, a, b, k), pairs, _ = levels.wait(refs)
-        d_reads = [refs.products.at[i, *of_head] for i in (0, 1)]
-        results = chunk.reader_gradients(m, decay, q, a, b, k, pairs, d_reads)
-        store(next(results), pairs[2], refs.da.at[of_head])
+        of_head = levels.fetch(refs, sequence, n, block, 0, {})
+        m = plan.machine(*staged(refs, 6), masks=refs.masks)
+        results = chunk.reader_gradients(m, *levels.wait(refs)[1])
+        for stage, target in ((refs.stage_4, refs.da), (refs.stage_5, refs.dq)):
+            store(next(results), stage, target.at[of_head])
         refs.changes[of_head] = next(results)
-        store(next(results), pairs[3], refs.dq.at[of_head])
         plgpu.wait_smem_to_gmem(0)
 
     shape = products.shape[1:]
     outputs = {"dq": (shape, jnp.bfloat16), "da": (shape, jnp.bfloat16), "changes": (shape, jnp.float32)}
-    inputs, grid = levels.inputs | {"products": products}, (plan.sequences, plan.chunks, plan.key_tiles)
-    return tuple(launch(plan, body, inputs, outputs, levels.scratch(2), grid, "dq_da").values())
+    grid = (plan.sequences, plan.chunks, plan.key_tiles)
+    return tuple(launch(plan, body, levels.inputs, outputs, levels.scratch(), grid, "dq_da").values())
 
 
 def writer_gradients(
@@ -172,19 +184,14 @@ def writer_gradients(
 
     later [B H, N K] float32: e^total sum_V S R.
     """
-    levels = _Levels(plan, keys, decay, pairs, vectors=("later_tile",))
+    levels = _Levels(plan, keys, decay, pairs, products, vectors=("later_tile",))
 
     def body(refs, sequence, n, block):
-        batch, head, _ = indices(plan, sequence)
-        of_head = batch, pl.ds(n * CHUNK, CHUNK), head, pl.ds(block * CHUNK, CHUNK)
         later = refs.later.at[sequence, pl.ds(n * plan.key_dim + block * CHUNK, CHUNK)]
-        levels.start(refs, sequence, n, of_head, {"later_tile": later})
+        of_head = levels.fetch(refs, sequence, n, block, 2, {"later_tile": later})
         m = plan.machine(*staged(refs, 6), masks=refs.masks)
-        decay, (q, a, b, k), pairs, tiles = levels.wait(refs)
-        d_writes = [refs.products.at[i, *of_head] for i in (2, 3)]
-        results = chunk.writer_gradients(
-            m, decay, q, a, b, k, pairs, d_writes, tiles["later_tile"], refs.changes.at[of_head]
-        )
+        tiles, operands = levels.wait(refs)
+        results = chunk.writer_gradients(m, *operands, tiles["later_tile"], refs.changes.at[of_head])
         for stage, target in ((refs.stage_4, refs.db), (refs.stage_5, refs.dk)):
             store(next(results), stage, target.at[of_head])
         refs.d_g[of_head] = next(results)
@@ -192,6 +199,6 @@ def writer_gradients(
 
     shape = products.shape[1:]
     outputs = {"db": (shape, jnp.bfloat16), "dk": (shape, jnp.bfloat16), "d_g": (shape, jnp.float32)}
-    inputs = levels.inputs | {"products": products, "later": later, "changes": changes}
+    inputs = levels.inputs | {"later": later, "changes": changes}
     grid = (plan.sequences, plan.chunks, plan.key_tiles)
-    return tuple(launch(plan, body, inputs, outputs, levels.scratch(6), grid, "db_dk").values())
+    return tuple(launch(plan, body, inputs, outputs, levels.scratch(), grid, "db_dk").values())
