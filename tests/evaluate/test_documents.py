@@ -99,6 +99,23 @@ def test_another_file_in_its_place_is_an_error(tmp_path, content):
         documents.read(tmp_path / "x.npz")
 
 
+class Touches:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_the_file_is_executed(tmp_path):
+    made = tmp_path / "made"
+    arrays = {f"1/{name}": np.array([Touches(str(made))], object) for name in Documents._fields}
+    (tmp_path / "x.npz").write_bytes(saved(fingerprint=np.array("a"), **arrays))
+    with pytest.raises(UsageError, match="is not what zoo.evaluate writes"):
+        documents.read(tmp_path / "x.npz")
+    assert not made.exists()
+
+
 def test_what_would_block_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.npz")
     with pytest.raises(UsageError, match="x.npz cannot be read: it is a FIFO"):
