@@ -11,7 +11,7 @@ from benchmarks import record
 from benchmarks.papers.models import make_model
 from benchmarks.papers.set_up import Setup
 from zoo.evaluate import html, report
-from zoo.figures import Chart, Line, Table
+from zoo.figures import Chart, Line, Table, shown
 
 HEADINGS = ("task", "mixer", "state bytes", "length", "rate", "published", "median", "range", "seeds", "seconds")
 WIDTHS = (21, 21, 12, 7, 8, 13, 7, 14, 6, 9)
@@ -98,18 +98,32 @@ def charts(paper: str, cells: Sequence[Cell]) -> list[Chart]:
     return found
 
 
+def by_task(paper: str, cells: Sequence[Cell]) -> Table:
+    """A row for each model, a column for each task, and the mean of all where there are all."""
+    tasks = list(dict.fromkeys(cell.setup.label for cell in cells))
+    medians = {(of.name, of.setup.label): statistics.median(of.accuracies(of.setup.task.length)) for of in cells}
+    rows = []
+    for name in dict.fromkeys(cell.name for cell in cells):
+        found = [medians.get((name, task)) for task in tasks]
+        mean = None if None in found else statistics.mean(found)
+        rows.append([name, *(shown(value, ".1f") for value in (*found, mean))])
+    return Table(f"{paper}, accuracy in %, median of seeds", ["", *tasks, "mean"], rows, texts=1)
+
+
 def write(paper: str, cells: Sequence[Cell]) -> list[pathlib.Path]:
     """The page of all `cells`, and the charts as a picture, beside the kept runs."""
     rows = [row for cell in cells for row in cell.rows()]
     mixers = {cell.name: cell.setup.mixer for cell in cells}
-    shown = charts(paper, cells)
+    drawn = charts(paper, cells)
+    tables = [by_task(paper, cells)] if all(cell.setup.is_tuned for cell in cells) else []
+    tables.append(Table("Each model and task", HEADINGS, rows, texts=2))
     about = [", ".join(f"{name} {value}" for name, value in record.environment().items())]
-    section = html.Section("Accuracy on rows of their own, %", shown, [Table(paper, HEADINGS, rows, texts=2)])
+    section = html.Section("Accuracy on rows that chose nothing", drawn, tables)
     folder = record.RESULTS / "papers"
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{paper}.html"]
     written[0].write_text(html.page(f"Published set-ups: {paper}", about, mixers, [section]))
-    if shown:
+    if drawn:
         written.append(folder / f"{paper}.png")
-        report.draw(shown, mixers, written[-1])
+        report.draw(drawn, mixers, written[-1])
     return written

@@ -21,6 +21,7 @@ QUICK = "gla,attention"
 def build(mixer, **settings):
     config = preset("tiny").model
     config.mixer, config.num_layers, config.d_model, config.vocab_size, config.d_ff = mixer, 2, 16, VOCAB, 16
+    config.mamba2.head_dim = 8
     for name, value in settings.items():
         setattr(config, name, value)
     model = LanguageModel(config, rngs=nnx.Rngs(0))

@@ -14,11 +14,11 @@ import traceback
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from zoo import checkpoints, files
 from zoo.errors import UsageError
 from zoo.evaluate import report, tasks
+from zoo.figures import Table, shown
 from zoo.flops import num_parameters
 from zoo.settings import Parser, argument, nearest
 from zoo.terminal import one_line
@@ -82,7 +82,7 @@ def command(arguments: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
     about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
     console.print(one_line(about))
-    console.print(_table(results))
+    console.print(report.on_terminal(_table(results)))
     if model.num_cut:
         console.print(f"{model.num_cut:,} contexts lost their beginning: --context_length={max_length}")
     if model.costs.tokens:
@@ -200,15 +200,16 @@ def _evaluate(model: Any, name: str, loaded: dict, options: dict[str, int], mana
 
 
 def _table(results: dict[str, dict]) -> Table:
-    table = Table(title="lm-evaluation-harness")
-    table.add_column("task")
-    table.add_column("metric")
-    for heading in ("value", "standard error", "documents", "few-shot"):
-        table.add_column(heading, justify="right")
+    rows = []
     for task, result in results.items():
         for metric, figure in result["metrics"].items():
-            cells = (figure["value"], figure["standard_error"])
-            shown = (f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in cells)
-            counts = ("" if result[key] is None else f"{result[key]:,}" for key in ("documents", "num_fewshot"))
-            table.add_row(one_line(task), one_line(metric), *shown, *counts)
-    return table
+            value = figure["value"]
+            rows.append(
+                [
+                    task, metric, shown(value, ".4f") if isinstance(value, float) else str(value),
+                    shown(figure["standard_error"], ".4f"), shown(result["documents"], ","),
+                    shown(result["num_fewshot"], "d"),
+                ]
+            )  # fmt: skip
+    headings = ["task", "metric", "value", "standard error", "documents", "few-shot"]
+    return Table("lm-evaluation-harness", headings, rows, texts=2)
