@@ -166,6 +166,28 @@ def test_h3s_set_ups_decay_all_but_A_B_and_dt():
     assert all(moved[name] for name in ("D", "scale", "bias", "kernel", "c", "c_real"))
 
 
+def cells(setups, accuracy):
+    """Cells of one run a length, whose accuracy is a function of the set-up and the length."""
+    for setup in setups:
+        lengths = (setup.task.length, *setup.test_lengths)
+        run = {f"accuracy_{length}": accuracy(setup, length) for length in lengths} | {"seconds": 1.0}
+        yield report.cell([(setup, [run])])
+
+
+def test_mqar_is_drawn_by_the_size_of_the_state_and_extrapolation_by_length():
+    of_mqar = [s for s in papers.PAPERS["mqar"].setups() if s.mixer == "gla" and s.optimizer.learning_rate == 2e-3]
+    found = [*cells(of_mqar[::-1], lambda setup, _: float(setup.d_model))]
+    [chart] = report.charts("mqar", found)
+    (gla,) = chart.lines  # two layers of 4 heads, each of K = d / 8 and V = d / 4, float32
+    assert gla.points == [(4 * 2 * width**2 // 8, width) for width in (16, 32, 64)] and gla.name == "gla"
+    table = report.by_task("mqar", found)
+    assert table.rows == [["gla", "64.0", "32.0", "16.0", "37.3"]]
+    of_lengths = [setup for setup in papers.PAPERS["extrapolation"].setups() if setup.mixer == "attention"]
+    [chart] = report.charts("extrapolation", [*cells(of_lengths, lambda _, length: 1000 / length)])
+    assert [line.name for line in chart.lines] == ["attention, no positions", "attention"]
+    assert chart.lines[0].points == [(2**i, 1000 / 2**i) for i in range(6, 13)]
+
+
 def set_ups(paper):
     """Reduced and full ones, by the name of the results that they are kept under."""
     forms = {paper: papers.PAPERS[paper].setups, f"{paper}_full": papers.PAPERS[paper].full}
