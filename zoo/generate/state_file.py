@@ -120,9 +120,8 @@ def _check_shapes(found: Mapping[str, list[int]], wanted: Mapping[str, Any]) -> 
     for name in sorted(found.keys() | wanted.keys()):
         there = found.get(name)
         if name not in wanted or there is None or tuple(there) != wanted[name].shape:
-            raise ValueError(
-                f"{name}: {there or 'missing'} instead of {wanted[name].shape if name in wanted else 'none'}"
-            )
+            expected = list(wanted[name].shape) if name in wanted else "none"
+            raise ValueError(f"{name}: {'missing' if there is None else there} instead of {expected}")
 
 
 def _digest(arrays: Mapping[str, np.ndarray], belongs: str) -> str:
