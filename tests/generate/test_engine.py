@@ -170,7 +170,7 @@ def test_a_text_is_the_same_whoever_had_its_row_before():
 
 def test_samples_of_a_prompt_read_it_once():
     model, first, other = build("gla"), prompt(9, seed=1), prompt(12, seed=2)
-    result = generate(model, [first, other], 20, samples=3, batch_size=2, seed=3)
+    result = generate(model, [first, other], 20, samples=3, batch_size=4, seed=3)
     assert result.prefill_tokens == 9 + 12 and len({tuple(text) for text in result.tokens}) == 6
     assert [result.tokens[0], result.tokens[3]] == generate(model, [first, other], 20, seed=3).tokens
 

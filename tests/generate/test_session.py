@@ -14,6 +14,7 @@ from zoo.data import tokenizer
 from zoo.errors import RunError, UsageError
 from zoo.generate import Request, Sampling, answer, reading, state_file
 from zoo.generate.session import Session
+from zoo.mixers import MIXERS
 from zoo.model import LanguageModel
 
 BYTES = tokenizer.load("bytes")
@@ -112,6 +113,23 @@ def test_a_state_in_bfloat16_comes_back_to_the_last_bit(tmp_path):
     back = reading.resized(run.model, state_file.load(str(tmp_path / "x"), run), context.capacity)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(back.state)} == {"bfloat16", "int32"}
     jax.tree.map(np.testing.assert_array_equal, back.state, context.state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_state_of_any_mixer_comes_back_to_the_last_bit(mixer, tmp_path):
+    """Of random numbers, and of a model without parameters: what a state holds is its shape's and dtype's."""
+    config = preset("tiny")
+    config.model.mixer, config.model.vocab_size, config.model.dtype = mixer, 320, "bfloat16"
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    run, rng = Run(model, BYTES, config, 7, "f" * 64), np.random.default_rng(0)
+    empty = reading.empty(model, 40)
+    state = jax.tree.map(lambda leaf: rng.normal(0, 100, leaf.shape).astype(leaf.dtype), empty.state)
+    context = reading.resized(model, empty._replace(state=state, tokens=tuple(range(30))), 30)
+    state_file.save(str(tmp_path / "x"), context, run)
+    back = state_file.load(str(tmp_path / "x"), run)
+    jax.tree.map(np.testing.assert_array_equal, back, context)
+    assert [leaf.dtype for leaf in jax.tree.leaves(back.state)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
 def test_prompts_go_on_from_a_context_as_from_its_tokens(run, saved):
