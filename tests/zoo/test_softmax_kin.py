@@ -16,7 +16,7 @@ from zoo.layers import exp_features, random_features
 from zoo.mixers import MIXERS, Sizes
 from zoo.model import LanguageModel
 from zoo.sharding import MeshConfig, make_mesh
-from zoo.training.step import abstract_batch
+from zoo.training.step import abstract_batch, abstract_model
 from zoo.training.step import build as build_programs
 
 BATCH, TIME = 2, 14
@@ -95,7 +95,7 @@ def test_norm_attention_is_a_normed_sum_without_a_denominator():
 def test_the_upper_half_of_transnormer_has_norm_attention():
     config = preset("tiny").model
     config.mixer, config.num_layers, config.d_model, config.vocab_size = "transnormer,mlp", 6, 16, 8
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     assert model._over_depth()[0].tolist() == [False, False, True]
 
 
@@ -224,21 +224,21 @@ def test_the_error_of_random_features_falls_with_the_root_of_their_number():
 
 def test_training_draws_features_anew_by_its_step_alone(monkeypatch):
     config = preset("tiny")
-    model = config.model
-    model.mixer, model.num_layers, model.d_model, model.vocab_size = "performer,performer@features=12", 4, 16, 64
-    model.performer.redraw_every = 10
-    made = LanguageModel(model, rngs=nnx.Rngs(0))
+    config.optimizer.name, model = "adamw", config.model
+    model.mixer, model.num_layers, model.d_model, model.vocab_size = "performer,performer@features=8", 4, 16, 64
+    model.performer.redraw_every, model.performer.features = 10, 12
+    made = abstract_model(config)
     drawn = lambda step: made._over_depth(None if step is None else jnp.asarray(step))  # noqa: E731
     first, other = drawn(None)
     assert first.shape == other.shape == (2, 12, 4) and not np.array_equal(first[0], first[1])
+    assert not np.any(other[:, 8:]) and np.all(other[:, :8])  # of fewer features
     for step, same in ((0, True), (9, True), (10, False), (19, False)):
         assert np.allclose(drawn(step)[0], first, atol=1e-6) == same, step
     np.testing.assert_array_equal(drawn(10)[0], drawn(19)[0])
 
     steps, over_depth = [], MIXERS["performer"].over_depth
-    monkeypatch.setattr(
-        MIXERS["performer"], "over_depth", lambda *given: (steps.append(given[-1]), over_depth(*given))[1]
-    )
+    watched = lambda *given: (steps.append(given[-1]), over_depth(*given))[1]  # noqa: E731
+    monkeypatch.setattr(MIXERS["performer"], "over_depth", staticmethod(watched))
     programs = build_programs(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     jax.eval_shape(programs.train, programs.abstract_state, abstract_batch(config))
     assert steps and all(step is not None for step in steps)

@@ -23,11 +23,11 @@ def draw(seed: Int[Array, ""], index: Int[Array, ""], layers: Int[Array, "N"], f
     key = jax.random.fold_in(jax.random.key(seed), index)
 
     def of_layer(layer):
-        of_directions, of_lengths = jax.random.split(jax.random.fold_in(key, layer))
-        blocks = jax.random.normal(of_directions, (-(-features // width), width, width), jnp.float32)
-        q, r = jnp.linalg.qr(blocks)
+        blocks = -(-features // width)
+        rows = jax.random.normal(jax.random.fold_in(key, layer), (blocks * width + features, width), jnp.float32)
+        directions, lengths = rows[: blocks * width], jnp.linalg.norm(rows[blocks * width :], axis=-1)
+        q, r = jnp.linalg.qr(directions.reshape(blocks, width, width))
         q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None]  # uniform over all rotations
-        lengths = jnp.linalg.norm(jax.random.normal(of_lengths, (features, width), jnp.float32), axis=-1)
         return q.swapaxes(1, 2).reshape(-1, width)[:features] * lengths[:, None]
 
     return jax.vmap(of_layer)(layers)
