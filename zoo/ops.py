@@ -292,57 +292,41 @@ def previous(x, *axes, initial_state=None, segment_ids=None):
     x_{t-1} is zero at a segment's first token; `initial_state` belongs to the segment of token 0. `axes`: logical axes
     after the time; none by default.
     """
-    if isinstance(segment_ids, Segments):
-        shifted, _ = previous(x, *axes, initial_state=initial_state, segment_ids=segment_ids.numbers)
-        before = jnp.zeros_like(x[:, 0]) if initial_state is None else initial_state
-        return shifted, taken.last(x, segment_ids, before)
-    axes = ("batch", "time", *(axes or (None,) * (x.ndim - 2)))
-    of_state = None if initial_state is None else initial_state.astype(x.dtype)[:, None]
-    arrays = {"x": (x, axes), "initial_state": (of_state, ("batch", None, *axes[2:]))}
-    arrays["segment_ids"] = (segment_ids, OF_TOKENS)
-
-    def call(arrays):
-        x, ids = arrays["x"], arrays.get("segment_ids")
-        before = arrays.get("initial_state", jnp.zeros_like(x[:, :1]))
-        shifted = jnp.concatenate([before, x[:, :-1]], axis=1)
-        if ids is not None:
-            starts = segments.segment_starts(ids)
-            shifted = jnp.where(starts.reshape(*starts.shape, *(1,) * (x.ndim - 2)), 0, shifted)
-        return shifted, x[:, -1]
-
-    over_time = functools.partial(sequence.convolved, name="x", width=1)
-    return sharding.on_each_device(call, arrays, (axes, ("batch", *axes[2:])), over_time=over_time)
+    before = None if initial_state is None else initial_state[:, None]
+    shifted, last = earlier(x, 1, *axes, initial_state=before, segment_ids=segment_ids)
+    return shifted, last[:, 0]
 
 
-def earlier(x, distance, *, initial_state=None, segment_ids=None):
-    """(x_{t - distance} at each t, and the last `distance` x), of x [B, T, D], on a mesh too.
+def earlier(x, distance, *axes, initial_state=None, segment_ids=None):
+    """(x_{t - distance} at each t, and the last `distance` x), of x [B, T, ...]; see `previous`.
 
-    Zero where that token is of another segment. `initial_state` [B, distance, D] is before token 0 and of its segment,
-    else zero; what is returned is of the last segment.
+    Zero where that token is of another segment. `initial_state` [B, distance, ...] is before token 0 and of its
+    segment, else zero; what is returned is of the last segment.
     """
     if isinstance(segment_ids, Segments):
-        shifted, _ = earlier(x, distance, initial_state=initial_state, segment_ids=segment_ids.numbers)
+        shifted, _ = earlier(x, distance, *axes, initial_state=initial_state, segment_ids=segment_ids.numbers)
         return shifted, taken.last_inputs(x, distance, segment_ids, initial_state)
-    arrays = {"x": (x, ("batch", "time", None)), "initial_state": (initial_state, ("batch", None, None))}
-    arrays["segment_ids"] = (segment_ids, OF_TOKENS)
+    of_state = ("batch", None, *(axes or (None,) * (x.ndim - 2)))
+    axes = ("batch", "time", *of_state[2:])
+    arrays = {"x": (x, axes), "initial_state": (initial_state, of_state), "segment_ids": (segment_ids, OF_TOKENS)}
 
     def call(arrays):
         x, ids = arrays["x"], arrays.get("segment_ids")
-        before = arrays.get("initial_state", jnp.zeros((x.shape[0], distance, x.shape[2]), x.dtype)).astype(x.dtype)
-        all_x = jnp.concatenate([before, x], axis=1)
+        time, before = x.shape[1], arrays.get("initial_state")
+        before = jnp.zeros((len(x), distance, *x.shape[2:]), x.dtype) if before is None else before.astype(x.dtype)
+        found = jnp.concatenate([before, x], axis=1)
         if ids is None:
-            return all_x[:, : x.shape[1]], all_x[:, x.shape[1] :]
+            return found[:, :time], found[:, time:]
         numbers = segments.segment_numbers(ids)
-        of_all = jnp.pad(numbers, ((0, 0), (distance, 0)))
-        shifted = jnp.where((of_all[:, : x.shape[1]] == numbers)[..., None], all_x[:, : x.shape[1]], 0)
-        last = jnp.where((of_all == numbers[:, -1:])[..., None], all_x, 0)
-        return shifted, last[:, x.shape[1] :]
+        of_found = jnp.pad(numbers, ((0, 0), (distance, 0)))
+        same = of_found[:, :time] == numbers, of_found[:, time:] == numbers[:, -1:]
+        parts = zip(same, (found[:, :time], found[:, time:]), strict=True)
+        return tuple(jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), part, 0) for mask, part in parts)
 
     over_time = functools.partial(sequence.convolved, name="x", width=distance)
     if initial_state is not None and distance > x.shape[1] // sharding.axis_size("time"):
         over_time = None  # it would reach into more than the first part
-    out_axes = (("batch", "time", None), ("batch", None, None))
-    return sharding.on_each_device(call, arrays, out_axes, over_time=over_time)
+    return sharding.on_each_device(call, arrays, (axes, of_state), over_time=over_time)
 
 
 def reversed_time(x, *axes):

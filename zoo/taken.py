@@ -62,11 +62,11 @@ def last(x: jax.Array, segment_ids: Int[Array, "B T"] | Segments | None, before:
 
 
 def last_inputs(x: jax.Array, width: int, segments: Segments, before: jax.Array | None) -> jax.Array:
-    """The last `width` of x [B, T, D] that the state takes in, zero before their segment; `before` [B, width, D]."""
-    before = jnp.zeros((len(x), width, x.shape[2]), x.dtype) if before is None else before.astype(x.dtype)
+    """The last `width` of x [B, T, ...] that the state takes in, zero before their segment."""
+    before = jnp.zeros((len(x), width, *x.shape[2:]), x.dtype) if before is None else before.astype(x.dtype)
     at = segments.count()[:, None] + jnp.arange(width)
     numbers = _at(jnp.pad(segments.numbers, ((0, 0), (width, 0))), at)
-    is_of_segment = (numbers == segments.last_number()[:, None])[..., None]
+    is_of_segment = (numbers == segments.last_number()[:, None]).reshape(*numbers.shape, *(1,) * (x.ndim - 2))
     return jnp.where(is_of_segment, _at(jnp.concatenate([before, x], axis=1), at), 0)
 
 
