@@ -129,8 +129,17 @@ def test_longformer_sees_both_sides_and_global_tokens_see_all(global_tokens):
     if global_tokens:
         o_global = softmax(*(project(f"global_{name}") for name in "qkv"), same)
         o = np.where(is_global[..., None], o_global, o)
-    run = jax.jit(lambda x: mixer(x, segment_ids=IDS, positions=jnp.asarray(COUNT))[0])
-    assert error_ratio(run(x), o @ weights["out.kernel"]) < 1e-6
+    graphdef, parameters = nnx.split(mixer)
+
+    @jax.jit
+    def run(parameters):
+        call = lambda p: nnx.merge(graphdef, p)(x, segment_ids=IDS, positions=jnp.asarray(COUNT))[0]  # noqa: E731
+        y, pull = jax.vjp(call, parameters)
+        return y, pull(y)[0]
+
+    y, gradients = run(parameters)
+    assert error_ratio(y, o @ weights["out.kernel"]) < 1e-6
+    assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
 def test_global_tokens_of_causal_models_are_refused():
