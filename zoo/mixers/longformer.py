@@ -77,8 +77,8 @@ class Longformer(Mixer):
         q, k, v = projected(self.q, self.k, self.v)
         q, k, v = (checkpoint_name(a, f"longformer_{name}") for a, name in ((q, "q"), (k, "k"), (v, "v")))
         if self.global_tokens:
-            if problems := self.check_direction(self, "causal" if self.causal else "bidirectional"):
-                raise UsageError(problems[0])
+            if self.causal:
+                raise UsageError(_problem(self.global_tokens))
             of_global = projected(self.global_q, self.global_k, self.global_v)
             return self.out(self._with_global(q, k, v, of_global, segment_ids).reshape(x.shape)), None
         # Tokens that are not neighbours become so where there are gaps: then ids may not come back.
@@ -148,9 +148,7 @@ class Longformer(Mixer):
 
     @staticmethod
     def check_direction(config, direction):
-        if not config.global_tokens or direction == BIDIRECTIONAL:
-            return []
-        return [f"global_tokens: {config.global_tokens} would see what follows; set it to 0, or model.direction"]
+        return [] if not config.global_tokens or direction == BIDIRECTIONAL else [_problem(config.global_tokens)]
 
     @staticmethod
     def num_parameters(config, d_model):
@@ -163,6 +161,10 @@ class Longformer(Mixer):
         seen = sum(min(config.window, context_length / dilation) for dilation in dilations) / len(dilations)
         of_global = 6 * d_model**2 if config.global_tokens else 0
         return 8 * d_model**2 + of_global + 4 * d_model * (seen + 2 * config.global_tokens)
+
+
+def _problem(global_tokens: int) -> str:
+    return f"global_tokens: {global_tokens} would see what follows; set it to 0, or model.direction=bidirectional"
 
 
 def _apart(x: jax.Array, dilation: int, fill: int = 0) -> jax.Array:
