@@ -33,7 +33,7 @@ from benchmarks import record
 from kernels import dispatch
 from zoo import ops
 from zoo.config_files import family_config
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 
 SEQUENCES, SEEDS = 16, (0, 1)
 AS_WRITTEN = {"xla_allow_excess_precision": False}  # the compiler options under which no rounding is left out
@@ -145,12 +145,12 @@ def measure(family: str, lengths: list[int]) -> dict[str, Any]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
+    parser.add_argument("--families", default=",".join(CAUSAL_MIXERS), help="comma-separated; all by default")
     parser.add_argument("--tokens", default="2,16,64", help="up to which errors are counted, comma-separated")
     args = parser.parse_args()
     families, lengths = args.families.split(","), [int(n) for n in args.tokens.split(",")]
-    if unknown := [family for family in families if family not in MIXERS]:
-        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(MIXERS)}")
+    if unknown := [family for family in families if family not in CAUSAL_MIXERS]:
+        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(CAUSAL_MIXERS)}")
     if min(lengths) < 1:
         parser.error(f"--tokens={args.tokens}: expected at least 1")
     width = 7 * len(lengths) + 2
@@ -162,7 +162,7 @@ def main():
         cells = ["".join(f"{1e3 * x:7.1f}" for x in row[name]) for name in COLUMNS]
         cells.append("".join(f"{lost / ideal:7.2f}" for lost, ideal in zip(row["lost"], row["ideal"], strict=True)))
         print(f"{family:18}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
-    if families == list(MIXERS):
+    if families == list(CAUSAL_MIXERS):
         record.write("bf16", {"tokens": lengths, "rows": rows})
 
 

@@ -27,7 +27,7 @@ from zoo import checkpoints, compile_cache, flops, plots
 from zoo.config import Config, from_json
 from zoo.config_files import family_config
 from zoo.files import expand
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 from zoo.mixers.gla import GATES
 from zoo.model import LanguageModel
 from zoo.settings import argument
@@ -153,7 +153,7 @@ def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Pa
     print(f"\n{HEADER}\n" + "\n".join(map(line, rows)))
     plots.side_by_side(rows, POSITIONS, workdir / "zoo.png")
     print(f"written to {workdir / 'zoo.png'}")
-    if families == list(MIXERS):
+    if families == list(CAUSAL_MIXERS):
         record.write(f"zoo_{size}", {"steps": steps, "rows": rows})
 
 
@@ -186,15 +186,15 @@ def ablation(size: str, steps: int, workdir: pathlib.Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="tiny")
-    parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
+    parser.add_argument("--families", default=",".join(CAUSAL_MIXERS), help="comma-separated; all by default")
     parser.add_argument("--steps", type=argument(int, unit="step"), default=60)
     parser.add_argument("--workdir", type=lambda path: pathlib.Path(expand(path)), default=pathlib.Path("runs/zoo"))
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args()
     families = args.families.split(",")
-    if unknown := [family for family in families if family not in MIXERS]:
-        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(MIXERS)}")
+    if unknown := [family for family in families if family not in CAUSAL_MIXERS]:
+        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(CAUSAL_MIXERS)}")
     compile_cache.enable()
     workdir = args.workdir / f"{args.size}_{args.steps}_steps"
     workdir.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from zoo import flops  # noqa: E402
 from zoo.config import Config, preset  # noqa: E402
-from zoo.mixers import MIXERS, Sizes  # noqa: E402
+from zoo.mixers import CAUSAL_MIXERS, MIXERS, Sizes  # noqa: E402
 
 D_MODEL, TIME, LINES = 64, 512, 24
 MATRIX = {"linear_attention": "S", "mlstm": "S", "rwkv6": "S", "gateloop": "R"}  # others: the state is the matrix
@@ -56,7 +56,7 @@ def remaining(family: str) -> np.ndarray:
 
 
 def draw(path: pathlib.Path) -> None:
-    families = [family for family in MIXERS if recurrent(family)]
+    families = [family for family in CAUSAL_MIXERS if recurrent(family)]
     columns = 5
     rows = -(-len(families) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(13, 0.4 + 2.6 * rows), sharex=True, sharey=True, squeeze=False,
@@ -94,7 +94,9 @@ def costs() -> None:
         for size in ("tiny", "125m"):
             model = preset(size).model
             model.mixer, model.num_layers, model.vocab_size = family, 1, 64
-            cells[0].append(f"{(flops.state_bytes(model, 1024) - 4) / 1024:,.0f}")
+            model.direction = mixer.directions[0]
+            state = flops.state_bytes(model, 1024)
+            cells[0].append("-" if state is None else f"{(state - 4) / 1024:,.0f}")
             cells[1].append(f"{mixer.flops_per_token(getattr(model, family), model.d_model, 1024) / 1e6:.2f}")
         print(f"| `{family}` | {' / '.join(cells[0])} | {' / '.join(cells[1])} |")
 

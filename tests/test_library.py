@@ -22,7 +22,8 @@ class Own(nnx.Module):
 
     def __init__(self, mixer: str, *, rngs: nnx.Rngs):
         family = MIXERS[mixer]
-        self.mix = family(family.config_class(), Sizes(d_model=32), layer_index=0, rngs=rngs)
+        sizes = Sizes(d_model=32, direction=family.directions[0])
+        self.mix = family(family.config_class(), sizes, layer_index=0, rngs=rngs)
         self.out = nnx.Linear(32, 3, rngs=rngs)
 
     def __call__(self, x):

@@ -399,6 +399,13 @@ def _training_problems(config: Config) -> list[str]:
             f"model.max_positions: a table of {config.model.max_positions} is shorter than train.context_length = "
             f"{train.context_length}; make it at least that"
         )
+    for place in places(config.model):
+        longest = None if place.family == MLP_LAYER else MIXERS[place.family].longest(place.settings)
+        if longest is not None and longest < train.context_length:
+            found.append(
+                f"model.{place.family}.length: {longest} is shorter than train.context_length = "
+                f"{train.context_length}; make it at least that"
+            )
     causal, next_token = config.model.direction == CAUSAL, train.objective == "next_token"
     if next_token and not causal:
         found.append(

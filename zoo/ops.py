@@ -32,7 +32,9 @@ __all__ = [
     "linear_scan",
     "previous",
     "reversed_time",
+    "segment_max",
     "segment_starts",
+    "segment_sum",
     "selective_scan",
     "short_conv",
     "tokens_since_start",
@@ -337,6 +339,29 @@ def reversed_time(x, *axes):
         return lambda arrays: sequence.reversed_time(arrays["x"])
 
     return sharding.on_each_device(lambda arrays: jnp.flip(arrays["x"], 1), {"x": (x, axes)}, axes, over_time=over_time)
+
+
+def segment_sum(x, *, segment_ids=None):
+    """The sum of x [B, T, H, V] over each token's segment, [B, T, H, V]; without segments [B, 1, H, V]."""
+    if segment_ids is None:
+        return jnp.sum(x, axis=1, keepdims=True)
+    ones = jnp.ones((*x.shape[:3], 1), x.dtype)
+    return full_linear_attention(ones, ones, x, segment_ids=segment_ids, scale=1.0)
+
+
+def segment_max(x, *, segment_ids=None):
+    """The largest of x [B, T, H] in each token's segment, [B, T, H]; without segments [B, 1, H]."""
+    if segment_ids is None:
+        return jnp.max(x, axis=1, keepdims=True)
+
+    def up_to(x, ids):
+        closed = jnp.where(segment_starts(ids), -jnp.inf, jnp.zeros(ids.shape, x.dtype))[..., None]
+        shut = jnp.broadcast_to(closed, x.shape)
+        first = jnp.zeros_like(x[:, 0]), jnp.full_like(x[:, 0], -jnp.inf)
+        after = lambda a, b: (a[0] + b[0], jnp.maximum(a[1] + b[0], b[1]))  # noqa: E731
+        return associative_scan(after, (shut, x), first)[1]
+
+    return jnp.maximum(up_to(x, segment_ids), reversed_time(up_to(reversed_time(x), reversed_time(segment_ids))))
 
 
 def segment_starts(segment_ids):

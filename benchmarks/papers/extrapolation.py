@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from benchmarks.papers.set_up import Setup
 from zoo.config import OptimizerConfig
 from zoo.data.synthetic import make
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 
 # Accuracy at the training's length, 2, 4 and 16 times of it.
 _PUBLISHED = {"attention": "100 84 31 9", "h3": "100 81 40 15", "mamba": "100 each"}
@@ -29,7 +29,7 @@ def _setups(length: int, up_to: int, **sizes: int) -> Iterator[Setup]:
     task = make("induction_heads", vocab_size=18, length=length)  # 16 regular tokens
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=400, final_fraction=0.0, weight_decay=0.0, b2=0.999)
     lengths = tuple(2**i for i in range(length.bit_length(), up_to + 1))
-    for mixer in MIXERS:
+    for mixer in CAUSAL_MIXERS:
         setup = Setup(
             task, mixer, _PUBLISHED.get(mixer, "-"), optimizer=optimizer, d_model=64, test_lengths=lengths, **sizes
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from benchmarks.papers.set_up import Setup
 from zoo.config import OptimizerConfig
 from zoo.data.synthetic import Task, make
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 
 _LENGTHS = {
     "in_context_recall": 128, "fuzzy_recall": 128, "noisy_recall": 128, "memorization": 32, "compression": 62,
@@ -22,7 +22,7 @@ _LENGTHS = {
 def setups() -> Iterator[Setup]:
     optimizer = OptimizerConfig(weight_decay=0.0, warmup_steps=50, final_fraction=0.0)
     shorter = {"memorization": 32, "compression": 30}
-    for mixer in MIXERS:
+    for mixer in CAUSAL_MIXERS:
         for name, length in _LENGTHS.items():
             task = make(name, shorter.get(name, length // 2))
             for rate in (2e-3, 5e-3):
@@ -31,7 +31,7 @@ def setups() -> Iterator[Setup]:
 
 def full_setups() -> Iterator[Setup]:
     batch_size, epochs = 128, 200
-    for mixer in MIXERS:
+    for mixer in CAUSAL_MIXERS:
         for name, length in _LENGTHS.items():
             rows = 256 if name == "memorization" else 12_800
             for rate in (1e-4, 5e-4, 1e-3):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from benchmarks.papers.set_up import Setup
 from zoo.config import OptimizerConfig
 from zoo.data.synthetic import make
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 
 # What the paper's figure 2 shows, where it has the family: the width from which rows of 512 tokens are solved.
 _PUBLISHED = {"attention": "d >= 64", "h3": "no", "mamba": "d >= 512"}
@@ -23,7 +23,7 @@ _SETTINGS = {
 def setups() -> Iterator[Setup]:
     task = make("mqar", 64, vocab_size=256, pairs=8)
     optimizer = OptimizerConfig(weight_decay=0.1, warmup_steps=100, final_fraction=0.0)
-    for mixer in MIXERS:
+    for mixer in CAUSAL_MIXERS:
         for width in (16, 32, 64):
             for rate in (2e-3, 5e-3, 1e-2):
                 yield _setup(task, mixer, width, rate, optimizer, steps=1600, batch_size=32)
@@ -32,7 +32,7 @@ def setups() -> Iterator[Setup]:
 def full_setups() -> Iterator[Setup]:
     rows, epochs = 100_000, 64
     optimizer = OptimizerConfig(weight_decay=0.1, warmup_steps=0, final_fraction=0.0, b2=0.999)
-    for mixer in MIXERS:
+    for mixer in CAUSAL_MIXERS:
         for length, pairs, batch_size in ((64, 4, 512), (128, 8, 512), (256, 16, 256), (512, 64, 128)):
             task = make("mqar", length, vocab_size=8192, pairs=pairs)
             for width in (64, 128, 256, 512):

@@ -11,7 +11,7 @@ from flax import nnx
 from zoo.config import preset
 from zoo.evaluate.harness import prefixes
 from zoo.evaluate.harness.prefixes import BLOCK, Costs, Query, score
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 from zoo.model import LanguageModel
 
 VOCAB = 40
@@ -56,7 +56,7 @@ def _logits(graphdef, parameters, tokens):
     return nnx.merge(graphdef, parameters)(tokens)[0]
 
 
-@pytest.mark.parametrize("mixer", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS)])
+@pytest.mark.parametrize("mixer", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CAUSAL_MIXERS)])
 def test_scores_are_those_of_each_query_alone(mixer):
     model = build(mixer)
     asked = queries()

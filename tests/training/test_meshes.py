@@ -10,10 +10,10 @@ import pytest
 
 from tests.conftest import XLA_FLAGS
 from tests.training.on_meshes import MESHES
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS, MIXERS
 
-ALL = [(mixer, *MESHES) for mixer in (*MIXERS, "gla,attention")]
-BOTH_WAYS = ("attention,gla,mamba2", "linear_attention", "rwkv7", "hgrn2")
+ALL = [(mixer, *MESHES) for mixer in (*CAUSAL_MIXERS, "gla,attention")]
+BOTH_WAYS = ("attention,gla,mamba2", "linear_attention", "rwkv7", "hgrn2", *sorted({*MIXERS} - {*CAUSAL_MIXERS}))
 ALL += [(f"{mixer}/bidirectional", *MESHES[-2:]) for mixer in BOTH_WAYS]
 ALL += [(mixer, "sequence=8", MESHES[-1], "mosaic_tpu") for mixer in ("gla", "mamba")]  # kernels, interpreted
 

@@ -204,7 +204,8 @@ def test_a_family_whose_heads_would_be_on_every_device_says_so(family, monkeypat
         return on_each_device(function, arrays, out_axes, **options)
 
     settings = MIXERS[family].config_class()
-    made = nnx.eval_shape(lambda: MIXERS[family](settings, Sizes(256), layer_index=0, rngs=nnx.Rngs(0)))
+    sizes = Sizes(256, direction=MIXERS[family].directions[0])
+    made = nnx.eval_shape(lambda: MIXERS[family](settings, sizes, layer_index=0, rngs=nnx.Rngs(0)))
     fields, (graphdef, state) = made.spread_over_tensor(), nnx.split(made)
     assert all(hasattr(settings, name) for name in fields)
     monkeypatch.setattr(sharding, "on_each_device", watched)

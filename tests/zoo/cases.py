@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from zoo.config import Config
-from zoo.mixers import MIXERS, Sizes, make_mixer
+from zoo.mixers import CAUSAL, MIXERS, Sizes, make_mixer
 
 D_MODEL = 32
 VARIANTS = {
@@ -25,6 +25,11 @@ VARIANTS = {
     "transnormer": [{"kind": "norm"}],
     "conv_linear": [{"conv_width": 3, "dilation": 2}],
     "retnet": [{"num_heads": 2, "expand_k": 0.5}],
+    "linformer": [
+        {"length": 16, "mixtures": 8, "sharing": "none"},
+        {"length": 14, "mixtures": 5, "sharing": "key_value", "num_heads": 2},
+    ],
+    "rala": [{"num_heads": 2, "conv_width": 3}],
     "lightning": [{"num_heads": 2, "head_dim": 8}],
     "gated_retention": [{"num_heads": 2, "expand_v": 2.0, "gate_temperature": 1.0}],
     "mlstm": [{"num_heads": 2, "gate_soft_cap": 0.0, "expand_k": 1.0}],
@@ -76,6 +81,7 @@ def _is_quick(name, settings):
 PARAMETERS = [
     pytest.param(case, marks=[pytest.mark.slow] * bool(settings and not _is_quick(name, settings)))
     for case, (name, settings) in CASES.items()
+    if CAUSAL in MIXERS[name].directions
 ]
 
 

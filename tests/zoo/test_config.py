@@ -20,7 +20,7 @@ from zoo.config import (
 )
 from zoo.errors import UsageError
 from zoo.flops import num_parameters
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS, MIXERS
 from zoo.mixers.base import check_heads, heads_at_most
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -56,6 +56,8 @@ def test_swapping_the_mixer_by_the_flag_keeps_the_size(mixer, size):
     config.model.vocab_size = 32_000
     before = num_parameters(config.model)
     config.model.mixer = mixer
+    if mixer in MIXERS and mixer not in CAUSAL_MIXERS:
+        config.model.direction, config.train.objective = "bidirectional", "masked_tokens"
     validate(config)
     assert num_parameters(config.model) == pytest.approx(before, rel=0.05)
 

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 
 PROGRAM = """
     import resource
@@ -55,7 +55,7 @@ def gib(family, length, decoded=0, remat="none"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MIXERS)
+@pytest.mark.parametrize("family", CAUSAL_MIXERS)
 def test_a_prefix_of_32768_tokens_takes_less_than_6_gib(family):
     assert gib(family, 32768, decoded=200) < 6
 

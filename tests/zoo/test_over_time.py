@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import XLA_FLAGS
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 
 # Of each way that something travels one case: a state by its decays of each kind, a halo, keys.
 QUICK = (
@@ -45,7 +45,7 @@ def test_every_op_on_parts_of_the_time_is_the_op():
     [
         "gla",
         "mamba",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*MIXERS} - {"mamba"})),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*CAUSAL_MIXERS} - {"mamba"})),
     ],
 )
 def test_what_devices_exchange_does_not_grow_with_the_sequence(family):

@@ -21,7 +21,7 @@ from zoo.config import Config, from_json, preset, to_json, validate
 from zoo.errors import UsageError
 from zoo.flops import num_parameters
 from zoo.layers import MLPS
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS, MIXERS
 from zoo.model import LanguageModel
 from zoo.settings import INT_MAX, Setting, declarations, setting
 from zoo.sharding import MeshConfig, make_mesh
@@ -419,6 +419,8 @@ def test_the_largest_widths_are_refused_for_their_memory(mixer):
     """Without an answer that takes long, and without one that is no number."""
     chosen = preset("tiny")
     chosen.model.mixer, chosen.model.d_model, chosen.model.vocab_size = mixer, 2**20, INT_MAX
+    if mixer not in CAUSAL_MIXERS:
+        chosen.model.direction, chosen.train.objective = "bidirectional", "masked_tokens"
     validate(chosen)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert " TB of memory" in refused(memory.check_training, chosen, mesh)

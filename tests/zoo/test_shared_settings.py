@@ -19,7 +19,7 @@ from zoo.model import LanguageModel
 def build(family, sizes=None, **settings):
     config = dataclasses.replace(getattr(Config().model, family), **settings)
     assert MIXERS[family].check(config, D_MODEL) == []
-    sizes = sizes or Sizes(d_model=D_MODEL)
+    sizes = sizes or Sizes(d_model=D_MODEL, direction=MIXERS[family].directions[0])
     return config, MIXERS[family](config, sizes, layer_index=0, rngs=nnx.Rngs(0))
 
 

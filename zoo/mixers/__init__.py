@@ -17,11 +17,13 @@ from zoo.mixers.hgrn2 import HGRN2
 from zoo.mixers.kda import KDA
 from zoo.mixers.lightning import Lightning
 from zoo.mixers.linear_attention import LinearAttention
+from zoo.mixers.linformer import Linformer
 from zoo.mixers.longformer import Longformer
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.performer import Performer
+from zoo.mixers.rala import RALA
 from zoo.mixers.retnet import RetNet
 from zoo.mixers.rwkv6 import RWKV6
 from zoo.mixers.rwkv7 import RWKV7
@@ -32,8 +34,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "forgetting_attention": ForgettingAttention,
     "longformer": Longformer,
+    "linformer": Linformer,
     "linear_attention": LinearAttention,
     "performer": Performer,
+    "rala": RALA,
     "transnormer": TransNormer,
     "conv_linear": ConvLinear,
     "retnet": RetNet,
@@ -56,4 +60,18 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv7": RWKV7,
 }
 
-__all__ = ["BIDIRECTIONAL", "CAUSAL", "DIRECTIONS", "MIXERS", "BothWays", "Mixer", "Sizes", "make_mixer", "passes"]
+# Those that language models can be made of.
+CAUSAL_MIXERS = {name: mixer for name, mixer in MIXERS.items() if CAUSAL in mixer.directions}
+
+__all__ = [
+    "BIDIRECTIONAL",
+    "CAUSAL",
+    "CAUSAL_MIXERS",
+    "DIRECTIONS",
+    "MIXERS",
+    "BothWays",
+    "Mixer",
+    "Sizes",
+    "make_mixer",
+    "passes",
+]

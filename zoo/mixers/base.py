@@ -151,6 +151,11 @@ class Mixer(nnx.Module):
         return {"num_heads": self.heads} if hasattr(self, "heads") else {}
 
     @staticmethod
+    def longest(config: Any) -> int | None:
+        """Tokens of the longest document that it takes, of its setting `length`; None: any."""
+        return None
+
+    @staticmethod
     def check(config: Any, d_model: int) -> list[str]:
         """What is wrong with the settings, each as "<field>: message"; empty if nothing is."""
         raise NotImplementedError

@@ -127,7 +127,7 @@ def _with_epsilon(sizes: Any, config: Any) -> Any:
 
 def _projections(family: type, config: Any, sizes: Any) -> dict[str, int]:
     """Output widths of the projections of a mixer, which is not allocated."""
-    found = {}
+    found, sizes = {}, dataclasses.replace(sizes, direction=family.directions[0])
 
     def build():
         mixer = family(dataclasses.replace(config, biases=""), sizes, layer_index=0, rngs=nnx.Rngs(0))
