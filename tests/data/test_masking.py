@@ -65,7 +65,10 @@ def test_a_row_is_masked_by_its_own_seed_alone():
     for name, array in part.items():
         np.testing.assert_array_equal(array, whole[name][2:4])
     assert (masked(rows, first_seed=1)["weights"] != whole["weights"]).any()
-    assert masking.training_seed(zoo_config.Config(), 1, 0) != masking.validation_seed(1)
+    configs, places = [zoo_config.Config() for _ in range(2)], list(itertools.product(range(3), range(3)))
+    configs[1].train.seed = 1
+    seeds = [masking.training_seed(config, *place) for config in configs for place in places]
+    assert len({*seeds, *map(masking.validation_seed, range(3))}) == 2 * 9 + 3
 
 
 @pytest.fixture
