@@ -3,7 +3,7 @@
 Each op's docstring, in its `api.py`, is its definition. Letters in shapes: `kernels.array_typing`.
 """
 
-from kernels.attention import attention
+from kernels.attention import attention, attention_step
 from kernels.cross_entropy import cross_entropy
 from kernels.delta_rule import delta_rule, delta_rule_step
 from kernels.diagonal_ssm import diagonal_ssm, diagonal_ssm_step
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "attention",
+    "attention_step",
     "cross_entropy",
     "delta_rule",
     "delta_rule_step",

@@ -27,6 +27,8 @@ from zoo.taken import Segments, last
 
 # A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
 UNROLLED_UNITS = 4
+# With a state, so many tokens are bound by what is read: units run one by one, so that each state is updated in place.
+FEW_TOKENS = 32
 
 
 class Block(nnx.Module):
@@ -82,6 +84,10 @@ class Block(nnx.Module):
             "mixer": self.mixer.init_state(batch_size, max_length, dtype) if self.has_mixer else None,
             "mlp": self.mlp.init_state(batch_size, dtype) if self.has_mlp else None,
         }
+
+
+def _row(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def _norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
@@ -285,13 +291,24 @@ class LanguageModel(nnx.Module):
             given = {"segment_ids": segment_ids, "positions": positions, "depths": depths, "of_input": of_input}
             return nnx.merge(graphdef, parameters)(x, states=states, dropout_key=key, **given)
 
-        layer_states = [None] * len(self.units.blocks) if state is None else state["layers"]
-        per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(step), layer_states)
         # Unrolled, the compiler would find what is computed again already computed, and keep it.
-        unroll = self.num_units if self.num_units <= UNROLLED_UNITS and self.remat == "none" else 1
-        x, layer_states = jax.lax.scan(self._rematerialised(unit), x, per_unit, unroll=unroll)
+        unrolled = self.num_units <= UNROLLED_UNITS and self.remat == "none"
+        scan = functools.partial(jax.lax.scan, self._rematerialised(unit), unroll=self.num_units if unrolled else 1)
+        per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(step))
+        if state is None:
+            x, _ = scan(x, (*per_unit, [None] * len(self.units.blocks)))
+            return self.norm(x), None
+        if unrolled or tokens.shape[1] <= FEW_TOKENS:
+            layer_states = []
+            for i, states in enumerate(state["layers"]):
+                x, after = unit(x, (*_row(per_unit, i), states))
+                layer_states.append(after)
+        else:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *state["layers"])
+            x, stacked = scan(x, (*per_unit, stacked))
+            layer_states = [_row(stacked, i) for i in range(self.num_units)]
         new_state = {"position": new_position, "layers": layer_states, "input": input_state}
-        return self.norm(x), None if state is None else new_state
+        return self.norm(x), new_state
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         """The state before the first token.
@@ -302,13 +319,13 @@ class LanguageModel(nnx.Module):
         if not self.causal:
             raise UsageError(NO_STATE)
         dtype = self.embed.dtype
-        layers = [block.init_state(batch_size, max_length, dtype) for block in self.units.blocks]
-        stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_units, *leaf.shape)), layers)
+        blocks = self.units.blocks
+        layers = [[block.init_state(batch_size, max_length, dtype) for block in blocks] for _ in range(self.num_units)]
         of_input = {
             family: self.units.blocks[i].mixer.init_input_state(batch_size, dtype)
             for family, i in self._readers_of_input().items()
         }
-        return {"position": jnp.zeros((batch_size,), jnp.int32), "layers": stacked, "input": of_input}
+        return {"position": jnp.zeros((batch_size,), jnp.int32), "layers": layers, "input": of_input}
 
     def _readers_of_input(self) -> dict[str, int]:
         """The families whose layers read the model's input, and the place of the first of them."""

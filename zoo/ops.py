@@ -20,6 +20,7 @@ from zoo.taken import Segments, state_of_taken
 __all__ = [
     "associative_scan",
     "attention",
+    "attention_step",
     "cross_entropy",
     "decay_sums",
     "delta_rule",
@@ -85,6 +86,23 @@ def decay_sums(log_decay, before=None):
     zeros = jnp.zeros((log_decay.shape[0], log_decay.shape[2]), jnp.float32)
     first = decay.pair(zeros) if before is None else (before[..., 0], before[..., 1])
     return jnp.stack(associative_scan(decay.add, decay.pair(log_decay), first), axis=-1)
+
+
+def attention_step(q, k, v, visible, *, stop, sums=None):
+    """`kernels.attention_step`, with each device's sequences and heads on it; see there."""
+    groups = k.shape[1]
+    heads = "heads" if groups == 1 or groups % sharding.axis_size("heads") == 0 else None
+    of_keys = ("batch", None if groups == 1 else heads, None, None)
+    arrays = {"q": (q, ("batch", None, heads, None)), "k": (k, of_keys), "v": (v, of_keys), "stop": (stop, ())}
+    arrays["visible"] = (visible, ("batch", None, None))
+    if sums is not None:
+        arrays |= {"of_q": (sums[0], ("batch", None, heads, None)), "of_k": (sums[1], ("batch", heads, None, None))}
+
+    def call(arrays):
+        pair = (arrays.pop("of_q"), arrays.pop("of_k")) if "of_q" in arrays else None
+        return kernels.attention_step(**arrays, sums=pair)
+
+    return sharding.on_each_device(call, arrays, ("batch", None, heads, None))
 
 
 @state_of_taken("k", "log_decay")

@@ -1,6 +1,6 @@
 """The state of a batch of sequences, as a model leaves it: its rows are independent of one another."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from kernels.array_typing import Array, Int
 
-# {"position": int32 [B], "layers": {"mixer": ..., "mlp": ...} for each layer of the unit, stacked over units,
-#  "input": by family, of those that read the model's input in each layer}
+# {"position": int32 [B], "layers": {"mixer": ..., "mlp": ...} for each layer of the unit, for each unit,
+#  "input": by family, of those that read the model's input in each layer}. The first axis of each array is sequences.
 State = Mapping[str, Any]
 
 
@@ -20,7 +20,7 @@ def take_rows(state: State, rows: Int[Array, "R"]) -> State:
       ValueError: a row that the state does not have, where its number is known.
     """
     rows = _known_rows(state, rows)
-    return _over_leaves(lambda leaf, at: leaf[(*at, rows)], state)
+    return jax.tree.map(lambda leaf: leaf[rows], state)
 
 
 def put_rows(state: State, rows: Int[Array, "R"], other: State) -> State:
@@ -40,7 +40,7 @@ def put_rows(state: State, rows: Int[Array, "R"], other: State) -> State:
                 f"put_rows: other{jax.tree_util.keystr(path)} is {leaf.dtype} {leaf.shape}, expected {of_state.dtype} "
                 f"{of_state.shape}: a state of the same model and max_length, with a sequence for each row"
             )
-    return _over_leaves(lambda leaf, at, new: leaf.at[(*at, rows)].set(new), state, other)
+    return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, other)
 
 
 def _known_rows(state: State, rows: Int[Array, "R"]) -> jax.Array:
@@ -50,12 +50,3 @@ def _known_rows(state: State, rows: Int[Array, "R"]) -> jax.Array:
     if not isinstance(rows, jax.core.Tracer) and rows.size and not (0 <= rows.min() and rows.max() < size):
         raise ValueError(f"rows: got {rows.tolist()}, expected numbers from 0 to {size - 1}: the state's sequences")
     return rows
-
-
-def _over_leaves(function: Callable, state: State, *others: State) -> State:
-    """`function(leaf, at, *leaves)`; `at` indexes the axes before the sequences': of units, where they are stacked."""
-    at = {name: (slice(None),) if name == "layers" else () for name in state}
-    return {
-        name: jax.tree.map(lambda leaf, *leaves, at=at[name]: function(leaf, at, *leaves), *parts)
-        for name, *parts in ((name, state[name], *(other[name] for other in others)) for name in state)
-    }

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import dispatch
-from kernels.array_typing import Array, Float, Int
+from kernels.array_typing import Array, Bool, Float, Int
 from kernels.attention.chunked import chunked
 from kernels.attention.cudnn import cudnn
 from kernels.attention.decay import sums
 from kernels.attention.reference import reference
 from kernels.attention.splash import splash
+from kernels.attention.step import step, step_reference
 from kernels.checks import (
     check_count,
     check_dtype,
@@ -158,3 +159,48 @@ def _check_part(q_start, T, L, segment_ids, q_positions, kv_positions):
         raise ValueError(f"{OP}: q_start is {q_start if known else 'given'}, expected {T} queries within the {L} keys")
     if not known and L % T:
         raise ValueError(f"{OP}: {L} keys are no multiple of the {T} queries, and q_start is traced: make it a number")
+
+
+def attention_step(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B G L K"],
+    v: Float[Array, "B G L V"],
+    visible: Bool[Array, "B T L"],
+    *,
+    stop: int | Int[Array, ""] | None = None,
+    sums: tuple[Float[Array, "B T H 2"], Float[Array, "B H L 2"]] | None = None,
+    implementation: dispatch.Implementation = None,
+) -> Float[Array, "B T H V"]:
+    """`attention` of a few tokens to a cache, which lies heads first.
+
+    o_t = sum_s p_ts v_s,   p_t = softmax over the visible s of q_t . k_s / sqrt(K)
+
+    A query that sees no key gives 0.
+
+    Args:
+      q: queries, H heads.
+      k, v: keys and values, G heads; query head h reads head h // (H // G).
+      visible: which keys each query sees.
+      stop: no query sees a key from here on, and they are not read where that is cheaper; None: L.
+      sums: `kernels.attention.sums` of the decays at each query and at each key; see `attention`.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit, an empty axis, or an unknown implementation.
+    """
+    op = "attention_step"
+    check_rank(op, "q", q, "B T H K")
+    check_rank(op, "k", k, "B G L K")
+    (B, T, H, K), (G, L) = q.shape, k.shape[1:3]
+    check_shape(op, "k", k, (B, G, L, K), like="q", shape=q.shape)
+    check_rank(op, "v", v, "B G L V")
+    check_shape(op, "v", v, (B, G, L, v.shape[3]), like="k", shape=k.shape)
+    if H % G:
+        raise ValueError(f"{op}: k has {G} heads (shape {k.shape}), expected a divisor of the {H} of q ({q.shape})")
+    check_shape(op, "visible", visible, (B, T, L), like="k", shape=k.shape)
+    check_dtype(op, jnp.floating, q=q, k=k, v=v)
+    if sums is not None:
+        check_shape(op, "sums of q", sums[0], (B, T, H, 2), like="q", shape=q.shape)
+        check_shape(op, "sums of k", sums[1], (B, H, L, 2), like="k", shape=k.shape)
+    stop = jnp.asarray(L if stop is None else stop, jnp.int32)
+    table = {"reference": step_reference, "chunked": step}
+    return dispatch.call(op, table, implementation, ["chunked"], q, k, v, sums, visible, stop)

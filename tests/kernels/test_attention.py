@@ -5,12 +5,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from kernels import attention, dispatch
+from kernels import attention, attention_step, dispatch
 from kernels.attention import sums
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.splash import splash
@@ -368,3 +369,38 @@ def test_cudnn_says_what_it_cannot_do(reason):
     with dispatch.use_device(A100):  # and the next in order takes the call
         out = attention(*arrays, **options)
     assert error_ratio(out, attention(*arrays, implementation="reference", **options)) < 5e-3
+
+
+@pytest.mark.parametrize("stop", [300, 1100])  # blocks up to there; all of the cache
+def test_a_step_is_the_reference_of_a_cache_turned_round(stop):
+    q, k, v = qkv(3, 1100)
+    decays = sums(-jnp.exp(normal(np.random.default_rng(3), 2, 1100, 4)))
+    decays = decays[:, stop - 3 : stop], decays
+    ids = (jnp.array([[0, 0, 0], [0, 0, 9]]), jnp.zeros((2, 1100), jnp.int32))  # the last query sees nothing
+    positions = stop - 3 + jnp.arange(3) * jnp.ones((2, 1), int)
+    visible = (ids[0][:, :, None] == ids[1][:, None]) & (positions[:, :, None] >= jnp.arange(1100))
+
+    def step(q, k, v):
+        pair = decays[0], decays[1].swapaxes(1, 2)
+        return attention_step(q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible, stop=stop, sums=pair)
+
+    whole = functools.partial(attention, segment_ids=ids, q_positions=positions, log_decay=decays)
+    whole = functools.partial(whole, implementation="reference")
+    for actual, wanted in zip(results(step, (q, k, v)), results(whole, (q, k, v)), strict=True):
+        assert error_ratio(actual, wanted) < 1e-6
+    assert not step(q, k, v)[1, 2].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (2, 3, 7, 8), "v": (2, 3, 7, 8)}, "k has 3 heads"),
+        ({"v": (2, 2, 6, 8)}, r"v has shape \(2, 2, 6, 8\), expected \(2, 2, 7, 8\)"),
+        ({"visible": (2, 7)}, r"visible has shape \(2, 7\), expected \(2, 1, 7\)"),
+    ],
+)
+def test_bad_arguments_of_a_step_are_named(change, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run: annotations are not checked
+    shapes = {"q": (2, 1, 4, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8), "visible": (2, 1, 7)} | change
+    with pytest.raises(ValueError, match=message):
+        attention_step(**{name: jnp.ones(shape) for name, shape in shapes.items()})

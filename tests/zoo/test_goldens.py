@@ -72,9 +72,10 @@ def test_decoding_and_the_final_states(golden):
         logits, state = call(tokens[:, t : t + 1], state)
         pieces.append(logits)
     assert error_ratio(jnp.concatenate(pieces, 1), arrays["logits"]) < 1e-5
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[0] for blocks in state["layers"]))
     states = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree.leaves_with_path(state["layers"][0])
+        for path, leaf in jax.tree.leaves_with_path(stacked)
     }
     for name, expected in groups["state"].items():
         assert error_ratio(states[name].reshape(expected.shape), expected) < 1e-5, name

@@ -73,14 +73,13 @@ def test_a_row_moves_between_batches(case, inputs):
     def step(t, state):
         return call(parameters, inputs[:, t : t + 1], None, positions(t, 1), state)
 
-    def of_model(state):  # as the second of two units
-        stacked = jax.tree.map(lambda leaf: np.stack([0 * leaf, leaf]), state)
-        return {"position": np.zeros(BATCH, np.int32), "layers": [stacked], "input": {}}
+    def of_model(state):
+        return {"position": jnp.zeros(BATCH, jnp.int32), "layers": [[state]], "input": {}}
 
     _, short = call(parameters, inputs[:, :CUT], None, positions(0, CUT), mixer.init_state(BATCH, TIME, jnp.float32))
     _, long = step(CUT + 1, step(CUT, short)[1])
     move = jax.jit(lambda state, other: put_rows(state, [0], take_rows(other, [1])))
-    mixed = jax.tree.map(lambda leaf: np.asarray(leaf)[1], move(of_model(long), of_model(short))["layers"][0])
+    mixed = move(of_model(long), of_model(short))["layers"][0][0]
     x, at = np.asarray(inputs)[1, [CUT, CUT + 2]][:, None], jnp.array([[CUT], [CUT + 2]])
     y, after = call(parameters, x, None, at, mixed)
     for row, (t, before) in enumerate(((CUT, short), (CUT + 2, long))):

@@ -32,8 +32,8 @@ def held(state):
     """A state without what it has no use for: slots of a cache that hold no token that it counts."""
     if not isinstance(state, dict) or "index" not in state:
         return state
-    slots, index = np.arange(state["k"].shape[1]), np.asarray(state["index"])[:, None]
-    used = (slots < index)[..., None, None]
+    slots, index = np.arange(state["k"].shape[2]), np.asarray(state["index"])[:, None]
+    used = (slots < index)[:, None, :, None]
     return state | {name: jnp.where(used, state[name], 0) for name in ("k", "v", "sums") if name in state}
 
 

@@ -5,7 +5,7 @@
 Bidirectional: over all s of the document. Optional: a norm on q and k (2302.05442), of each head or of all together
 (OLMo 2's, 2501.00656), a sliding window of `window` tokens, rotary positions on a part of each head or scaled to longer
 contexts, a gate on what is read (2505.06708, as in Qwen3-Next): y_t = W_o (o_t * sigmoid(x_t W_g)).
-State: the keys and values so far, [batch, max_length, kv_heads, K], and of each row the number of tokens in them and
+State: the keys and values so far, [batch, kv_heads, max_length, K], and of each row the number of tokens in them and
 where its current segment starts. More than max_length tokens, of all segments and padding together, are a ValueError
 where their number is known, else NaN. With a window shorter than max_length the state is a ring of the last `window`
 tokens, token n in slot n % window, and holds any number of them.
@@ -57,7 +57,7 @@ def _turning(config: AttentionConfig, head_dim: int) -> int:
 
 def _check_state(state: dict[str, jax.Array], batch: int, time: int, is_ring: bool) -> None:
     """Raise ValueError for a state of other sequences, or without room for the tokens where their number is known."""
-    sequences, length = state["k"].shape[:2]
+    sequences, _, length, _ = state["k"].shape
     if sequences != batch:
         raise ValueError(f"attention: state has {sequences} sequences, expected the {batch} of x")
     before = 0 if isinstance(state["index"], jax.core.Tracer) else int(state["index"].max())
@@ -67,10 +67,15 @@ def _check_state(state: dict[str, jax.Array], batch: int, time: int, is_ring: bo
         )
 
 
+# So many tokens read the cache where it lies; for more, it is turned round to the order of tokens.
+FEW_TOKENS = 32
+
+
 def _put(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-    """`cache` [B, L, ...] with x [B, T, ...] from each row's `index` [B] on; what has no room is lost."""
+    """`cache` [B, G, L, K] with x [B, T, G, K] from each row's `index` [B] on; what has no room is lost."""
     slots = index[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    return jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(cache, slots, x.astype(cache.dtype))
+    put = jax.vmap(lambda row, at, x: row.at[:, at].set(x, mode="drop"))
+    return put(cache, slots, x.swapaxes(1, 2).astype(cache.dtype))
 
 
 class Attention(Mixer):
@@ -149,8 +154,8 @@ class Attention(Mixer):
             segment_ids = Segments.of(segment_ids, jnp.full((batch,), time), (batch, time))
         new = {"k": k, "v": v}
         if log_decay is not None:
-            slot = (index - 1) % state["sums"].shape[1]  # of the last token
-            before = jnp.take_along_axis(state["sums"], slot[:, None, None, None], axis=1)[:, 0]
+            slot = (index - 1) % state["sums"].shape[2]  # of the last token
+            before = jnp.take_along_axis(state["sums"], slot[:, None, None, None], axis=2)[:, :, 0]
             new["sums"] = ops.decay_sums(log_decay, jnp.where((index > 0)[:, None, None], before, 0))
         if self._is_ring(state):
             o, cache = (_one_in_ring if time == 1 else _many_in_ring)(q, new, segment_ids, state)
@@ -162,13 +167,13 @@ class Attention(Mixer):
         return o, cache | {"index": index + segment_ids.count(), "start": jnp.where(number == 0, start, here)}
 
     def _is_ring(self, state):
-        return self.window is not None and state["k"].shape[1] == self.window
+        return self.window is not None and state["k"].shape[2] == self.window
 
     def init_state(self, batch_size, max_length, dtype):
         length = max_length if self.window is None else min(max_length, self.window)
-        cache = jnp.zeros((batch_size, length, self.kv_heads, self.head_dim), dtype)
-        zeros = jnp.zeros((batch_size,), jnp.int32)
-        return {"k": cache, "v": cache, "index": zeros, "start": zeros}
+        cache, counts = (batch_size, self.kv_heads, length, self.head_dim), (batch_size,)
+        shapes = {"k": (cache, dtype), "v": (cache, dtype), "index": (counts, jnp.int32), "start": (counts, jnp.int32)}
+        return {name: jnp.zeros(*shape_and_dtype) for name, shape_and_dtype in shapes.items()}
 
     def spread_over_tensor(self):
         # One head of k and v is on every device.
@@ -211,16 +216,15 @@ class Attention(Mixer):
 
 def _append(q, new, segments, state, window):
     """Outputs, and the cache with the tokens behind those that it has, each in the slot of its number."""
-    time, length = q.shape[1], state["k"].shape[1]
+    time, length = q.shape[1], state["k"].shape[2]
     index = state["index"][:, None]
     cache = {name: _put(state[name], x, state["index"]) for name, x in new.items()}
     slots = jnp.arange(length, dtype=jnp.int32)
-    # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
-    cached = jnp.where((slots >= state["start"][:, None]) & (slots < index), 0, -1)
     numbers = index + jnp.arange(time, dtype=jnp.int32)
-    ids = segments.numbers, _put(cached, segments.numbers, state["index"])
-    # Keys stand at their own slot, so only the slots up to here are read.
-    o = _attend(q, new, cache, window=window, segment_ids=ids, q_positions=numbers)
+    # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
+    ids = jnp.where((slots >= state["start"][:, None]) & (slots < index), 0, -1)
+    ids = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(ids, numbers, segments.numbers)
+    o = _attend(q, new, cache, (segments.numbers, ids), numbers, window)
     # A cache that is too short has lost a key, and which tokens saw it is nobody's to guess.
     fits = (numbers < length) & (index + segments.count()[:, None] <= length)
     return jnp.where(fits[..., None, None], o, jnp.nan), cache
@@ -228,37 +232,48 @@ def _append(q, new, segments, state, window):
 
 def _one_in_ring(q, new, segments, state):
     """Outputs and cache of one token, which takes the place of the one that left the window."""
-    index, length = state["index"], state["k"].shape[1]
+    index, length = state["index"], state["k"].shape[2]
     cache = {name: _put(state[name], x, index % length) for name, x in new.items()}
     number = index[:, None] - (index[:, None] - jnp.arange(length, dtype=jnp.int32)) % length  # of the token in a slot
-    seen = jnp.where(number >= state["start"][:, None], segments.numbers, -1)
-    after_all = jnp.full_like(segments.numbers, length)  # slots are in no order: the query sees each that has its id
-    return _attend(q, new, cache, segment_ids=(segments.numbers, seen), q_positions=after_all), cache
+    visible = (number >= state["start"][:, None])[:, None]
+    return _read(q, new, cache, visible, jnp.minimum(jnp.max(index) + 1, length)), cache
 
 
 def _many_in_ring(q, new, segments, state):
     """Outputs and cache of any number of tokens, behind those in the ring, in order."""
-    time, window = q.shape[1], state["k"].shape[1]
+    time, window = q.shape[1], state["k"].shape[2]
     index = state["index"][:, None]
     numbers = index + jnp.arange(-window, time, dtype=jnp.int32)  # of the tokens in a row of keys
     # Which token each slot holds afterwards, and where that stands in the row.
     newest = index + segments.count()[:, None] - 1
     held = newest - (newest - jnp.arange(window, dtype=jnp.int32)) % window
-    at = (held - index + window)[..., None, None]
+    at = (held - index + window)[:, None, :, None]
 
     def joined(cache, x):
-        old = jnp.take_along_axis(cache, (numbers[:, :window] % window)[..., None, None], axis=1)
-        return jnp.concatenate([old, x.astype(cache.dtype)], axis=1)
+        old = jnp.take_along_axis(cache, (numbers[:, :window] % window)[:, None, :, None], axis=2)
+        return jnp.concatenate([old, x.swapaxes(1, 2).astype(cache.dtype)], axis=2)
 
     tokens = {name: joined(state[name], x) for name, x in new.items()}
     seen = jnp.where(numbers[:, :window] >= state["start"][:, None], 0, -1)
     ids = segments.numbers, jnp.concatenate([seen, segments.numbers], axis=1)
     positions = jnp.broadcast_to(window + jnp.arange(time, dtype=jnp.int32), q.shape[:2])
-    o = _attend(q, new, tokens, window=window, segment_ids=ids, q_positions=positions)
-    return o, {name: jnp.take_along_axis(x, at, axis=1) for name, x in tokens.items()}
+    o = _attend(q, new, tokens, ids, positions, window)
+    return o, {name: jnp.take_along_axis(x, at, axis=2) for name, x in tokens.items()}
 
 
-def _attend(q, new, cache, **where):
-    """`ops.attention` of the queries of `new` tokens to those of `cache`."""
+def _attend(q, new, cache, ids, positions, window):
+    """Causal attention of q [B, T, H, K] at `positions` [B, T] to a cache [B, G, L, K], a position a slot."""
+    if q.shape[1] > FEW_TOKENS:
+        keys, values = (cache[name].astype(q.dtype).swapaxes(1, 2) for name in ("k", "v"))
+        sums = (new["sums"], cache["sums"].swapaxes(1, 2)) if "sums" in cache else None
+        return ops.attention(q, keys, values, window=window, segment_ids=ids, q_positions=positions, log_decay=sums)
+    distance = positions[:, :, None] - jnp.arange(cache["k"].shape[2], dtype=jnp.int32)
+    visible = (ids[0][:, :, None] == ids[1][:, None]) & (distance >= 0)
+    visible &= True if window is None else distance < window
+    return _read(q, new, cache, visible, jnp.max(positions) + 1)
+
+
+def _read(q, new, cache, visible, stop):
+    """`ops.attention_step` of the queries of `new` tokens to the visible ones of a cache."""
     sums = (new["sums"], cache["sums"]) if "sums" in cache else None
-    return ops.attention(q, cache["k"].astype(q.dtype), cache["v"].astype(q.dtype), log_decay=sums, **where)
+    return ops.attention_step(q, cache["k"].astype(q.dtype), cache["v"].astype(q.dtype), visible, stop=stop, sums=sums)

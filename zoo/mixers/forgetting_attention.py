@@ -5,7 +5,7 @@
 
 The decay tells tokens their order, so q and k are not turned (`positions=rope` turns them). All else is `attention`,
 its settings too; the paper's larger block ("Pro") has its `qk_norm` and `output_gate`.
-State: that of `attention`, and the sums of log f up to each token, two float32 [batch, max_length, heads, 2].
+State: that of `attention`, and the sums of log f up to each token, two float32 [batch, heads, max_length, 2].
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class ForgettingAttention(Attention):
 
     def init_state(self, batch_size, max_length, dtype):
         state = super().init_state(batch_size, max_length, dtype)
-        return state | {"sums": jnp.zeros((*state["k"].shape[:2], self.heads, 2), jnp.float32)}
+        return state | {"sums": jnp.zeros((batch_size, self.heads, state["k"].shape[2], 2), jnp.float32)}
 
     @staticmethod
     def num_parameters(config, d_model):
