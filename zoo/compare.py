@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.compare") 
                 path.write_text(files.to_json(records, indent=2) + "\n")
             written.append(folder / "report.html")
             with files.replacing(written[-1]) as path:
-                path.write_text(page(runs))
+                path.write_text(page(runs), encoding="utf-8")
             for text in texts:
                 written.append(folder / ("loss.png" if len(texts) == 1 else f"loss_{_in_file_names(text)}.png"))
                 with files.replacing(written[-1]) as path:

@@ -9,7 +9,7 @@ import pytest
 
 from zoo.errors import UsageError
 from zoo.evaluate import documents
-from zoo.evaluate.documents import Documents
+from zoo.evaluate.documents import Documents, Read
 
 
 def of(nats, size=100.0):
@@ -65,10 +65,11 @@ def test_runs_that_read_other_parts_are_not_compared():
 
 def test_what_is_kept_comes_back(tmp_path):
     run = of([1.5, 2.5])
-    documents.write(tmp_path / "x.npz", "abc", documents.to_arrays(64, run) | documents.to_arrays(128, run))
+    arrays = documents.to_arrays(Read(64), run) | documents.to_arrays(Read(128, 8), run)
+    documents.write(tmp_path / "x.npz", "abc", arrays)
     fingerprint, found = documents.read(tmp_path / "x.npz")
-    assert fingerprint == "abc" and set(found) == {64, 128}
-    for sums, expected in zip(found[64], run, strict=True):
+    assert fingerprint == "abc" and set(found) == {(64, 0), (128, 8)}
+    for sums, expected in zip(found[Read(64)], run, strict=True):
         np.testing.assert_allclose(sums, expected, rtol=1e-7)
     assert documents.read(tmp_path / "nothing.npz") == ("", {})
 
@@ -82,13 +83,13 @@ def saved(**arrays):
 NUMBERS = np.ones(2, np.float32)
 ODD = {
     "no zip": b"x" * 100,
-    "cut": saved(fingerprint=np.array("a"), **{"1/nats": NUMBERS})[:-30],
-    "pickled": saved(fingerprint=np.array("a"), **{"1/nats": np.array([{}], object)}),
+    "cut": saved(fingerprint=np.array("a"), **{"1x0/nats": NUMBERS})[:-30],
+    "pickled": saved(fingerprint=np.array("a"), **{"1x0/nats": np.array([{}], object)}),
     "of another name": saved(fingerprint=np.array("a"), nats=NUMBERS),
-    "not all of them": saved(fingerprint=np.array("a"), **{"1/nats": NUMBERS}),
-    "no fingerprint": saved(**{f"1/{name}": NUMBERS for name in Documents._fields}),
-    "not finite": saved(fingerprint=np.array("a"), **{f"1/{n}": NUMBERS * np.nan for n in Documents._fields}),
-    "text": saved(fingerprint=np.array("a"), **{f"1/{n}": np.array(["a"]) for n in Documents._fields}),
+    "not all of them": saved(fingerprint=np.array("a"), **{"1x0/nats": NUMBERS}),
+    "no fingerprint": saved(**{f"1x0/{name}": NUMBERS for name in Documents._fields}),
+    "not finite": saved(fingerprint=np.array("a"), **{f"1x0/{n}": NUMBERS * np.nan for n in Documents._fields}),
+    "text": saved(fingerprint=np.array("a"), **{f"1x0/{n}": np.array(["a"]) for n in Documents._fields}),
 }
 
 
@@ -109,7 +110,7 @@ class Touches:
 
 def test_nothing_in_the_file_is_executed(tmp_path):
     made = tmp_path / "made"
-    arrays = {f"1/{name}": np.array([Touches(str(made))], object) for name in Documents._fields}
+    arrays = {f"1x0/{name}": np.array([Touches(str(made))], object) for name in Documents._fields}
     (tmp_path / "x.npz").write_bytes(saved(fingerprint=np.array("a"), **arrays))
     with pytest.raises(UsageError, match="is not what zoo.evaluate writes"):
         documents.read(tmp_path / "x.npz")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.evaluate.test_compare import run, write_run
 from zoo import plots
-from zoo.evaluate import documents, html, svg
+from zoo.evaluate import documents, evaluated, html, svg
 from zoo.evaluate.documents import Documents
 from zoo.figures import Chart, Intervals, Line, Table
 from zoo.mixers import MIXERS
@@ -88,7 +88,8 @@ def evaluated_run(path, mixer="gla", factor=1.0, **changes):
     (path / "evaluate.json").write_text(json.dumps(record))
     nats = factor * np.random.default_rng(0).uniform(100, 200, 20)
     found = Documents(nats, np.full(20, 100.0), np.full(20, 99.0))
-    documents.write(path / "evaluate.npz", record["corpus"]["fingerprint"], documents.to_arrays(256, found))
+    arrays = documents.to_arrays(documents.Read(256), found)
+    documents.write(path / "evaluate.npz", record["corpus"]["fingerprint"], arrays)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,28 @@ def test_runs_on_other_texts_or_without_documents_are_not_compared(tmp_path, cap
     assert all(r["difference"] is None for r in records.values())
     assert "c: no losses by document" in text and "d: no losses by document" in text
     assert "perplexity on text aaaa" in text and "perplexity on text bbbb" in text
+
+
+def test_what_was_read_otherwise_is_not_compared():
+    """At other lengths, of a task in other batches (whose rows are others), or of the text other parts."""
+    nats = np.random.default_rng(0).uniform(100, 200, 20)
+    whole = Documents(nats, np.full(20, 100.0), np.zeros(20))
+    part = Documents(*(sums * (np.arange(20) < 10) for sums in whole))
+
+    def found(*measured):
+        runs = [evaluated.Evaluated(f"run {i}", "gla", RECORD, dict(each)) for i, each in enumerate(measured)]
+        ranked, notes = evaluated.differences(runs)
+        return [(d.run, d.context_length) for d in ranked], " ".join(notes)
+
+    at = documents.Read
+    assert found({at(64): whole}, {at(128): whole})[1].startswith(
+        "The runs were evaluated at different context lengths"
+    )
+    assert found({at(64, 8): whole}, {at(64, 16): whole})[0] == []
+    ranked, notes = found({at(64): whole}, {at(64): part})
+    assert ranked == [] and "other parts of the text were read" in notes
+    both = {at(64): whole, at(128): whole}
+    assert found(both, {**both, at(256): whole})[0] == [("run 0", 128), ("run 1", 128)]
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_perplexity_keeps_each_documents_sums(text):
     result, kept = tasks.TASKS["perplexity"].measure(request)
     for r in result["by_context_length"]:
         n = r["context_length"]
-        nats, tokens, sizes = (kept[f"{n}/{name}"] for name in documents.Documents._fields)
+        nats, tokens, sizes = (kept[f"{n}x0/{name}"] for name in documents.Documents._fields)
         assert tokens.tolist() == [LONG + 41] * 6 + [6] and sizes.tolist() == [LONG + 40] * 6 + [5]
         assert nats.sum() / math.log(2) / sizes.sum() == pytest.approx(r["bits_per_byte"], rel=1e-5)
         assert r["low"] < r["bits_per_byte"] < r["high"] and r["documents"] == 7 and r["unit"] == "bits per byte"

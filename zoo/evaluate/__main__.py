@@ -188,7 +188,7 @@ def _write(
         with replacing(output) as path:
             path.write_text(files.to_json(record, indent=2) + "\n")
         with replacing(output.with_suffix(".html")) as path:
-            path.write_text(page)
+            path.write_text(page, encoding="utf-8")
         if kept:
             with replacing(output.with_suffix(".npz")) as path:
                 documents.write(path, record["corpus"]["fingerprint"], kept)

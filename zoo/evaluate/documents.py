@@ -92,9 +92,19 @@ def _drawn(runs: list[Documents]) -> np.ndarray:
 # --- Kept -------------------------------------------------------------------------------------------------------------
 
 
-def to_arrays(length: int, run: Documents) -> dict[str, np.ndarray]:
-    """For a file: float32, and whole numbers as they are."""
-    return {f"{length}/{name}": array.astype(np.float32) for name, array in run._asdict().items()}
+class Read(NamedTuple):
+    """What the documents were read in: which runs on one text compare. Rows of a task are made batch by batch."""
+
+    context_length: int
+    batch_size: int = 0  # of a task; 0: text
+
+    def __str__(self) -> str:
+        return f"{self.context_length}x{self.batch_size}"
+
+
+def to_arrays(read_in: Read, run: Documents) -> dict[str, np.ndarray]:
+    """For a file, float32."""
+    return {f"{read_in}/{name}": array.astype(np.float32) for name, array in run._asdict().items()}
 
 
 def write(path: str | os.PathLike, fingerprint: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -102,8 +112,8 @@ def write(path: str | os.PathLike, fingerprint: str, arrays: Mapping[str, np.nda
         np.savez(file, fingerprint=np.array(fingerprint), **arrays)
 
 
-def read(path: str | os.PathLike) -> tuple[str, dict[int, Documents]]:
-    """The text's fingerprint, and what was measured by context length. Empty where there is no file.
+def read(path: str | os.PathLike) -> tuple[str, dict[Read, Documents]]:
+    """The text's fingerprint, and what was measured. Empty where there is no file.
 
     Raises:
       UsageError: it is not what `zoo.evaluate` writes.
@@ -113,14 +123,15 @@ def read(path: str | os.PathLike) -> tuple[str, dict[int, Documents]]:
         if sum(entry.file_size for entry in zipfile.ZipFile(content).infolist()) > _LARGEST:
             raise ValueError(f"it unpacks to more than {_LARGEST:,} bytes")
         with np.load(content, allow_pickle=False) as arrays:
-            lengths = {int(name.split("/")[0]) for name in arrays if name != "fingerprint"}
-            found = {n: Documents(*(_sums(arrays[f"{n}/{name}"]) for name in Documents._fields)) for n in lengths}
+            names = {name.split("/")[0] for name in arrays if name != "fingerprint"}
+            kinds = [Read(*map(int, name.split("x"))) for name in names]
+            found = {n: Documents(*(_sums(arrays[f"{n}/{name}"]) for name in Documents._fields)) for n in kinds}
             return str(arrays["fingerprint"]), found
     except FileNotFoundError:
         return "", {}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
         raise UsageError(f"{path} is not what zoo.evaluate writes ({error}); evaluate the run again") from error
 
 

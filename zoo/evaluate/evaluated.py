@@ -20,7 +20,7 @@ class Evaluated(NamedTuple):
     name: str
     mixer: str
     record: dict[str, Any]  # as `zoo.evaluate` writes it
-    documents: dict[int, Documents]  # by context length
+    documents: dict[documents.Read, Documents]
 
     @property
     def text(self) -> str:
@@ -32,7 +32,7 @@ def read(path: pathlib.Path, name: str, mixer: str) -> Evaluated | None:
     """The evaluation in `path`, with what lies beside it; None where there is none.
 
     Raises:
-      UsageError: it is not what `zoo.evaluate` writes, or was measured with another file beside it.
+      UsageError: it, or the file beside it, is not what `zoo.evaluate` writes.
     """
     try:
         record = files.read_json(path, _LARGEST)
@@ -66,32 +66,33 @@ def differences(runs: Sequence[Evaluated]) -> tuple[list[Difference], list[str]]
     """Of runs on one text, the best first; and why a run is not among them, a sentence each."""
     with_documents = [run for run in runs if run.documents]
     notes = [f"{run.name}: no losses by document beside its evaluate.json" for run in runs if not run.documents]
-    lengths = set.intersection(*(set(run.documents) for run in with_documents)) if with_documents else set()
     if len(with_documents) < 2:
         return [], notes if len(runs) > 1 else []
-    if not lengths:
-        return [], ["The runs were evaluated at different context lengths; evaluate all at one (--context_length)."]
-    length = max(lengths)
+    if not (common := set.intersection(*(set(run.documents) for run in with_documents))):
+        what = "context lengths, or a task's rows in batches of different sizes"
+        return [], [*notes, f"The runs were evaluated at different {what}; evaluate all alike (--context_length)."]
+    read_in = max(common)
 
     def loss(run):
-        measured = run.documents[length]
+        measured = run.documents[read_in]
         return measured.nats.sum() / max(measured.units.sum(), 1e-30)
 
     ranked = sorted(with_documents, key=loss)
     best, alike = ranked[0], []
     for run in ranked:
-        same = [run.documents[length], best.documents[length]]
-        if documents.alike(*same):
+        if documents.alike(run.documents[read_in], best.documents[read_in]):
             alike.append(run)
         else:
             notes.append(f"{run.name}: other parts of the text were read than of {best.name}; evaluate both alike")
+    if len(alike) < 2:
+        return [], notes
     try:
-        intervals = documents.differences([run.documents[length] for run in alike])
+        intervals = documents.differences([run.documents[read_in] for run in alike])
     except ValueError as error:
         return [], [*notes, f"No intervals: {error}"]
-    unit = "bits per byte" if best.documents[length].bytes.any() else "nats per token"
+    unit = "bits per byte" if best.documents[read_in].bytes.any() else "nats per token"
     return [
-        Difference(run.name, best.name, length, unit, loss(run), loss(run) - loss(best), low, high)
+        Difference(run.name, best.name, read_in.context_length, unit, loss(run), loss(run) - loss(best), low, high)
         for run, (low, high) in zip(alike, intervals, strict=True)
     ], notes
 

@@ -35,7 +35,8 @@ class Perplexity(Task):
 
             tracked = request.track(batches, f"context {length}")
             result = perplexity(request.run.model, tracked, batches.labels, on_scores=add)
-            kept |= documents.to_arrays(length, found)
+            read_in = documents.Read(length, 0 if is_text else batches.batch_size)
+            kept |= documents.to_arrays(read_in, found)
             low, high = documents.interval(found) or (None, None)
             result |= {"documents": int((found.tokens > 0).sum()), "low": low, "high": high}
             result["unit"] = "bits per byte" if is_text and result["bytes"] else "nats per token"
