@@ -150,6 +150,13 @@ def test_runs_on_other_texts_or_without_documents_are_not_compared(tmp_path, cap
     assert "perplexity on text aaaa" in text and "perplexity on text bbbb" in text
 
 
+def test_what_one_run_alone_was_asked_says_which():
+    alone = {"needle": RECORD["tasks"]["needle"]}
+    found = [("a", RECORD | {"tasks": {}}), ("b", RECORD | {"tasks": alone})]
+    sections = evaluated.sections([evaluated.Evaluated(name, "gla", record, {}) for name, record in found])
+    assert [section.title for section in sections] == ["Runs", "Differences", "needle: b"]
+
+
 def test_what_was_read_otherwise_is_not_compared():
     """At other lengths, of a task in other batches (whose rows are others), or of the text other parts."""
     nats = np.random.default_rng(0).uniform(100, 200, 20)

@@ -120,6 +120,7 @@ def sections(runs: Sequence[Evaluated]) -> list[html.Section]:
             results = {run.name: run.record["tasks"][name] for run in group if name in run.record["tasks"]}
             if results:
                 title = name if len(groups) == 1 else f"{name} on text {text}"
+                title += f": {', '.join(results)}" if len(results) == 1 < len(runs) else ""
                 note = task.about[0].upper() + task.about[1:] + "."
                 found.append(html.Section(title, task.charts(results), task.tables(results), [note]))
     return found
