@@ -1,4 +1,4 @@
-"""Linformer and rank-augmented linear attention are their equations, in float64, of two documents a row."""
+"""What sees both ways by itself is its equation, in float64, of two documents a row; what runs twice is two mixers."""
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,43 @@ def made(family, **settings):
     return np.asarray(y), np.asarray(x, np.float64), weights
 
 
+def phi(z):
+    return np.where(z > 0, z + 1, np.exp(np.minimum(z, 0)))
+
+
 def softmax(z):
     weights = np.exp(z - z.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
 slow = pytest.mark.slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["attention", "linear_attention"])
+def test_no_mask_and_whole_sums(family):
+    y, x, w = made(family, **({"window": 3} if family == "attention" else {}))
+    expected = np.zeros_like(x)
+    for row, here in DOCUMENTS:
+        q, k, v = ((x[row, here] @ w[f"{name}.kernel"]).reshape(len(here), 4, -1) for name in "qkv")
+        if family == "attention":
+            logits = np.einsum("thk,shk->hts", q, k) / np.sqrt(D_MODEL // 4)
+            p = softmax(np.where(np.abs(here[:, None] - here) < 3, logits, -np.inf))
+        else:
+            p = np.einsum("thk,shk->hts", phi(q), phi(k))
+            p /= p.sum(-1, keepdims=True)
+        expected[row, here] = np.einsum("hts,shv->thv", p, v).reshape(len(here), -1) @ w["out.kernel"]
+    assert error_ratio(y, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_mixer_run_twice_is_two_mixers_one_in_reversed_time():
+    gla, x = MIXERS["gla"], jax.random.normal(jax.random.key(0), (BATCH, TIME, D_MODEL))
+    sizes = Sizes(D_MODEL, direction=BIDIRECTIONAL)
+    mixer = make_mixer(gla, gla.config_class(), sizes, layer_index=0, rngs=nnx.Rngs(0))
+    ids = jnp.asarray(IDS)
+    backward = mixer.backward(x[:, ::-1], segment_ids=ids[:, ::-1])[0][:, ::-1]
+    assert error_ratio(mixer(x, segment_ids=ids)[0], mixer.forward(x, segment_ids=ids)[0] + backward) < 1e-6
 
 
 @pytest.mark.parametrize("sharing", ["heads", pytest.param("none", marks=slow), pytest.param("key_value", marks=slow)])
@@ -56,7 +87,6 @@ def test_linformer_is_its_equation(sharing):
 def test_rala_is_its_equation():
     y, x, w = made("rala", num_heads=4)
     expected = np.zeros_like(x)
-    phi = lambda z: np.where(z > 0, z + 1, np.exp(np.minimum(z, 0)))  # noqa: E731
 
     def turn(z):
         return np.asarray(rotary(jnp.asarray(z)[None], jnp.arange(len(z))[None])[0])

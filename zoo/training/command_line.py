@@ -70,7 +70,7 @@ def listing() -> str:
     lines = ["Mixers (--config.model.mixer=NAME, or a pattern such as gla,gla,attention), and model.direction of each:"]
     for name, mixer in MIXERS.items():
         directions = "both" if len(mixer.directions) == 2 else mixer.directions[0]
-        lines.append(f"  {name:18} {directions:14} {sys.modules[mixer.__module__].__doc__.splitlines()[0]}")
+        lines.append(f"  {name:20} {directions:13} {sys.modules[mixer.__module__].__doc__.splitlines()[0]}")
     lines += ["", "Sizes (--config=gla:SIZE):"]
     for name, size in zoo_config.SIZES.items():
         lines.append(
