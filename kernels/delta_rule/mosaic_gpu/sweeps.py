@@ -7,6 +7,9 @@ Arrays as in keys.py; U and dY [B, T, H, V] bfloat16. With scalar decays q and k
 values are gated; with decays per key q and k come with theirs, by `keys.gated`.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,7 +19,7 @@ from kernels.array_typing import Array
 from kernels.delta_rule.mosaic_gpu import chunk
 from kernels.delta_rule.mosaic_gpu.keys import staged, stages
 from kernels.linear_attention.mosaic_gpu.blocks import Fetches, Plan, launch
-from kernels.linear_attention.mosaic_gpu.chunk import CHUNK
+from kernels.linear_attention.mosaic_gpu.chunk import CHUNK, Operand
 from kernels.linear_attention.mosaic_gpu.launch import indices
 from kernels.mosaic_gpu import shared_tile
 
@@ -29,7 +32,9 @@ SHARED_BYTES = 216 * 1024  # of a multiprocessor's 227 KiB: the rest is for vect
 class Chunks:
     """What both sweeps fetch of a chunk, and how they go over all of them."""
 
-    def __init__(self, plan, names, values, others, vectors=()):
+    def __init__(
+        self, plan: Plan, names: Sequence[str], values: Sequence[str], others: int, vectors: Sequence[str] = ()
+    ):
         """names: of inputs over keys; values: of tiles over values or tokens; others: tiles beside those fetched;
         vectors: of tokens."""
         self.plan, self.names, self.keys = plan, names, range(plan.key_tiles)
@@ -41,13 +46,13 @@ class Chunks:
             self.fetches.tile(name, CHUNK, CHUNK)
         self.fetches.vector(*vectors, *(f"total_{i}" for i in self.keys))
 
-    def scratch(self):
+    def scratch(self) -> dict[str, Any]:
         return {f"kept_{i}": shared_tile(CHUNK, CHUNK) for i in self.keys} | self.fetches.scratch()
 
-    def kept(self, refs):
+    def kept(self, refs: Any) -> list[Operand]:
         return [getattr(refs, f"kept_{i}") for i in self.keys]
 
-    def fetch(self, refs, sequence, turn, n, values):
+    def fetch(self, refs: Any, sequence: Array, turn: Array, n: Array, values: Mapping[str, Any]) -> None:
         """values: sources by name, vectors too."""
         batch, head, group = indices(self.plan, sequence)
         tokens = pl.ds(n * CHUNK, CHUNK)
@@ -60,17 +65,19 @@ class Chunks:
             copies[f"total_{i}"] = refs.totals.at[sequence, self.state_rows(n, i)]
         self.fetches.start(refs, turn, copies)
 
-    def wait(self, refs, turn):
+    def wait(self, refs: Any, turn: Array) -> dict[str, Any]:
         """Tiles and vectors by name: lists where they are for each 64 keys."""
         found = self.fetches.wait(refs, turn)
         for name in (*self.names, "total"):
             found[name] = [found.pop(f"{name}_{i}") for i in self.keys]
         return found
 
-    def state_rows(self, n, i):
+    def state_rows(self, n: Array, i: int) -> Any:
         return pl.ds(n * self.plan.key_dim + i * CHUNK, CHUNK)
 
-    def keep(self, m, refs, state, target, sequence, n, values):
+    def keep(
+        self, m: Any, refs: Any, state: Sequence[Operand], target: Any, sequence: Array, n: Array, values: Any
+    ) -> None:
         """The state, to the tiles `kept` and to chunk n of `target`."""
         for shared, tile in zip(self.kept(refs), state, strict=True):
             shared[...] = m.half(tile)
@@ -78,7 +85,14 @@ class Chunks:
         for i, shared in enumerate(self.kept(refs)):
             plgpu.copy_smem_to_gmem(shared, target.at[sequence, self.state_rows(n, i), values])
 
-    def sweep(self, refs, sequence, values, fetch, step):
+    def sweep(
+        self,
+        refs: Any,
+        sequence: Array,
+        values: Any,
+        fetch: Callable[[Array], None],
+        step: Callable[[Array, list[Operand]], list[Operand]],
+    ) -> None:
         """From refs.start to refs.end; step(turn, state) gives the next state, a tile for each 64 keys."""
         chunks, slots = self.plan.chunks, self.fetches.slots
         for i in range(min(slots, chunks)):
@@ -97,7 +111,9 @@ class Chunks:
         plgpu.wait_smem_to_gmem(0)
 
 
-def next_state(m, state, totals, *products):
+def next_state(
+    m: Any, state: Sequence[Operand], totals: Sequence[Operand], *products: tuple[Sequence[Operand], Operand]
+) -> list[Operand]:
     """e^total state + the sum of products: of tiles for each 64 keys, transposed, and of a tile of values."""
     following = []
     for i, (tile, total) in enumerate(zip(state, totals, strict=True)):
