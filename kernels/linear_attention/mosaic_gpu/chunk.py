@@ -6,7 +6,7 @@ It is written against a machine `m` (blocks.py), of a GPU or of a CPU, whose int
     m.load(shared)             shared memory -> float32
     m.rows(vector, width)      [64] in shared memory -> [64, width]: one number a row, float32
     m.columns(vector)          [64] in shared memory -> [64, 64]: one number a column
-    m.stage_all(x, ...)        each x, or what computes it, rounded to bfloat16, in shared memory until the next such call
+    m.stage_all(x, ...)        each x, or what makes it, rounded to bfloat16, in shared memory until the next such call
     m.stage(x)                 one
     m.transposed(shared)
     m.half(x)                  x rounded to bfloat16
