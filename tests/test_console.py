@@ -53,10 +53,10 @@ def test_a_name_never_means_a_file_that_lies_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("glaa", "no config of that name; did you mean gla?"),
-        ("glaa:tiny", "no config of that name; did you mean gla?"),
-        ("xyz", "known configs: delta_net, "),
-        ("", "known configs: delta_net, "),
+        ("glaa", "no config of that name; did you mean gla or "),
+        ("glaa:tiny", "no config of that name; did you mean gla or "),
+        ("xyz", "known configs: based, conv_linear, "),
+        ("", "known configs: based, conv_linear, "),
         ("gla:huge", "unknown size 'huge'; expected one of tiny, "),
         ("gla:", "no size after the colon; expected one of tiny, "),
         ("configs/gla", "expected NAME, NAME:SIZE, FILE.py, "),

@@ -387,7 +387,7 @@ def _model_problems(model: ModelConfig) -> list[str]:
     return found
 
 
-def _training_problems(config: Config) -> list[str]:
+def _training_problems(config: Config, layers: list[Place]) -> list[str]:
     train, found = config.train, []
     if train.batch_size % train.accumulate_steps:
         found.append(
@@ -399,7 +399,7 @@ def _training_problems(config: Config) -> list[str]:
             f"model.max_positions: a table of {config.model.max_positions} is shorter than train.context_length = "
             f"{train.context_length}; make it at least that"
         )
-    for place in places(config.model):
+    for place in layers:
         longest = None if place.family == MLP_LAYER else MIXERS[place.family].longest(place.settings)
         if longest is not None and longest < train.context_length:
             found.append(
@@ -441,7 +441,9 @@ def validate(config: Config) -> None:
     Raises:
       UsageError: with every problem found, one a line.
     """
-    refuse(problems(config) or _model_problems(config.model) + _training_problems(config))
+    refuse(problems(config))
+    of_model = _model_problems(config.model)
+    refuse(of_model + _training_problems(config, [] if of_model else places(config.model)))
 
 
 def validate_model(model: ModelConfig) -> None:

@@ -37,7 +37,7 @@ def test_a_saved_config_is_a_config_too(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config=nope.py"], r"--config=nope.py: no such file; known configs: delta_net, "),
+        (["--config=nope.py"], r"--config=nope.py: no such file; known configs: based, conv_linear, "),
         (["--config=glaa"], "--config=glaa: no config of that name; did you mean gla"),
         (["--config=configs/gla.py:huge"], "unknown size 'huge'; expected one of tiny, 10m, 125m"),
         (["--config=configs/gla.py", "--config.model.d_modle=3"], r"'model.d_modle'; did you mean model.d_model"),

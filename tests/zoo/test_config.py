@@ -105,7 +105,7 @@ def test_the_fewest_heads_of_a_width_at_most():
 
 
 BAD = {
-    "unknown mixer": ({"model.mixer": "glas"}, "unknown mixer 'glas'; known, nearest first: gla,"),
+    "unknown mixer": ({"model.mixer": "glas"}, "unknown mixer 'glas'; known, nearest first: gla, "),
     "mixer of an unknown part": ({"model.mixer": "gla,atention,gla"}, "nearest first: attention,"),
     "empty mixer": ({"model.mixer": ""}, "unknown mixer ''"),
     "setting of a place": (

@@ -71,11 +71,11 @@ def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> 
 
 def _carry_origin(source: pathlib.Path, workdir: pathlib.Path) -> None:
     """What imported weights came with: an export of this run hands it on."""
-    if (source / workdirs.ORIGIN).is_dir() and not (workdir / workdirs.ORIGIN).exists():
+    if (source / checkpoints.ORIGIN).is_dir() and not (workdir / checkpoints.ORIGIN).exists():
         try:
-            shutil.copytree(files.inside(source / workdirs.ORIGIN), workdir / workdirs.ORIGIN, symlinks=True)
+            shutil.copytree(files.inside(source / checkpoints.ORIGIN), workdir / checkpoints.ORIGIN, symlinks=True)
         except OSError as error:  # shutil's own among them
-            raise UsageError(f"--init_from={source}: its {workdirs.ORIGIN} cannot be copied ({error})") from error
+            raise UsageError(f"--init_from={source}: its {checkpoints.ORIGIN} cannot be copied ({error})") from error
 
 
 def _newest_step(workdir: pathlib.Path) -> int | None:
