@@ -176,7 +176,7 @@ class _Reader:
             state = jax.eval_shape(lambda: model.init_state(1, capacity))
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             costs.state_bytes = max(costs.state_bytes, size)
-            self._rows = min(_ROWS, 1 << max(0, int(math.log2(max(1, _STATES // size)))))
+            self._rows = min(_ROWS, _power_of_four(max(1, _STATES // size)))
         self.scores: list[Score] = [Score(math.nan, False)] * len(queries)
 
     def visit(
@@ -218,7 +218,7 @@ class _Reader:
         tokens = np.concatenate([tokens, np.repeat(tokens[:1], rows - len(tokens), axis=0)])
         at, left = 0, tokens.shape[1]
         while left:
-            length = BLOCK << min((left // BLOCK).bit_length() - 1 & ~1, 4)
+            length = BLOCK * _power_of_four(min(left // BLOCK, 16))
             state = _read(self._graphdef, self._parameters, state, tokens[:, at : at + length])
             at, left = at + length, left - length
         return state
@@ -229,12 +229,15 @@ class _Reader:
             length = _padded(len(leaves[0].tokens))
             if self._pack:
                 length = max(length, 16 * BLOCK)
-            most = max(1, _CALL // length)
+            most = _power_of_four(max(1, _CALL // length))
             rows: list[list[_Leaf]] = []
             used: list[int] = []
             rest = []
-            for leaf in leaves:
+            for at, leaf in enumerate(leaves):
                 size = len(leaf.tokens)
+                if len(rows) == most and min(used) + len(leaves[-1].tokens) > length:  # not even the shortest fits
+                    rest += leaves[at:]
+                    break
                 row = next((r for r, n in enumerate(used) if n + size <= length), None) if self._pack else None
                 if row is None and len(rows) < most:
                     rows.append([leaf])
@@ -285,9 +288,14 @@ def _batches(items: list, size: int) -> Iterator[list]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
+def _power_of_four(most: int) -> int:
+    """The largest that is at most so many."""
+    return 4 ** ((most.bit_length() - 1) // 2)
+
+
 def _few(count: int) -> int:
     """At least so many, a power of four: of few numbers of rows, for few programs."""
-    return 1 << -(-(count - 1).bit_length() // 2) * 2
+    return 4 ** (((count - 1).bit_length() + 1) // 2)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "capacity"))
