@@ -259,6 +259,11 @@ class Place:
     passes: int = 1  # of the mixer over the time
     copies: int = 1  # of the mixer's parameters, one a pass unless they are shared
 
+    @property
+    def longest(self) -> int | None:
+        """Of the mixer, as `Mixer.longest`."""
+        return None if self.family == MLP_LAYER else MIXERS[self.family].longest(self.settings)
+
     def num_parameters(self, d_model: int) -> int:
         """Of the mixer."""
         if self.family == MLP_LAYER:
@@ -400,10 +405,9 @@ def _training_problems(config: Config, layers: list[Place]) -> list[str]:
             f"{train.context_length}; make it at least that"
         )
     for place in layers:
-        longest = None if place.family == MLP_LAYER else MIXERS[place.family].longest(place.settings)
-        if longest is not None and longest < train.context_length:
+        if place.longest is not None and place.longest < train.context_length:
             found.append(
-                f"model.{place.family}.length: {longest} is shorter than train.context_length = "
+                f"model.{place.family}.length: {place.longest} is shorter than train.context_length = "
                 f"{train.context_length}; make it at least that"
             )
     causal, next_token = config.model.direction == CAUSAL, train.objective == "next_token"

@@ -3,6 +3,7 @@
 import copy
 
 from zoo import data
+from zoo.config import places
 from zoo.data.synthetic import ValidationRows
 from zoo.errors import UsageError
 from zoo.evaluate import documents
@@ -20,6 +21,9 @@ class Perplexity(Task):
         model = request.run.model
         if model.learned_positions and (length := max(request.context_lengths)) > model.max_positions:
             raise UsageError(f"--context_length: {length} exceeds the model's {model.max_positions} learned positions")
+        for place in places(request.config.model):
+            if place.longest is not None and (length := max(request.context_lengths)) > place.longest:
+                raise UsageError(f"--context_length: {length} exceeds {place.family}'s table of {place.longest} tokens")
         for length in request.context_lengths:
             self._batches(request, length)
 
