@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from zoo.layers import exp_features, linear, random_features, relu_features, rotary, rounded_once
+from zoo.layers import exp_features, in_pieces, linear, random_features, relu_features, rotary, rounded_once
 from zoo.mixers.base import Mixer, MixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.mixers.linear_attention import MAX_FEATURES, normalised_sum
 from zoo.settings import setting
@@ -84,12 +84,17 @@ class Performer(Mixer):
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         positions = positions_or_default(positions, x)
 
-        def phi(x, of_queries):
-            x = rotary(x, positions) if self.rope else x
+        def phi(x, at, of_queries):
+            x = rotary(x, at.astype(jnp.int32)) if self.rope else x
             return FEATURES[self.kernel](x, w, of_queries=of_queries)
 
-        q = checkpoint_name(rounded_once(functools.partial(phi, of_queries=True), q), "performer_q")
-        k = checkpoint_name(rounded_once(functools.partial(phi, of_queries=False), k), "performer_k")
+        def both(q, k, at):
+            of_queries = rounded_once(lambda q: phi(q, at, True), q)
+            return of_queries, rounded_once(lambda k: phi(k, at, False), k)
+
+        # Features are several times as wide as x, and a few arrays of them lie between x and phi.
+        q, k = in_pieces(both, q, k, positions.astype(jnp.float32))
+        q, k = checkpoint_name(q, "performer_q"), checkpoint_name(k, "performer_k")
         v = checkpoint_name(v, "performer_v")
         o, state = normalised_sum(q, k, v, segment_ids, state, epsilon=1e-12, causal=self.causal)
         return self.out(o.reshape(x.shape)), state
