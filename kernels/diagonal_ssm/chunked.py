@@ -42,6 +42,8 @@ def chunked(
 ) -> tuple[Float[Array, "B T D"], Inexact[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `diagonal_ssm`. Without an initial state one chunk needs no states."""
     batch, time, channels = x.shape
+    if time == 1:
+        return _one_token(x, log_a, b, c, d, initial_state)
     size = min(chunk_size or (CHUNK_SIZE if segment_ids is None else PACKED_CHUNK_SIZE), time)
     chunks = math.ceil(time / size)
     padding = chunks * size - time
@@ -86,6 +88,17 @@ def chunked(
         carried = powers[last] * before[-1]
         final_state += carried if carries is None else jnp.where(carries[:, -1, None, None], carried, 0)
     return jnp.moveaxis(y, 0, 3).reshape(batch, -1, channels)[:, :time].astype(x.dtype), final_state
+
+
+def _one_token(x, log_a, b, c, d, initial_state):
+    """The recurrence itself: a chunk of one token would be a matrix product of a few numbers for each channel."""
+    inputs = x[:, 0].astype(jnp.float32)
+    state = inputs[..., None] * b
+    state = state if initial_state is None else jnp.exp(log_a) * initial_state + state
+    state = lax.optimization_barrier(state)  # XLA would compute it twice, to be returned and to be read
+    y = 2 * jnp.sum(state.real * c.real - state.imag * c.imag, axis=-1)
+    y = y if d is None else y + d.astype(jnp.float32) * inputs
+    return y[:, None].astype(x.dtype), state
 
 
 def _taps(a, weights, count):
