@@ -46,7 +46,7 @@ def command(*arguments, stdin=None):
 def train(workdir, text, mixer, steps):
     """The tiny GLA's config with another mixer, and small enough for a test."""
     small = {
-        "model.num_layers": 3, "model.d_model": 16, "train.batch_size": 2, "train.context_length": 64,
+        "model.num_layers": 3, "model.d_model": 16, "model.d_ff": 32, "train.batch_size": 2, "train.context_length": 64,
         "eval.batches": 1, "train.steps": steps, "data.source": text, "data.cache_dir": text.parent / "cache",
         "optimizer.schedule": "constant", "optimizer.warmup_steps": 1,  # one program for any number of steps
     }  # fmt: skip
