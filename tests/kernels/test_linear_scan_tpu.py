@@ -101,7 +101,7 @@ def abstract(inputs, sharding):
 
 
 @pytest.mark.parametrize("chip", [pytest.param(c, marks=[] if c == "v5e" else pytest.mark.slow) for c in TOPOLOGIES])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_ahead_of_time(chip, kind, dtype):
     """As TPUs run it by default, forward and backward, at lengths that are no multiple of anything."""

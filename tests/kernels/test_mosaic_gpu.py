@@ -74,7 +74,9 @@ def test_values_and_gradients_are_the_references(decay):
     assert_close(*make(decay, time=270))  # more chunks than are fetched at once
 
 
-@pytest.mark.parametrize("decay, key_dim, value_dim", [("scalar", 128, 256), ("vector", 96, 192)])
+@pytest.mark.parametrize(
+    "decay, key_dim, value_dim", [pytest.param("scalar", 128, 256, marks=pytest.mark.slow), ("vector", 96, 192)]
+)
 def test_several_tiles_of_keys_and_values(decay, key_dim, value_dim):
     assert_close(*make(decay, key_dim=key_dim, value_dim=value_dim, time=65))
 
@@ -83,7 +85,7 @@ def test_one_token():
     assert_close(*make("vector", time=1))
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", [pytest.param("scalar", marks=pytest.mark.slow), "vector"])
 def test_parts_of_the_time_are_one_sequence(decay, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "time_parts", lambda blocks, chunks: 3)  # of 2, 2 and 1 chunks
     assert_close(*make(decay, time=300))

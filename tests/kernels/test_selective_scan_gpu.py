@@ -34,7 +34,10 @@ CASES = {  # tokens, channels and numbers that are no multiple of anything; and 
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("packed", "forty-numbers")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_values_and_gradients_are_the_references(name):
     sizes, packed = CASES[name]
     inputs = make(**sizes)
@@ -59,7 +62,9 @@ def test_steps_of_the_narrow_type():
     assert gradients["dt"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one_segment", "packed"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, marks=pytest.mark.slow, id="one_segment"), pytest.param(True, id="packed")]
+)
 def test_parts_of_the_time_are_one_sequence(packed, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "time_parts", lambda blocks, chunks: 3)  # of 2, 2 and 1 chunks
     inputs = make(batch=2, time=75, channels=10)

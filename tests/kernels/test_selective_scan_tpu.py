@@ -64,8 +64,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one_segment", "packed"])
-@pytest.mark.parametrize("name", CASES)
+def _blocks():
+    """Each shape packed and not; three of them are quick, the others have nothing that conformance lacks but size."""
+    for name in CASES:
+        for packed in (False, True):
+            quick = (name, packed) in (("ragged", False), ("channel-blocks", True), ("forty-numbers", True))
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(name, packed, marks=marks, id=f"{name}-{'packed' if packed else 'one_segment'}")
+
+
+@pytest.mark.parametrize("name, packed", list(_blocks()))
 def test_many_blocks_are_the_reference(name, packed):
     inputs, width = CASES[name]
     segment_ids = segments(*inputs["x"].shape[:2]) if packed else None

@@ -9,7 +9,8 @@ from zoo import config, sharding
 from zoo.training import step
 
 
-@pytest.mark.parametrize("mixer", ["attention", pytest.param("gla,attention", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/training/test_aot.py compiles a step for four chips too
+@pytest.mark.parametrize("mixer", ["attention", "gla,attention"])
 def test_the_step_with_softmax_attention_compiles_for_four_chips(mixer):
     chips = devices("v5e")
     c = config.preset("tiny")
