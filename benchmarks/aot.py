@@ -163,7 +163,11 @@ def main():
         key = f"{row.topologies[0]} {row.name}" if len(row.topologies) == 1 else row.name
         if key in results and not flags.again:
             continue
-        results[key] = measure(row)
+        found = measure(row)
+        if "error" in found:  # a limit of time or memory of this machine: not a row, and tried again next time
+            print(f"{key}: {found['error']}", file=sys.stderr, flush=True)
+            continue
+        results[key] = found
         RESULTS.write_text(json.dumps(record.environment() | {"results": results}, indent=1) + "\n")
         print(list(table({key: results[key]}))[-1], flush=True)
     print("\n".join(table(results)))
