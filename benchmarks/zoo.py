@@ -28,7 +28,7 @@ from zoo.config import Config, from_json
 from zoo.config_files import family_config
 from zoo.files import expand
 from zoo.mixers import CAUSAL_MIXERS
-from zoo.mixers.gla import GATES
+from zoo.mixers.linear.gla import GATES
 from zoo.model import LanguageModel
 from zoo.settings import argument
 from zoo.training import train

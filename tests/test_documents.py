@@ -27,7 +27,7 @@ def family_in_contributing():
     """Its four places: path, and what is written there."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     found = re.findall(r"`([\w/]+\.\w+)`[^`]*(?:`\w+`[^`]*)?:\n\n```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert [path for path, _ in found] == ["zoo/mixers/leaky.py", REGISTRY, "configs/leaky.py", "docs/zoo.md"]
+    assert [path for path, _ in found] == ["zoo/mixers/linear/leaky.py", REGISTRY, "configs/leaky.py", "docs/zoo.md"]
     return dict(found)
 
 
@@ -53,7 +53,7 @@ def test_the_example_runs():
 
 def test_the_family_that_contributing_adds_is_a_mixer():
     module = types.ModuleType("leaky")
-    exec(family_in_contributing()["zoo/mixers/leaky.py"], module.__dict__)
+    exec(family_in_contributing()["zoo/mixers/linear/leaky.py"], module.__dict__)
     config, family = module.LeakyConfig(num_heads=2), module.Leaky
     assert family.check(config, 32) == [] and family.check(module.LeakyConfig(num_heads=3), 32) != []
     mixer = nnx.eval_shape(lambda: family(config, Sizes(d_model=32), layer_index=0, rngs=nnx.Rngs(0)))

@@ -10,7 +10,7 @@ from tests.zoo.cases import D_MODEL, apply, build, error_ratio
 from zoo.checkpoints import named_leaves
 from zoo.config import preset
 from zoo.mixers import MIXERS
-from zoo.mixers.gateloop import cumulative_phase
+from zoo.mixers.linear.gateloop import cumulative_phase
 from zoo.model import LanguageModel
 
 BATCH, TIME = 2, 11

@@ -16,7 +16,7 @@ from zoo.config_files import family_config
 from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
 from zoo.layers import GELU, embedding
 from zoo.mixers import CAUSAL_MIXERS, MIXERS, Sizes
-from zoo.mixers.attention import AttentionConfig
+from zoo.mixers.softmax.attention import AttentionConfig
 from zoo.model import LanguageModel
 from zoo.states import put_rows, take_rows
 

@@ -13,7 +13,7 @@ from zoo.config import Config, pattern, validate
 from zoo.flops import num_parameters
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig
 from zoo.mixers import MIXERS, Sizes
-from zoo.mixers.h3 import ShiftSSM
+from zoo.mixers.state_space.h3 import ShiftSSM
 from zoo.model import LanguageModel
 from zoo.training.optimizer import decays
 

@@ -12,7 +12,7 @@ from zoo.config import ModelConfig
 from zoo.interop.families import fla
 from zoo.interop.family import Field, Only
 from zoo.interop.table import TRANSPOSED, Rule, Transform, linears, rule, same
-from zoo.mixers.rwkv6 import MIXTURES
+from zoo.mixers.linear.rwkv6 import MIXTURES
 
 FFN = fla.BLOCK + "ffn."
 AROUND = [

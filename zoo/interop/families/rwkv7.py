@@ -15,7 +15,7 @@ from zoo.interop.families import fla
 from zoo.interop.families.rwkv6 import AROUND, FFN, FIELDS
 from zoo.interop.family import Field, Fields
 from zoo.interop.table import TRANSPOSED, Transform, linears, rule, same
-from zoo.mixers.rwkv7 import MIXTURES
+from zoo.mixers.delta.rwkv7 import MIXTURES
 from zoo.settings import shown
 
 NARROW = {"w": "decay", "a": "rate", "v": "value", "g": "gate"}

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo.layers import exp_features, in_pieces, linear, random_features, relu_features, rotary, rounded_once
 from zoo.mixers.base import Mixer, MixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
-from zoo.mixers.linear_attention import MAX_FEATURES, normalised_sum
+from zoo.mixers.linear.linear_attention import MAX_FEATURES, normalised_sum
 from zoo.settings import setting
 
 FEATURES = {"exp": exp_features, "relu": relu_features}

@@ -16,7 +16,7 @@ from flax import nnx
 
 from zoo.layers import DilatedConv, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes
-from zoo.mixers.linear_attention import FEATURE_MAPS, LinearAttention, LinearAttentionConfig
+from zoo.mixers.linear.linear_attention import FEATURE_MAPS, LinearAttention, LinearAttentionConfig
 from zoo.settings import setting
 
 

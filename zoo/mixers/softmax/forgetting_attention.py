@@ -16,8 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo.layers import linear
-from zoo.mixers.attention import POSITIONS, Attention, AttentionConfig
 from zoo.mixers.base import Sizes, heads_or_default
+from zoo.mixers.softmax.attention import POSITIONS, Attention, AttentionConfig
 from zoo.settings import setting
 
 
