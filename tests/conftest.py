@@ -1,5 +1,6 @@
 """A strict session: array annotations are checked, warnings are errors (pyproject.toml), compilations are kept."""
 
+import gc
 import os
 import tempfile
 import zlib
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(config, items):
     is_chosen = [zlib.crc32(item.nodeid.encode()) % parts == part for item in items]
     config.hook.pytest_deselected(items=[item for item, chosen in zip(items, is_chosen, strict=True) if not chosen])
     items[:] = [item for item, chosen in zip(items, is_chosen, strict=True) if chosen]
+
+
+def pytest_collection_finish():
+    """What was imported stays: looking for garbage, after each module at least, need not walk through it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)  # tracing makes many objects, of which few are in cycles
 
 
 @pytest.fixture(autouse=True, scope="module")

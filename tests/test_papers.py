@@ -147,7 +147,7 @@ def test_h3s_set_ups_have_gpt2s_norms_and_a_bias_in_every_projection(mixer):
     rows = setup.task.rows(np.random.default_rng(0), 4)
     batch = jax.tree.map(jnp.asarray, rows.batch(answers_only=False))
     graphdef, params = nnx.split(made)
-    gradient = jax.grad(lambda p: nnx.merge(graphdef, p).token_losses(**batch).sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p).token_losses(**batch).sum()))(params)
     used = {path for path, value in nnx.to_flat_state(gradient) if path[-1] == "bias" and abs(value[...]).min() > 0}
     of_keys = {path for path in biases if mixer == "attention" and path[-2] == "k"}  # add the same to all scores of a q
     assert used | of_keys == biases

@@ -69,7 +69,7 @@ def assert_close(arguments, cotangents, segment_ids=None):
         assert np.isfinite(np.asarray(actual[1][name], np.float32)).all()
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", [pytest.param(d, marks=[pytest.mark.slow] * (d == "fixed")) for d in DECAYS])
 def test_values_and_gradients_are_the_references(decay):
     assert_close(*make(decay, time=270))  # more chunks than are fetched at once
 
@@ -109,7 +109,7 @@ def test_a_bonus_reads_the_state_before_the_decay(decay, packed):
     assert_close(arguments, cotangents, segments(1, 70) if packed else None)
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", [pytest.param("scalar", marks=pytest.mark.slow), "vector"])  # which has all kernels
 def test_no_races_and_no_uninitialised_memory(decay):
     checked = contextlib.nullcontext() if dispatch.device().is_hopper else races.checked_on_gpu()
     with checked:
@@ -117,7 +117,12 @@ def test_no_races_and_no_uninitialised_memory(decay):
 
 
 @pytest.mark.parametrize(
-    "decay, bonus", [pytest.param("scalar", True, marks=NO_FAMILY), ("vector", False), ("vector", True)]
+    "decay, bonus",
+    [
+        pytest.param("scalar", True, marks=NO_FAMILY),
+        ("vector", False),
+        pytest.param("vector", True, marks=pytest.mark.slow),
+    ],
 )
 def test_extreme_decays_in_packed_rows(decay, bonus):
     arguments, cotangents = make(decay, batch=2, time=100)

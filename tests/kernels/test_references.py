@@ -148,6 +148,7 @@ def test_short_conv_of_more_taps_than_tokens_starts_from_zeros(time):
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, time, 3), (3, 24)))
 
+    @jax.jit
     def results(x, weight, state):
         values, pull = jax.vjp(lambda x, weight: short_conv(x, weight, initial_state=state), x, weight)
         return values, pull(jax.tree.map(jnp.cos, values))

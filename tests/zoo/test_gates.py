@@ -1,12 +1,14 @@
 """Gates by their equations in float64, at their extremes, and over the depth."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from tests.zoo.cases import D_MODEL, apply, build, error_ratio
+from tests.zoo.cases import D_MODEL, applied, apply, build, error_ratio
 from zoo.checkpoints import named_leaves
 from zoo.config import preset
 from zoo.mixers import MIXERS
@@ -18,6 +20,11 @@ BATCH, TIME = 2, 11
 
 def inputs(seed=0):
     return jax.random.normal(jax.random.key(seed), (BATCH, TIME, D_MODEL))
+
+
+def output(mixer, x):
+    parameters, call = apply(mixer)
+    return call(parameters, x)[0]
 
 
 def sigmoid(x):
@@ -48,7 +55,7 @@ def test_gateloop_is_a_recurrence_with_a_complex_gate():
         o[:, t] = np.einsum("bhk,bhkv->bhv", q[:, t], state).real / np.sqrt(q.shape[-1])
     g = project("output_gate").reshape(BATCH, TIME, -1)
     expected = (normed(o, weights) * g * sigmoid(g)) @ weights["out.kernel"]
-    assert error_ratio(mixer(x)[0], expected) < 1e-5
+    assert error_ratio(output(mixer, x), expected) < 1e-5
 
 
 def test_dfw_is_a_recurrence_with_an_outer_product_of_gates():
@@ -60,7 +67,7 @@ def test_dfw_is_a_recurrence_with_an_outer_product_of_gates():
     for t in range(TIME):
         state = a[:, t, ..., None] * b[:, t, :, None] * state + k[:, t, ..., None] * v[:, t, :, None]
         o[:, t] = np.einsum("bhk,bhkv->bhv", q[:, t], state) / np.sqrt(q.shape[-1])
-    assert error_ratio(mixer(x)[0], normed(o, weights) @ weights["out.kernel"]) < 1e-5
+    assert error_ratio(output(mixer, x), normed(o, weights) @ weights["out.kernel"]) < 1e-5
 
 
 @pytest.mark.parametrize("feature_map", ["exp", "relu", "taylor2"])
@@ -77,7 +84,7 @@ def test_feature_maps_of_linear_attention_are_their_kernels_in_float64(feature_m
     scores = 1 + s + s**2 / 2 if feature_map == "taylor2" else np.einsum("bthk,bshk->bhts", phi(q), phi(k))
     scores = np.tril(scores)
     o = np.einsum("bhts,bshv->bthv", scores, v) / (scores.sum(-1).swapaxes(1, 2)[..., None] + 1e-6)
-    assert error_ratio(mixer(x)[0], o.reshape(x.shape) @ weights["out.kernel"]) < 1e-5
+    assert error_ratio(output(mixer, x), o.reshape(x.shape) @ weights["out.kernel"]) < 1e-5
 
 
 def _gates_of_50():
@@ -87,10 +94,20 @@ def _gates_of_50():
             yield pytest.param(write, forget, marks=[] if quick else [pytest.mark.slow])
 
 
+WITHOUT_CAP = "mlstm-num_heads=2-gate_soft_cap=0.0-expand_k=1.0"
+
+
+@functools.cache
+def without_cap():
+    """The call, and the gradient of its outputs' squares; gates are parameters: one program of each for all of them."""
+    call = applied(WITHOUT_CAP)[2]
+    return call, jax.jit(jax.grad(lambda parameters, x: jnp.sum(call(parameters, x)[0] ** 2)))
+
+
 @pytest.mark.parametrize("write, forget", list(_gates_of_50()))
 def test_mlstm_with_gates_of_50_is_the_recurrence_without_a_stabiliser(write, forget):
     """In float64 exp(50) needs none. The norm hides a common factor of the outputs: n is compared too."""
-    mixer, x = build("mlstm-num_heads=2-gate_soft_cap=0.0-expand_k=1.0"), inputs()
+    mixer, x = build(WITHOUT_CAP), inputs()
     mixer.input_bias[...] = jnp.full(mixer.heads, write)
     mixer.forget_bias[...] = jnp.asarray([forget, 0.0])
     project, weights = double(mixer, x)
@@ -106,13 +123,13 @@ def test_mlstm_with_gates_of_50_is_the_recurrence_without_a_stabiliser(write, fo
     o -= o.mean(-1, keepdims=True)
     o = (o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5)).reshape(BATCH, TIME, -1) * weights["norm.scale"]
     expected = (o * sigmoid(project("output_gate").reshape(BATCH, TIME, -1))) @ weights["out.kernel"]
-    y, after = mixer(x, state=mixer.init_state(BATCH, TIME, jnp.float32))
+    (call, gradient_of), parameters = without_cap(), nnx.split(mixer)[1]
+    y, after = call(parameters, x, None, None, mixer.init_state(BATCH, TIME, jnp.float32))
     assert error_ratio(y, expected) < 1e-4 or np.abs(expected).max() < 1e-12
     scale = np.exp(np.asarray(after["m"], np.float64))[..., None]
     n = np.asarray(after["n"]).reshape(BATCH, mixer.heads, -1)
     np.testing.assert_allclose(n * scale, state[..., -1], rtol=1e-3, atol=1e-4 * np.abs(state[..., -1]).max())
-    gradient = nnx.grad(lambda m: jnp.sum(m(x)[0] ** 2))(mixer)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient_of(parameters, x)))
 
 
 SATURATED = {  # every family whose gates see the token; those of s4d and h3 are parameters, of the rest constants
@@ -142,8 +159,11 @@ def test_gates_saturated_both_ways_are_finite_in_value_and_gradient(family, gate
     leaves = [
         1e4 * leaf if name in gates else leaf for name, leaf in zip(names, jax.tree.leaves(parameters), strict=True)
     ]
-    parameters = jax.tree.unflatten(jax.tree.structure(parameters), leaves)
-    value, gradient = jax.value_and_grad(lambda p: jnp.sum(call(p, inputs())[0] ** 2))(parameters)
+    assert_finite(call, jax.tree.unflatten(jax.tree.structure(parameters), leaves))
+
+
+def assert_finite(call, parameters):
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: jnp.sum(call(p, inputs())[0] ** 2)))(parameters)
     assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -158,14 +178,13 @@ def test_fixed_decays_of_0_and_minus_1e4_are_finite_in_value_and_gradient(family
     mixer.ssm.log_rate[...] = jnp.broadcast_to(rates, mixer.ssm.log_rate[...].shape)
     mixer.ssm.log_dt[...] = jnp.zeros_like(mixer.ssm.log_dt[...])
     parameters, call = apply(mixer)
-    value, gradient = jax.value_and_grad(lambda p: jnp.sum(call(p, inputs())[0] ** 2))(parameters)
-    assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert_finite(call, parameters)
 
 
 def test_the_phase_of_gateloop_is_exact_after_many_tokens():
     phase = np.random.default_rng(0).normal(0.3, 0.2, (1, 100_000, 1)).astype(np.float32)
     expected = np.cumsum(phase.astype(np.float64), axis=1)
-    error = np.asarray(cumulative_phase(jnp.asarray(phase), None), np.float64) - expected
+    error = np.asarray(jax.jit(cumulative_phase)(jnp.asarray(phase), None), np.float64) - expected
     assert np.abs(np.exp(2j * np.pi * error) - 1).max() < 1e-4  # a sum that grows is off by 0.05
 
 
@@ -197,7 +216,7 @@ def test_lightning_forgets_less_in_upper_layers():
 
 
 def test_families_without_a_place_in_the_depth_get_none():
-    assert model_of("gla,attention", 2)._over_depth() == [None, None]
+    assert nnx.eval_shape(lambda: model_of("gla,attention", 2))._over_depth() == [None, None]
     assert {name for name, mixer in MIXERS.items() if "over_depth" in vars(mixer)} == {
         "hgrn2", "lightning", "performer", "transnormer"
     }  # fmt: skip

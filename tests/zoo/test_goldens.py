@@ -37,8 +37,7 @@ def golden(request):
                 setattr(getattr(config, name), field, setting)
         else:
             setattr(config, name, value)
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
-    graphdef, parameters = nnx.split(model)
+    graphdef, parameters = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
     names = list(named_leaves(parameters))
     assert set(names) == set(groups["parameter"])
     values = [jnp.asarray(groups["parameter"][name]) for name in names]
@@ -65,11 +64,12 @@ def test_logits_and_every_gradient(golden):
 def test_decoding_and_the_final_states(golden):
     arrays, groups, graphdef, parameters = golden
     tokens, time = jnp.asarray(arrays["tokens"]), arrays["tokens"].shape[1]
-    call = jax.jit(lambda tokens, state: nnx.merge(graphdef, parameters)(tokens, state=state))
-    logits, state = call(tokens[:, :PREFILL], nnx.merge(graphdef, parameters).init_state(len(tokens), time))
+    call = jax.jit(lambda parameters, tokens, state: nnx.merge(graphdef, parameters)(tokens, state=state))
+    state = nnx.merge(graphdef, parameters).init_state(len(tokens), time)
+    logits, state = call(parameters, tokens[:, :PREFILL], state)
     pieces = [logits]
     for t in range(PREFILL, time):
-        logits, state = call(tokens[:, t : t + 1], state)
+        logits, state = call(parameters, tokens[:, t : t + 1], state)
         pieces.append(logits)
     assert error_ratio(jnp.concatenate(pieces, 1), arrays["logits"]) < 1e-5
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[0] for blocks in state["layers"]))

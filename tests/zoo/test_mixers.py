@@ -46,6 +46,23 @@ def test_state_keeps_its_structure_and_shapes(case, inputs):
 
 
 def test_is_causal(case, inputs):
+    """An output sees its token and the one before, and to the last bit nothing of those after it."""
+    _, parameters, call = applied(case)
+    full, t = np.asarray(call(parameters, inputs)[0]), TIME // 2
+
+    def with_others(*places):
+        x = np.array(inputs)
+        x[:, places] *= -2
+        return np.asarray(call(parameters, x)[0])
+
+    np.testing.assert_array_equal(with_others(*range(t + 1, TIME))[:, : t + 1], full[:, : t + 1])
+    for seen in (t - 1, t):
+        assert (with_others(seen)[:, t] != full[:, t]).any()
+
+
+@pytest.mark.slow
+def test_no_gradient_comes_from_the_future(case, inputs):
+    """Of ops tests/kernels/test_conformance.py holds it, for all implementations."""
     _, parameters, call = applied(case)
     t = TIME // 2
     gradient = jax.grad(lambda x: jnp.sum(call(parameters, x)[0][:, t] ** 2))(inputs)
