@@ -30,7 +30,11 @@ class Own(nnx.Module):
         return self.out(x + self.mix(x)[0])
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+# Parameters made in each of the ways that there are; the other families are with the slow tests.
+QUICK = ("attention", "gla", "mamba", "performer", "rwkv7")
+
+
+@pytest.mark.parametrize("mixer", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MIXERS])
 def test_a_mixer_is_a_layer_of_ones_own_module(mixer):
     assert nnx.using_eager_sharding()  # Flax's default, under which parameters with axes of their own need a mesh
     model = nnx.eval_shape(lambda: Own(mixer, rngs=nnx.Rngs(0)))

@@ -156,6 +156,7 @@ def run(*flags):
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # test_command_line.py has two such lines of the command, and above is what this one says
 def test_the_command_refuses_in_a_line():
     done = run("--aot=v5z:4x4", "--config=gla:tiny")
     assert done.returncode == 2 and done.stdout == ""

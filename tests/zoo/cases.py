@@ -112,9 +112,13 @@ def apply(mixer, dtype=jnp.float32):
     return parameters, call
 
 
-@functools.cache
 def applied(case: str, dtype=jnp.float32, **direction):
     """The mixer of a case, and `apply` of it: one for all tests of the case, which share what is compiled."""
+    return _applied(case, dtype, **direction)  # float32, said or not, is one
+
+
+@functools.cache
+def _applied(case, dtype, **direction):
     mixer = build(case, dtype, **direction)
     return mixer, *apply(mixer)
 

@@ -1,7 +1,8 @@
 """What eight devices, each with a part of the time, send for one mixer's forward and backward pass on packed rows: a
-program, as devices are made once a process. It prints a JSON object a length, of bytes that a device sends.
+program, as devices are made once a process. It prints a JSON object a length of each family, of bytes that a device
+sends.
 
-    python -m tests.zoo.exchanged gla 4096 32768
+    python -m tests.zoo.exchanged gla,mamba 4096 32768
 """
 
 import json
@@ -41,6 +42,8 @@ def compiled_text(family: str, time: int) -> str:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    for time in map(int, sys.argv[2:]):
-        found = hlo.collectives(compiled_text(sys.argv[1], time))
-        print(json.dumps({"time": time, "bytes": hlo.total_bytes(found), "kinds": hlo.by_kind(found)}), flush=True)
+    for family in sys.argv[1].split(","):
+        for time in map(int, sys.argv[2:]):
+            found = hlo.collectives(compiled_text(family, time))
+            figures = {"bytes": hlo.total_bytes(found), "kinds": hlo.by_kind(found)}
+            print(json.dumps({"family": family, "time": time} | figures), flush=True)

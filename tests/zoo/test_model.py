@@ -94,7 +94,12 @@ def test_the_mlp_without_a_gate_is_its_equation():
     assert state is None and error_ratio(y, inner @ np.asarray(mlp.down.kernel[...], np.float64)) < 1e-6
 
 
-@pytest.mark.parametrize("mixer", ["gla,attention", "retnet", "linear_attention", "mlstm,rwkv6"])
+ALONE = ("retnet", "linear_attention")  # slow: the suite of mixers has what they add to the others
+
+
+@pytest.mark.parametrize(
+    "mixer", ["gla,attention", "mlstm,rwkv6", *(pytest.param(m, marks=pytest.mark.slow) for m in ALONE)]
+)
 def test_left_padding_leaves_no_trace(mixer, tokens):
     """A prompt padded on the left (segment 0) prefills to the state of the prompt alone."""
     model = build(tiny(mixer=mixer, mlp="channel_mixing" if "rwkv6" in mixer else "swiglu", d_ff=32))
