@@ -7,11 +7,14 @@ bytes there. One table, one plot, and JSON in benchmarks/results/.
     --steps     of training (60 at tiny: 30 minutes for all on 2 cores; a comparison of quality wants more)
     --decode    measure decoding again, of what is trained already
     --ablation  GLA's gate instead: none, fixed, one a head, one a key dimension; three seeds each
+    --kin       softmax attention and what approximates or reshapes it instead, and linear attention, three seeds each.
+                Without linformer and rala: they see what follows, so that they have no bits per byte
 
 A run that was stopped goes on where it was when the command is repeated.
 """
 
 import argparse
+import copy
 import functools
 import json
 import pathlib
@@ -36,6 +39,10 @@ from zoo.training import train
 POSITIONS = (128, 1024, 16 * 1024, 128 * 1024)  # tokens before those that are decoded
 DECODED = 32  # tokens a call
 SEEDS = (0, 1, 2)
+KIN = (
+    "attention", "forgetting_attention", "longformer", "performer", "based", "transnormer", "conv_linear",
+    "linear_attention",
+)  # fmt: skip
 
 
 def config_of(family: str, size: str, steps: int) -> Config:
@@ -157,30 +164,41 @@ def side_by_side(families: list[str], size: str, steps: int, workdir: pathlib.Pa
         record.write(f"zoo_{size}", {"steps": steps, "rows": rows})
 
 
-def ablation(size: str, steps: int, workdir: pathlib.Path) -> None:
-    """GLA with less and less of a gate; everything else, data and number of steps too, is the same."""
-    rows = []
-    for gate in GATES:
+def over_seeds(configs: dict[str, Config], workdir: pathlib.Path, kept: str, what: str) -> None:
+    """Bits per byte of each config by its name, over `SEEDS`; data and number of steps are the same. Kept as `kept`.
+
+    Args:
+      what: the names are of, such as "gate".
+    """
+    rows, runs = [], len(configs) * len(SEEDS)
+    for name, config in configs.items():
         found = []
         for seed in SEEDS:
-            number = len(rows) * len(SEEDS) + len(found) + 1
-            print(f"[{number}/{len(GATES) * len(SEEDS)}] gate {gate}, seed {seed}", flush=True)
-            config = config_of("gla", size, steps)
-            config.model.gla.gate, config.train.seed = gate, seed
-            found.append(trained(config, workdir / f"gla_{gate}_{seed}"))
+            print(f"[{len(rows) * len(SEEDS) + len(found) + 1}/{runs}] {what} {name}, seed {seed}", flush=True)
+            of_seed = copy.deepcopy(config)
+            of_seed.train.seed = seed
+            found.append(trained(of_seed, workdir / f"{what}_{name}_{seed}"))
         rows.append(
             {
-                "gate": gate,
+                what: name,
                 "parameters": found[0]["parameters"],
                 "bits_per_byte": [summary["eval_bits_per_byte"] for summary in found],
             }
         )
-    print(f"\n{'gate':10}{'parameters':>12}{'bits/byte, median':>20}{'range':>20}")
+    print(f"\n{what:22}{'parameters':>12}{'bits/byte, median':>20}{'range':>20}")
     for row in rows:
         low, *_, high = sorted(row["bits_per_byte"])
         median = statistics.median(row["bits_per_byte"])
-        print(f"{row['gate']:10}{row['parameters']:>12,}{median:>20.4f}{f'{low:.4f} - {high:.4f}':>20}")
-    record.write(f"gla_gates_{size}", {"steps": steps, "rows": rows})
+        print(f"{row[what]:22}{row['parameters']:>12,}{median:>20.4f}{f'{low:.4f} - {high:.4f}':>20}")
+    record.write(kept, {"steps": config.train.steps, "rows": rows})
+
+
+def gates(size: str, steps: int) -> dict[str, Config]:
+    """GLA with less and less of a gate."""
+    configs = {gate: config_of("gla", size, steps) for gate in GATES}
+    for gate, config in configs.items():
+        config.model.gla.gate = gate
+    return configs
 
 
 def main():
@@ -190,7 +208,9 @@ def main():
     parser.add_argument("--steps", type=argument(int, unit="step"), default=60)
     parser.add_argument("--workdir", type=lambda path: pathlib.Path(expand(path)), default=pathlib.Path("runs/zoo"))
     parser.add_argument("--decode", action="store_true")
-    parser.add_argument("--ablation", action="store_true")
+    over = parser.add_mutually_exclusive_group()
+    over.add_argument("--ablation", action="store_true")
+    over.add_argument("--kin", action="store_true")
     args = parser.parse_args()
     families = args.families.split(",")
     if unknown := [family for family in families if family not in CAUSAL_MIXERS]:
@@ -199,7 +219,10 @@ def main():
     workdir = args.workdir / f"{args.size}_{args.steps}_steps"
     workdir.mkdir(parents=True, exist_ok=True)
     if args.ablation:
-        ablation(args.size, args.steps, workdir)
+        over_seeds(gates(args.size, args.steps), workdir, f"gla_gates_{args.size}", "gate")
+    elif args.kin:
+        configs = {name: config_of(name, args.size, args.steps) for name in KIN}
+        over_seeds(configs, workdir, f"kin_{args.size}", "family")
     else:
         side_by_side(families, args.size, args.steps, workdir, args.decode)
 

@@ -1,12 +1,15 @@
 """The benchmark of all families: its decoding starts where it says, and a repeated command does not train again."""
 
 import json
+import re
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks import record
 from benchmarks import zoo as side_by_side
 from zoo.config import preset
 from zoo.model import LanguageModel
@@ -75,3 +78,27 @@ def small(family, size, steps, config_of=side_by_side.config_of):
     config.train.batch_size, config.train.context_length = 2, 16
     config.model.gla.num_heads = 2
     return config
+
+
+def test_the_kin_of_softmax_are_trained_over_seeds(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def trained(config, workdir):
+        asked.append((config.model.mixer.split("@")[0], config.train.seed, config.train.steps, workdir.name))
+        return {"parameters": 1000, "eval_bits_per_byte": [2.0, 4.0, 2.5][config.train.seed]}
+
+    monkeypatch.setattr(side_by_side, "trained", trained)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
+    record.RESULTS.mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["zoo", "--kin", "--steps=7", f"--workdir={tmp_path}"])
+    monkeypatch.setattr(side_by_side.compile_cache, "enable", lambda: None)
+    side_by_side.main()
+    assert asked[:4] == [
+        *(("attention", seed, 7, f"family_attention_{seed}") for seed in range(3)),
+        ("forgetting_attention", 0, 7, "family_forgetting_attention_0"),
+    ]
+    assert len({name for *_, name in asked}) == len(asked) == 3 * len(side_by_side.KIN)
+    printed = capsys.readouterr().out
+    assert re.search(r"^performer +1,000 +2\.5000 +2\.0000 - 4\.0000$", printed, re.MULTILINE)
+    (kept,) = record.RESULTS.glob("kin_tiny.*.json")
+    assert [row["family"] for row in json.loads(kept.read_text())["rows"]] == list(side_by_side.KIN)
