@@ -68,7 +68,7 @@ def state_at(model: LanguageModel, batch: int, behind: int, room: int):
 def bytes_of_a_step(model: LanguageModel, state, behind: int) -> int:
     """Read and written by one token of each sequence."""
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    parameters -= 0 if model.tied else model.embed.embedding[...].nbytes
+    parameters -= 0 if model.head.tied else model.embed.embedding[...].nbytes
     parameters -= model.position_embed.embedding[...].nbytes if model.learned_positions else 0
     moved = 0
     for path, leaf in jax.tree.leaves_with_path(state):

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zoo import checkpoints, files, metrics
+from zoo import checkpoints, files, heads, metrics
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
 from zoo.evaluate import evaluated, html, report
@@ -139,12 +139,13 @@ def _curves(runs: list[Run]) -> list[Chart]:
     metrics_shown = {"loss": "Training loss", "eval_loss": "Validation loss", "eval_bits_per_byte": "Bits per byte"}
     for metric, title in metrics_shown.items():
         for text in dict.fromkeys(run.corpus for run in runs):
-            lines = []
-            for run in (run for run in runs if run.corpus == text):
+            lines, of_it = [], [run for run in runs if run.corpus == text]
+            unit = heads.of(of_it[0].config.model).unit
+            for run in of_it:
                 points = [(row["tokens"], row[metric]) for row in run.rows if metric in row and "tokens" in row]
                 lines.append(Line(run.name, points[:: -(-len(points) // _CURVE_POINTS) or 1], run.name))
             of_text = f", text {text}" if len({run.corpus for run in runs}) > 1 else ""
-            charts.append(Chart(title + of_text, "tokens", _UNITS.get(metric, "nats per token"), lines, log_x=False))
+            charts.append(Chart(title + of_text, "tokens", _UNITS.get(metric, unit), lines, log_x=False))
     return charts
 
 
@@ -162,6 +163,7 @@ def record(run: Run, context_length: int) -> dict:
         "eval_loss": run.last("eval_loss"),
         "eval_bits_per_byte": run.last("eval_bits_per_byte"),
         "eval_accuracy": run.last("eval_accuracy"),
+        "eval_mae": run.last("eval_mae"),
         "tokens_per_second": run.tokens_per_second,
         "seconds": run.last("seconds"),
         "state_bytes": state_bytes(run.config.model, context_length),
@@ -173,6 +175,7 @@ def record(run: Run, context_length: int) -> dict:
 _COLUMNS = {
     "run": "{}", "mixer": "{}", "parameters": "{:,}", "context_length": "{:,}", "step": "{:,}", "tokens": "{:,}",
     "eval_loss": "{:.4f}", "eval_bits_per_byte": "{:.4f}", "eval_accuracy": "{:.2%}",
+    "eval_mae": "{:.4f}",
     "tokens_per_second": "{:,.0f}", "seconds": "{:,.1f}", "state_bytes": "{:,}",
 }  # fmt: skip
 
@@ -193,8 +196,9 @@ def table(records: list[dict], width: int = 160) -> Table:
     for name in ("context_length", "step", "tokens"):
         if len(set(cells[name])) == 1 < len(records):
             title += f"; {name.replace('_', ' ')} {cells.pop(name)[0]}"
-    if all(r["eval_accuracy"] is None for r in records):
-        del cells["eval_accuracy"]
+    for name in ("eval_accuracy", "eval_mae"):
+        if all(r[name] is None for r in records):
+            del cells[name]
     if all(r["mixer"] == r["run"] for r in records):
         del cells["mixer"]
 

@@ -33,6 +33,10 @@ MLP_CHOICES = {
     "none": "no MLP in a block",
 }  # fmt: skip
 DIRECTION_CHOICES = {CAUSAL: "those before it", BIDIRECTIONAL: "all of its document"}
+HEAD_CHOICES = {
+    "tokens": "the next one, or masked ones", "classes": "the label of a row", "values": "the next steps of a series",
+}  # fmt: skip
+POOLS = {"mean": "of its positions", "last": "position"}
 OBJECTIVES = {"next_token": "by causal models", "masked_tokens": "by bidirectional ones"}
 NORM_CHOICES = {"rms_norm": "root mean square, and a scale", "layer_norm": "mean and variance, a scale and a bias"}
 NORM_POSITIONS = {"before": "x + f(norm(x))", "after": "x + norm(f(x))", "both": "x + norm(f(norm(x)))"}
@@ -59,6 +63,14 @@ class _ModelFields:
         0, "the MLP's inner width", zero="what brings each layer to about 12 d_model^2 parameters",
         also=("intermediate_size", "hidden_dim"),
     )  # fmt: skip
+    head: str = setting("tokens", "what is predicted (zoo/heads)", choices=HEAD_CHOICES, also=("task",))
+    head_pool: str = setting("mean", "what the head of classes reads of a row", choices=POOLS, also=("pooling",))
+    classes: int = setting(
+        0, "labels that a row may have", at_least=2, zero="those of data.source", also=("num_classes", "num_labels")
+    )
+    channels: int = setting(0, "numbers of a step, where inputs are numbers", zero="those of data.source, or none")
+    patch: int = setting(1, "steps of numbers that are one position", unit="step", also=("patch_size", "patch_len"))
+    horizon: int = setting(24, "steps that the head of values predicts", unit="step", also=("pred_len",))
     vocab_size: int = setting(
         0, "entries of the vocabulary", zero="the tokenizer's, rounded up to a multiple of 64", also=("n_vocab",)
     )
@@ -70,7 +82,7 @@ class _ModelFields:
     mlp_bias: bool = setting(False, "a bias on each projection of the MLP")
     positions: str = setting("rope", "what tells tokens their positions", choices=POSITIONS)
     max_positions: int = setting(0, "the table's length, where positions are learned", unit="token", zero="no table")
-    tie_embeddings: bool = setting(True, "the head is the embedding, transposed")
+    tie_embeddings: bool = setting(True, "the head of tokens is the embedding, transposed")
     norm: str = setting("rms_norm", "of blocks, and before the head", choices=NORM_CHOICES)
     norm_epsilon: float = setting(1e-5, "added to the mean square in norms", at_least=1e-12, at_most=1)
     norm_position: str = setting("before", "where a mixer or MLP f has its norm", choices=NORM_POSITIONS)
@@ -110,6 +122,9 @@ class DataConfig:
         0.01, "share of a source's bytes that the tokenizer may have no tokens for", at_least=0, at_most=1
     )
     cache_dir: str = setting("", "of tokenized text; empty: the user's cache directory")
+    season: int = setting(
+        0, "steps of a series' season, for the baseline that repeats it", unit="step", zero="none", also=("period",)
+    )
     read_threads: int = setting(
         1, "threads that read ahead", unit="thread", zero="none", at_most=1024, also=("num_workers",)
     )
@@ -127,7 +142,7 @@ class MaskConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    objective: str = setting("next_token", "what is predicted", choices=OBJECTIVES)
+    objective: str = setting("next_token", "which tokens the head of tokens predicts", choices=OBJECTIVES)
     steps: int = setting(1000, "steps of the run", unit="step", also=("iterations", "max_iters", "num_updates"))
     batch_size: int = setting(
         16, "sequences a step, over all devices and microbatches", unit="sequence", also=("bs", "bsz")
@@ -335,6 +350,11 @@ def mlp_width(model: ModelConfig, place: Place) -> int:
     return round(mlp.width(model.d_model, 12 * model.d_model**2 - mixer) / multiple) * multiple
 
 
+def positions(model: ModelConfig, length: int) -> int:
+    """Of an input of `length` tokens or steps."""
+    return length // model.patch
+
+
 def mlp_class(model: ModelConfig) -> type:
     """Of the blocks, and of MLPs that are layers of their own."""
     return MLPS[model.mlp_layer if model.mlp == "none" else model.mlp]
@@ -387,6 +407,9 @@ def _model_problems(model: ModelConfig) -> list[str]:
                 f"d_model^2 for the MLP; set model.d_ff, or model.mlp=none"
                 + ", or, as they are those of both ways, model.direction_shared=true" * (place.copies > 1)
             )
+    if model.head == "tokens" and (model.channels or model.patch > 1):
+        name, value = ("channels", model.channels) if model.channels else ("patch", model.patch)
+        found.append(f"model.{name}: got {value}, of numbers, and model.head=tokens reads tokens; leave it as it is")
     if model.positions == "learned" and model.max_positions == 0:
         found.append("model.max_positions: learned positions need a table; set it to at least train.context_length")
     return found
@@ -399,24 +422,37 @@ def _training_problems(config: Config, layers: list[Place]) -> list[str]:
             f"train.accumulate_steps: {train.batch_size} sequences do not split into {train.accumulate_steps} "
             "microbatches; choose a divisor of train.batch_size"
         )
-    if config.model.positions == "learned" and 0 < config.model.max_positions < train.context_length:
+    length, context = positions(config.model, train.context_length), f"train.context_length = {train.context_length}"
+    context += f" in patches of {config.model.patch}" if config.model.patch > 1 else ""
+    if config.model.positions == "learned" and 0 < config.model.max_positions < length:
         found.append(
-            f"model.max_positions: a table of {config.model.max_positions} is shorter than train.context_length = "
-            f"{train.context_length}; make it at least that"
+            f"model.max_positions: a table of {config.model.max_positions} is shorter than {context}; make it at least "
+            "that"
         )
     for place in layers:
-        if place.longest is not None and place.longest < train.context_length:
+        if place.longest is not None and place.longest < length:
             found.append(
-                f"model.{place.family}.length: {place.longest} is shorter than train.context_length = "
-                f"{train.context_length}; make it at least that"
+                f"model.{place.family}.length: {place.longest} is shorter than {context}; make it at least that"
             )
     causal, next_token = config.model.direction == CAUSAL, train.objective == "next_token"
-    if next_token and not causal:
+    of_tokens = config.model.head == "tokens"
+    if not (of_tokens or next_token):
+        found.append(
+            f"train.objective: model.head={config.model.head} predicts no tokens, masked or not; leave it at "
+            "next_token, or set model.head=tokens"
+        )
+    if config.model.patch > 1 and train.context_length % config.model.patch:
+        near = max(1, round(train.context_length / config.model.patch)) * config.model.patch
+        found.append(
+            f"train.context_length: {train.context_length} steps are no multiple of model.patch = "
+            f"{config.model.patch}; use {near}, or another patch"
+        )
+    if of_tokens and next_token and not causal:
         found.append(
             "train.objective: a bidirectional model reads the next token, which it would predict; set "
             "train.objective=masked_tokens, or model.direction=causal"
         )
-    if causal and not next_token:
+    if of_tokens and causal and not next_token:
         found.append(
             "train.objective: a causal model predicts a masked token from its left alone, as next_token lets it do of "
             "every token; set model.direction=bidirectional, or train.objective=next_token"
@@ -436,6 +472,20 @@ def _training_problems(config: Config, layers: list[Place]) -> list[str]:
     if len(axes) > 1:
         default = "; mesh.data is -1 unless it is set" if "data" in axes else ""
         found.append(f"mesh: {' and '.join(axes)} are -1; at most one axis takes what the others leave{default}")
+    return found
+
+
+def unsettled(model: ModelConfig) -> list[str]:
+    """Problems of a model whose sizes no data has settled."""
+    found = []
+    if model.head == "classes" and model.classes == 0:
+        found.append("model.classes: got 0, expected the number of labels")
+    if model.head == "values" and model.channels == 0:
+        found.append("model.channels: got 0, expected the numbers of a step of the series")
+    if model.head == "classes" and model.patch > 1 and model.channels == 0:
+        found.append(f"model.patch: got {model.patch}, of numbers, and the model reads tokens; set it to 1")
+    if model.head != "values" and model.vocab_size == model.channels == 0:
+        found.append("model.vocab_size: got 0, expected the number of token ids, such as tokenizer.vocab_size")
     return found
 
 

@@ -9,23 +9,24 @@ import dataclasses
 import jax
 from flax import nnx
 
-from zoo import chips
-from zoo.config import MLP_LAYER, ModelConfig, mlp_class, mlp_width, places
+from zoo import chips, heads
+from zoo.config import MLP_LAYER, ModelConfig, mlp_class, mlp_width, places, positions
 from zoo.layers import NORM_PARAMETERS
 from zoo.mixers import CAUSAL
 from zoo.model import LanguageModel
 
 
 def forward_flops_per_token(model: ModelConfig, context_length: int, labels: int | None = None) -> float:
-    """Mixers (as each family counts itself), MLPs and the head, which reads `labels` tokens of a context, or all."""
-    layers = places(model)
+    """Mixers (as each family counts itself), MLPs and the head, which reads `labels` tokens of a context, or all. Of
+    numbers a step counts as a token, and its patch is projected."""
+    layers, length = places(model), positions(model, context_length)
     unit = 0.0
     for place in layers:
-        unit += place.flops_per_token(model.d_model, context_length)
+        unit += place.flops_per_token(model.d_model, length)
         if d_ff := mlp_width(model, place):
             unit += 2 * mlp_class(model).num_parameters(model.d_model, d_ff)
-    head = 2 * model.d_model * model.vocab_size * (1.0 if labels is None else labels / context_length)
-    return unit * (model.num_layers // len(layers)) + head
+    body = unit * (model.num_layers // len(layers)) + 2 * model.d_model * model.patch * model.channels
+    return (body * length + heads.of(model).flops_per_row(model, context_length, labels)) / context_length
 
 
 def train_flops_per_token(model: ModelConfig, context_length: int, labels: int | None = None) -> float:
@@ -46,20 +47,21 @@ def num_parameters(model: ModelConfig) -> int:
             unit += mlp.num_parameters(model.d_model, d_ff) + of_branch
             unit += sum(mlp.outputs(model.d_model, d_ff)) if model.mlp_bias else 0
     norms = (1 + model.embedding_norm) * norm
-    return unit * (model.num_layers // len(layers)) + table_rows(model) * model.d_model + norms
+    return unit * (model.num_layers // len(layers)) + table_parameters(model) + norms
 
 
-def table_rows(model: ModelConfig) -> int:
-    """Of the tables of tokens and positions together."""
-    tables = 1 if model.tie_embeddings else 2
-    return tables * model.vocab_size + (model.max_positions if model.positions == "learned" else 0)
+def table_parameters(model: ModelConfig) -> int:
+    """Of the embedding, the table of positions and the head together."""
+    embedding = (model.patch * model.channels + 1 if model.channels else model.vocab_size) * model.d_model
+    learned = model.max_positions * model.d_model if model.positions == "learned" else 0
+    return embedding + learned + heads.of(model).num_parameters(model)
 
 
 def state_bytes(model: ModelConfig, context_length: int) -> int | None:
     """Bytes that decoding one sequence keeps at `context_length` tokens; None of what sees both ways."""
     if model.direction != CAUSAL:
         return None
-    smallest = dataclasses.replace(model, vocab_size=model.vocab_size or 1)
+    smallest = dataclasses.replace(model, head="tokens", channels=0, vocab_size=model.vocab_size or 1)
 
     def init():
         return LanguageModel(smallest, rngs=nnx.Rngs(0)).init_state(1, context_length)

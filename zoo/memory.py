@@ -1,13 +1,14 @@
 """What a run needs of memory, by formula, and what the machine has: refused with the numbers, before it is allocated.
 
     parameters, gradients    4 bytes a parameter each (float32)
-    optimizer                AdamW 8 bytes a parameter; Muon 4, and 8 in the tables of tokens and positions
+    optimizer                AdamW 8 bytes a parameter; Muon 4, and 8 in embeddings, positions and the head
     activations, at least    the residual stream before each repeating unit, which the backward pass keeps whatever
                              model.remat says, and the batch itself
 
 The last is a floor: what else is kept depends on the mixer, on model.remat and on the compiler.
 """
 
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,13 +17,12 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from zoo import processes
-from zoo.config import Config, ModelConfig, pattern
+from zoo import heads, processes
+from zoo.config import Config, ModelConfig, pattern, positions
 from zoo.errors import UsageError
-from zoo.flops import num_parameters, table_rows
+from zoo.flops import num_parameters, table_parameters
 from zoo.model import LanguageModel
 
-_BATCH_BYTES = 16  # a token: tokens, targets, segment_ids, weights
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -42,15 +42,22 @@ def training(config: Config) -> Training:
     """Of `config`, with its vocabulary settled."""
     model, train = config.model, config.train
     parameters = num_parameters(model)
-    of_adam = table_rows(model) * model.d_model if config.optimizer.name == "muon" else parameters
-    tokens = train.batch_size * train.context_length
+    of_adam = table_parameters(model) if config.optimizer.name == "muon" else parameters
+    tokens = train.batch_size * positions(model, train.context_length)
     units = model.num_layers // len(pattern(model))
     return Training(
         parameters=4 * parameters,
         gradients=4 * parameters,
         optimizer=4 * (parameters + of_adam),
-        activations=tokens * _BATCH_BYTES + tokens // train.accumulate_steps * units * _residual_bytes(model),
+        activations=_batch_bytes(config, train.batch_size)
+        + tokens // train.accumulate_steps * units * _residual_bytes(model),
     )
+
+
+def _batch_bytes(config: Config, rows: int, length: int = 0) -> int:
+    """Of a batch of so many rows; `length`: default, train.context_length. All arrays have entries of 4 bytes."""
+    arrays = heads.of(config.model).arrays(config.model, rows, length or config.train.context_length)
+    return sum(4 * math.prod(array.shape) for array in arrays.values())
 
 
 def _residual_bytes(model: ModelConfig) -> int:
@@ -58,9 +65,10 @@ def _residual_bytes(model: ModelConfig) -> int:
     return model.d_model * (2 if model.dtype == "bfloat16" else 4)
 
 
-def _forward_bytes(model: ModelConfig) -> int:
-    """A token, at least: the batch and the residual stream."""
-    return _BATCH_BYTES + _residual_bytes(model)
+def _forward_bytes(config: Config, rows: int, length: int) -> int:
+    """Of rows of `length` tokens or steps, at least: the batch and the residual stream."""
+    positioned = rows * positions(config.model, length)
+    return _batch_bytes(config, rows, length) + positioned * _residual_bytes(config.model)
 
 
 def floor(config: Config, mesh: Mesh) -> int:
@@ -88,7 +96,7 @@ def check_training(config: Config, mesh: Mesh) -> None:
     check(what, floor(config, mesh), devices, advice)
     resident = copies * (needed.parameters + needed.optimizer)
     rows = config.eval.batch_size or config.train.batch_size
-    size = resident + rows * config.train.context_length * _forward_bytes(config.model)
+    size = resident + _forward_bytes(config, rows, config.train.context_length)
     check(f"evaluating {rows} sequences at once", size, devices, "lower eval.batch_size")
 
 
@@ -101,9 +109,10 @@ def check_parameters(model: ModelConfig, where: str) -> None:
 def check_forward(config: Config, length: int) -> None:
     """UsageError if a batch of validation rows of `length` tokens does not fit; it has as many tokens as the run's."""
     rows = config.eval.batch_size or config.train.batch_size
-    tokens = max(length, rows * config.train.context_length)
+    rows, length = max((1, length), (rows, config.train.context_length), key=math.prod)
+    tokens = rows * length
     advice = "lower --context_length, or eval.batch_size in its config.json"
-    check(f"evaluating {tokens} tokens at once", tokens * _forward_bytes(config.model), jax.local_devices()[:1], advice)
+    check(f"evaluating {tokens} tokens at once", _forward_bytes(config, rows, length), jax.local_devices()[:1], advice)
 
 
 def check_state(

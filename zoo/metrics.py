@@ -1,11 +1,12 @@
 """What a run leaves to read: metrics.jsonl, TensorBoard events, Weights & Biases, loss.png.
 
-A training row: step, loss (nats per token, mean since the row before), learning_rate, grad_norm, parameter_norm,
-tokens (all trained on so far), tokens_per_second, mfu (model FLOP/s over the bf16 rate of all devices by data sheet;
-null where that is not known, as on a CPU), seconds (of training since the run began, resumes included; compiling,
-evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte (of text) or eval_accuracy (of a
-synthetic task: the share of answers that are the likeliest token), eval_tokens (that it was measured on), tokens,
-seconds. The last one is of eval.final_batches, the others are of eval.batches.
+A training row: step, loss (the head's, of tokens nats per token; the mean since the row before), learning_rate,
+grad_norm, parameter_norm, tokens (all trained on so far), tokens_per_second, mfu (model FLOP/s over the bf16 rate of
+all devices by data sheet; null where that is not known, as on a CPU), seconds (of training since the run began,
+resumes included; compiling, evaluating and saving left out). An evaluation row: step, eval_loss, eval_bits_per_byte
+(of text) or eval_accuracy (of a synthetic task: the share of answers that are the likeliest token; of labels) or
+eval_mae (of a series: mean absolute error), eval_tokens or eval_rows (that it was measured on), tokens, seconds. The
+last one is of eval.final_batches, the others are of eval.batches.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from zoo import files
+from zoo import files, heads
 from zoo.config import Config, MetricsConfig
 from zoo.errors import UsageError, warn
 
@@ -100,7 +101,7 @@ class Writer:
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, step: int):
-        self.workdir, self._mixer = pathlib.Path(workdir), config.model.mixer
+        self.workdir, self._model = pathlib.Path(workdir), config.model
         self.unwritten: list[Row] = []
         self._path = self.workdir / "metrics.jsonl"
         kept = b"".join(line + b"\n" for line, row in _lines(self._path) if row["step"] <= step)
@@ -155,7 +156,7 @@ class Writer:
         from zoo import plots  # matplotlib, which few commands need
 
         image = io.BytesIO()
-        plots.loss(read(self.workdir), self._mixer, image)
+        plots.loss(read(self.workdir), self._model.mixer, image, heads.of(self._model).unit)
         files.write(self.workdir / "loss.png", image.getvalue())
 
     def close(self) -> None:

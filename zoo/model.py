@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks of a mixer and an MLP, norm, head.
+"""The model: embedding, blocks of a mixer and an MLP, norm, and a head (`zoo.heads`); of tokens, a language model.
 
 The pattern of `model.mixer` is the repeating unit. Its parameters are stacked over the depth and the unit is scanned,
 so that compile time does not grow with depth. Training, prefill and decoding are one call: with a state it continues,
@@ -15,11 +15,22 @@ from flax import nnx
 
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
-from zoo import ops, sharding
-from zoo.config import MLP_LAYER, ModelConfig, Place, mlp_class, mlp_width, pattern, places, validate_model
+from zoo import heads, ops, sharding
+from zoo.config import (
+    MLP_LAYER,
+    ModelConfig,
+    Place,
+    mlp_class,
+    mlp_width,
+    pattern,
+    places,
+    refuse,
+    unsettled,
+    validate_model,
+)
 from zoo.errors import UsageError
-from zoo.labelled import at_labels
-from zoo.layers import NORMS, dropout, embedding, linear, soft_cap
+from zoo.heads.base import Batch
+from zoo.layers import NORMS, dropout, embedding, linear
 from zoo.mixers import CAUSAL, MIXERS, Sizes, make_mixer
 from zoo.mixers.shared_settings import NO_STATE, add_bias, projections
 from zoo.states import State
@@ -117,26 +128,26 @@ class Unit(nnx.Module):
 class LanguageModel(nnx.Module):
     """A language model over `config.vocab_size` tokens, causal or, by `config.direction`, bidirectional.
 
-    A bidirectional one has no state, and its logits are those of the token itself, which its input masks.
+    A bidirectional one has no state, and its logits are those of the token itself, which its input masks. Under another
+    head (`config.head`) the same body reads a row for its label, or a series for its next steps: `predict`.
 
     Attributes:
       tokenizer_size: how many ids the tokenizer has, where the vocabulary is rounded up; `zoo.generate` draws no
         others. `zoo.load_run` sets it; until then it is vocab_size.
 
     Raises:
-      UsageError: settings that make no model; `config.vocab_size` must be known.
+      UsageError: settings that make no model; `config.vocab_size`, `classes` and `channels` must be known, as far as
+        the head needs them.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         validate_model(config)
-        if config.vocab_size == 0:
-            raise UsageError("model.vocab_size: got 0, expected the number of token ids, such as tokenizer.vocab_size")
+        refuse(unsettled(config))
         layers = pattern(config)
         self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
         self.tokenizer_size = config.vocab_size
         self.causal = config.direction == CAUSAL
-        self.dropout, self.logit_softcap = config.dropout, config.logit_softcap
-        self.learned_positions, self.tied = config.positions == "learned", config.tie_embeddings
+        self.dropout, self.learned_positions = config.dropout, config.positions == "learned"
         self.remat = config.remat
         families = [layer for layer in dict.fromkeys(layers) if layer != MLP_LAYER]
         self.saved_names = tuple(name for family in families for name in MIXERS[family].saved_names)
@@ -154,7 +165,12 @@ class LanguageModel(nnx.Module):
             direction=config.direction,
             direction_shared=config.direction_shared,
         )
-        self.embed = embedding(config.vocab_size, config.d_model, ("vocab", "embed"), dtype=dtype, rngs=rngs)
+        self.embed: nnx.Module
+        if config.channels:
+            step = config.patch * config.channels
+            self.embed = linear(step, config.d_model, ("patch", "embed"), bias=True, dtype=dtype, rngs=rngs)
+        else:
+            self.embed = embedding(config.vocab_size, config.d_model, ("vocab", "embed"), dtype=dtype, rngs=rngs)
         if self.learned_positions:
             shape = (config.max_positions, config.d_model)
             self.position_embed = embedding(*shape, ("positions", "embed"), dtype=dtype, rngs=rngs)
@@ -167,8 +183,7 @@ class LanguageModel(nnx.Module):
 
         self.units = make_units(rngs, jnp.arange(self.num_units))
         self.norm = _norm(config, dtype, rngs)
-        if not self.tied:
-            self.head = linear(config.d_model, config.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+        self.head = heads.of(config)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -203,10 +218,31 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The head: logits of the next token, float32, from what `hidden` returns (or some of its tokens)."""
-        logits = jnp.einsum("btd,dv->btv", hidden, self._head(), preferred_element_type=jnp.float32)
-        if self.logit_softcap:
-            logits = soft_cap(logits, self.logit_softcap)
-        return sharding.constrain(logits, "batch", "time", "vocab")
+        return self._of_tokens().logits(hidden, self.embed)
+
+    def predict(self, batch: Batch) -> jax.Array:
+        """What the head says of each row: logits of its classes [B, classes], or the horizon [B, horizon, channels]."""
+        return self.head.predict(self._read(batch), batch)
+
+    def batch_losses(
+        self,
+        batch: Batch,
+        *,
+        dropout_key: jax.Array | None = None,
+        step: Int[Array, ""] | None = None,
+        labels: int | None = None,
+    ) -> jax.Array:
+        """weights * loss of a batch as the head has them (`zoo.heads`); other arguments as in `token_losses`."""
+        hidden = self._read(batch, dropout_key=dropout_key, step=step)
+        return self.head.losses(hidden, batch, embed=self.embed, labels=labels)
+
+    def batch_scores(self, batch: Batch, *, labels: int | None = None) -> dict[str, jax.Array]:
+        """The sums of an evaluation's batch: `zoo.heads`."""
+        return self.head.scores(self._read(batch), batch, embed=self.embed, labels=labels)
+
+    def _read(self, batch: Batch, **given: Any) -> jax.Array:
+        inputs, segment_ids = self.head.inputs(batch)
+        return self.hidden(inputs, segment_ids=segment_ids, **given)[0]
 
     def token_losses(
         self,
@@ -227,7 +263,8 @@ class LanguageModel(nnx.Module):
         """
         given = {"positions": positions, "dropout_key": dropout_key, "step": step}
         hidden, _ = self.hidden(tokens, segment_ids=segment_ids, **given)
-        return at_labels(self.losses, hidden, targets, weights, labels)
+        of_tokens = {"targets": targets, "weights": weights}
+        return self._of_tokens().losses(hidden, of_tokens, embed=self.embed, labels=labels)
 
     def token_scores(
         self,
@@ -240,22 +277,22 @@ class LanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """`token_losses`, and weights * (whether the target is the likeliest token). The logits of `labels` exist."""
         hidden, _ = self.hidden(tokens, segment_ids=segment_ids)
-
-        def scores(hidden, targets, weights):
-            right = (self.logits(hidden).argmax(-1) == targets) * weights
-            return self.losses(hidden, targets, weights), right
-
-        return at_labels(scores, hidden, targets, weights, labels)
+        return self._of_tokens().at_tokens(hidden, targets, weights, self.embed, labels)
 
     def losses(
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
     ) -> Float[Array, "B T"]:
         """The head: weights * (negative log-likelihood of the targets, in nats), from what `hidden` returns."""
-        return ops.cross_entropy(hidden, self._head(), targets, weights, softcap=self.logit_softcap or None)
+        return self._of_tokens().nats(hidden, targets, weights, self.embed)
+
+    def _of_tokens(self) -> heads.Tokens:
+        if not isinstance(self.head, heads.Tokens):
+            raise UsageError(f"model.head={self.head.name}: the model predicts no tokens; expected model.head=tokens")
+        return self.head
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T patch_C"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
@@ -264,16 +301,17 @@ class LanguageModel(nnx.Module):
         dropout_key: jax.Array | None = None,
         step: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None]:
-        """What the head reads: the last block's output, normed. Arguments as in `__call__` and `token_losses`."""
+        """What the head reads: the last block's output, normed. Arguments as in `__call__` and `token_losses`; a model
+        of numbers takes patches of them for `tokens`."""
         if state is not None and not self.causal:
             raise UsageError(NO_STATE)
         if positions is None:
-            positions = _positions(tokens, segment_ids, None if state is None else state["position"])
+            positions = _positions(tokens.shape[:2], segment_ids, None if state is None else state["position"])
         new_position = positions[:, -1] + 1
         if lengths is not None:
             if state is None:
                 raise ValueError("lengths: given without a state; it says which tokens a state takes in")
-            segment_ids = Segments.of(segment_ids, lengths, tokens.shape)
+            segment_ids = Segments.of(segment_ids, lengths, tokens.shape[:2])
             new_position = last(positions + 1, segment_ids, state["position"])
         x = self.embed(tokens)
         if self.learned_positions:
@@ -360,10 +398,6 @@ class LanguageModel(nnx.Module):
                 found[i] = None if values is None else values[:, place]
         return found
 
-    def _head(self) -> Float[Array, "D vocab"]:
-        weight = self.embed.embedding[...].T if self.tied else self.head.kernel[...]
-        return weight.astype(self.embed.dtype)
-
     def _rematerialised(self, unit: Callable) -> Callable:
         policies = jax.checkpoint_policies
         policy = {
@@ -392,8 +426,8 @@ def _products_saveable(primitive: Any, *operands, **params) -> bool:
     )
 
 
-def _positions(tokens: jax.Array, segment_ids: jax.Array | None, start: jax.Array | None) -> jax.Array:
+def _positions(shape: tuple[int, int], segment_ids: jax.Array | None, start: jax.Array | None) -> jax.Array:
     """Positions of tokens in their segments [B, T]; the first segment goes on at `start` [B], later ones begin at 0."""
-    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    start = jnp.zeros(tokens.shape[:1], jnp.int32) if start is None else start
+    steps = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    start = jnp.zeros(shape[:1], jnp.int32) if start is None else start
     return start[:, None] + steps if segment_ids is None else ops.tokens_since_start(segment_ids, start)

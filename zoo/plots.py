@@ -198,7 +198,8 @@ def _axes(figure: Figure, *shape: int, **options) -> np.ndarray:
 
 def _curve(axes: Axes, rows: Iterable[Row], x: str, y: str, style: Style) -> Line2D:
     """A line through a metric's rows. Evaluations are dots, joined as far as they were made on the same tokens."""
-    points = [(row[x], row[y], row.get("eval_tokens")) for row in rows if row.get(y) is not None and x in row]
+    with_both = [row for row in rows if row.get(y) is not None and x in row]
+    points = [(row[x], row[y], row.get("eval_tokens", row.get("eval_rows"))) for row in with_both]
     joined: list[tuple[float, float]] = []
     for i, (at, value, tokens) in enumerate(points):
         if y != "loss" and i and tokens != points[i - 1][2]:
@@ -210,7 +211,7 @@ def _curve(axes: Axes, rows: Iterable[Row], x: str, y: str, style: Style) -> Lin
     return axes.plot(at, values, **style._replace(marker=marker)._asdict(), markersize=4, markevery=every)[0]
 
 
-def loss(rows: Sequence[Row], mixer: str, path: str | os.PathLike) -> None:
+def loss(rows: Sequence[Row], mixer: str, path: str | os.PathLike, unit: str = "nats per token") -> None:
     """One run's training and validation loss against tokens."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     (axes,) = _axes(figure)
@@ -218,7 +219,7 @@ def loss(rows: Sequence[Row], mixer: str, path: str | os.PathLike) -> None:
     training = _curve(axes, rows, "tokens", "loss", style._replace(linewidth=0.9, linestyle="-"))
     training.set_alpha(0.7)
     validation = _curve(axes, rows, "tokens", "eval_loss", style)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set(xlabel="tokens", ylabel=f"loss ({unit})")
     label_line_ends(axes, [(training, "training"), (validation, "validation")])
     FigureCanvasAgg(figure).print_png(path)
 

@@ -5,7 +5,8 @@ descent moved them.
 
     python -m tests.training.on_meshes gla,attention data=8 sequence=8 data=2+sequence=2+tensor=2
 
-A pattern may end in /bidirectional. `descent` leaves AdamW out, names of implementations choose kernels.
+A pattern may end in /bidirectional, /classes or /values. `descent` leaves AdamW out, names of implementations choose
+kernels.
 """
 
 import json
@@ -19,7 +20,7 @@ import optax
 from flax import nnx
 
 from kernels import dispatch
-from zoo import config, sharding
+from zoo import config, heads, sharding
 from zoo.checkpoints import named_leaves
 from zoo.config import Config, pattern
 from zoo.config_files import family_config
@@ -36,8 +37,12 @@ DESCENT = optax.sgd(0.02)
 def make_config(mixer: str) -> Config:
     """A model of two layers of the pattern's families, whose sizes every mesh divides."""
     c = config.preset("tiny")
-    c.model.mixer, _, direction = mixer.partition("/")
-    c.model.direction = direction or c.model.direction
+    c.model.mixer, _, kind = mixer.partition("/")
+    if kind in heads.HEADS:
+        c.model.head, c.model.classes, c.model.horizon = kind, 8, 8
+        c.model.channels, c.model.patch = (2, 3) if kind == "values" else (0, 1)
+    else:
+        c.model.direction = kind or c.model.direction
     c.model.vocab_size, c.model.d_model, c.model.d_ff = 64, 32, 32
     c.model.num_layers = max(2, len(pattern(c.model)))
     for family in pattern(c.model):
@@ -49,7 +54,7 @@ def make_config(mixer: str) -> Config:
     c.model.norm_epsilon = 1e-2
     if mixer in MIXERS:
         c.model.mlp = family_config(mixer).model.mlp
-    c.train.batch_size, c.train.context_length, c.train.steps = ROWS, TIME, STEPS
+    c.train.batch_size, c.train.context_length, c.train.steps = ROWS, TIME * c.model.patch, STEPS
     c.eval.batch_size = ROWS
     c.optimizer.name, c.optimizer.learning_rate, c.optimizer.schedule = "adamw", 1e-3, "constant"
     c.model.dropout = 0.1
@@ -58,10 +63,18 @@ def make_config(mixer: str) -> Config:
     return c
 
 
-def batches() -> list[dict[str, np.ndarray]]:
-    """Packed rows: of each, documents that end within a device's part of the time, at its end, and far from it."""
+def batches(c: Config) -> list[dict[str, np.ndarray]]:
+    """Packed rows: of each, documents that end within a device's part of the time, at its end, and far from it. Of
+    classes, rows of any length; of values, noise."""
     rng, made = np.random.default_rng(0), []
-    for _ in range(STEPS):
+    arrays = {"label": (8, (ROWS,)), "lengths": (TIME, (ROWS,)), "tokens": (64, (ROWS, TIME))}
+    for _ in range(STEPS if c.model.head != "tokens" else 0):
+        drawn = {name: rng.integers(0, top, shape, dtype=np.int32) for name, (top, shape) in arrays.items()}
+        drawn = drawn | {"lengths": drawn["lengths"] + 1} if c.model.head == "classes" else {}
+        steps = c.train.context_length + c.model.horizon
+        numbers = {"values": rng.random((ROWS, steps, c.model.channels), np.float32)} if c.model.channels else {}
+        made.append(drawn | numbers | {"weights": np.ones(ROWS, np.float32)})
+    for _ in range(STEPS - len(made)):
         tokens = rng.integers(0, 64, (ROWS, TIME + 1), dtype=np.int32)
         starts = rng.random((ROWS, TIME)) < 0.05
         starts[0] = np.arange(TIME) % 6 == 0  # where parts of eight devices start
@@ -90,11 +103,12 @@ def run(c: Config, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformat
         programs = step.build(c, mesh)
     state, losses = programs.init(), []
     start = _arrays(state.params)
-    for batch in batches():
+    for batch in batches(c):
         state, metrics = programs.train(state, programs.put(batch))
         losses.append(float(metrics["loss"]))
-    evaluation = programs.evaluate(state.params, programs.put(batch | {"bytes": batch["weights"]}))
-    losses.append(float(evaluation["nats"] / evaluation["tokens"]))
+    batch |= {"bytes": batch["weights"]} if c.model.head == "tokens" else {}
+    evaluation = programs.evaluate(state.params, programs.put(batch))
+    losses.append(heads.of(c.model).figures({name: float(x) for name, x in evaluation.items()})["eval_loss"])
     return Run(np.array(losses), start, _arrays(state.params))
 
 

@@ -11,7 +11,7 @@ names are left alone.
 
 from zoo.checkpoints.checkpointer import Checkpoint, Checkpointer, SaveError
 from zoo.checkpoints.folder import complete_steps
-from zoo.checkpoints.leaves import check_parameters, named_leaves, shapes
+from zoo.checkpoints.leaves import check_parameters, named_leaves, shapes, with_leaves
 from zoo.checkpoints.runs import ORIGIN, Run, evaluation_loss, load_run, newest_meta, read_config
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "newest_meta",
     "read_config",
     "shapes",
+    "with_leaves",
 ]

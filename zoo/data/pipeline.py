@@ -14,8 +14,9 @@ import grain
 import numpy as np
 
 from zoo import lists, processes
-from zoo.data import cache, corpora, masking, packing, synthetic, yardstick
+from zoo.data import baselines, cache, corpora, masking, packing, row_batches, synthetic, yardstick
 from zoo.data import tokenizer as tokenizers
+from zoo.data.rows import RowSource
 from zoo.data.streams import Stream, content_hash
 from zoo.data.tokenizer import Tokenizer
 from zoo.errors import UsageError, warn
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+VOCAB_MULTIPLE = 64
 _STEPS = 2**31 - 1  # of a dataset without end
 
 
@@ -72,7 +74,7 @@ def tokenize(config: "Config") -> None:
     Raises:
       UsageError: as `training_dataset`.
     """
-    if processes.count() == 1 or synthetic.find(config):
+    if processes.count() == 1 or row_batches.find(config) or synthetic.find(config):
         return
     root = cache.root_of(config.data.cache_dir)
     try:
@@ -99,6 +101,8 @@ def training_dataset(config: "Config", rows: Sequence[int] | None = None) -> Tra
     """
     length, batch_size = config.train.context_length, config.train.batch_size
     rows = range(batch_size) if rows is None else rows
+    if source := row_batches.find(config):
+        return _dataset_of_rows(config, source, rows)
     if task := _task(config):
         return _synthetic_dataset(config, task, rows)
     sources, weights, tokenizer = _settings(config)
@@ -129,6 +133,19 @@ def training_dataset(config: "Config", rows: Sequence[int] | None = None) -> Tra
         _read_threads=config.data.read_threads,
         _rows=order.map(packs.row),
         _rows_per_step=batch_size,
+    )
+
+
+def _dataset_of_rows(config: "Config", source: RowSource, rows: Sequence[int]) -> TrainingDataset:
+    batch_size = config.train.batch_size
+    return TrainingDataset(
+        tokens_per_epoch=(source.train_rows or config.train.steps * batch_size) * source.length,
+        tokens_per_step=batch_size * source.length,
+        fingerprint=content_hash(source.fingerprint),
+        _batches=grain.MapDataset.range(_STEPS).map(
+            lambda step: row_batches.training_batch(source, config, step, rows)
+        ),
+        _read_threads=config.data.read_threads,
     )
 
 
@@ -216,7 +233,7 @@ class ValidationBatches:
 
 def validation_batches(
     config: "Config", context_length: int | None = None, source: str | None = None, max_batches: int = 0
-) -> ValidationBatches | synthetic.ValidationRows:
+) -> ValidationBatches | synthetic.ValidationRows | row_batches.ValidationBatches:
     """The validation split, or all text of another source, each token predicted once.
 
     Args:
@@ -232,6 +249,8 @@ def validation_batches(
     Raises:
       UsageError: as `training_dataset`.
     """
+    if source is None and (of_rows := row_batches.find(config)):
+        return row_batches.ValidationBatches(of_rows, config.eval.batch_size or config.train.batch_size, max_batches)
     if task := _task(config, source or config.data.validation_source or None, context_length):
         return synthetic.validation_rows(task, config, max_batches)
     tokenizer = _settings(config)[2]
@@ -258,11 +277,15 @@ def validation_batches(
 def corpus_info(config: "Config") -> dict[str, Any]:
     """What a run reads: source, fingerprint, train_tokens, validation_tokens, train_bytes, validation_bytes (those that
     tokens stand for), lost_text (the share of all bytes that the tokenizer has no tokens for), and gzip_bits_per_byte,
-    what gzip -9 needs for the validation text (its first 64 MiB, documents joined); None without bytes.
+    what gzip -9 needs for the validation text (its first 64 MiB, documents joined); None without bytes. Of rows also
+    train_rows and validation_rows, and of series what `zoo.data.baselines` finds.
 
     Raises:
       UsageError: as `training_dataset`.
     """
+    if of_rows := row_batches.find(config):
+        found = row_batches.info(of_rows, config)
+        return found | ({"baselines": baselines.baselines(of_rows, config.data.season)} if of_rows.horizon else {})
     if task := synthetic.find(config):
         rows = synthetic.validation_rows(task, config, 0)
         tokens = config.train.steps * config.train.batch_size * config.train.context_length
@@ -312,6 +335,8 @@ def check(config: "Config") -> None:
     Raises:
       UsageError: the first problem found.
     """
+    if source := row_batches.find(config):
+        return baselines.check(source, config.data.season)
     if task := _task(config):
         _weights(config.data.weights, 1)
         if config.data.validation_source:
@@ -326,9 +351,21 @@ def check(config: "Config") -> None:
 
 def labels(config: "Config", *, training: bool, context_length: int | None = None) -> int | None:
     """Targets of a row that count, at most, in training or in an evaluation; None: all do."""
+    if config.model.head != "tokens":
+        return None
     if masking.is_objective(config):
         return masking.labels(config, context_length or config.train.context_length)
     return synthetic.labels(config, training=training)
+
+
+def settle(config: "Config", load_tokenizer: Callable[[], Tokenizer]) -> None:
+    """Give the model the sizes that were left to the data: model.vocab_size (a multiple of 64), classes, channels."""
+    model, source = config.model, row_batches.find(config)
+    if source:
+        model.classes, model.channels = model.classes or source.num_classes, model.channels or source.channels
+    if model.vocab_size == 0 and not model.channels:
+        needed = source.vocab_size if source else vocabulary(config, load_tokenizer())
+        model.vocab_size = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def vocabulary(config: "Config", tokenizer: Tokenizer) -> int:

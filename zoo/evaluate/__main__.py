@@ -20,7 +20,7 @@ import time
 import numpy as np
 from rich.console import Console
 
-from zoo import checkpoints, compile_cache, data, files, memory
+from zoo import checkpoints, compile_cache, data, files, heads, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
 from zoo.evaluate import documents, evaluated, harness, html, report, tasks
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             return harness.command(arguments)
         tasks.find(arguments.tasks)
         config = checkpoints.read_config(arguments.workdir)
+        heads.require_tokens(config.model, f"--workdir={arguments.workdir}")
         config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)
         folder = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json")).parent
         if not folder.is_dir():

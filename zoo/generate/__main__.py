@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import sys
 
-from zoo import checkpoints, compile_cache
+from zoo import checkpoints, compile_cache, heads
 from zoo.checkpoints import Run
 from zoo.errors import UsageError, exit_with_message
 from zoo.files import expand
@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
         compile_cache.enable()
         _check(arguments)
         given = _prompts(arguments)
+        heads.require_tokens(checkpoints.read_config(arguments.workdir).model, f"--workdir={arguments.workdir}")
         run = checkpoints.load_run(arguments.workdir, arguments.step)
         context = state_file.load(arguments.load_state, run) if arguments.load_state is not None else None
         with contextlib.suppress(AttributeError):  # a notebook's

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from zoo import checkpoints, files
+from zoo import checkpoints, files, heads
 from zoo import config as zoo_config
 from zoo.checkpoints import ORIGIN
 from zoo.config import ModelConfig
@@ -55,6 +55,7 @@ def export_run(
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype: got {dtype!r}, expected one of {', '.join(DTYPE_NAMES)}")
     config = checkpoints.read_config(source)
+    heads.require_tokens(config.model, str(source))
     if config.model.direction != CAUSAL:
         raise UsageError(f"{source} is a bidirectional model, and no family of other packages is one here; export none")
     origin = _origin(source)

@@ -26,6 +26,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),  # heads x head width, in projections
     ("mlp", "tensor"),  # the MLP's inner width
     ("vocab", "tensor"),  # entries of the vocabulary
+    ("classes", None),  # labels of rows
+    ("patch", None),  # numbers of a patch, or of a horizon
     ("norm", None),  # scales, biases and other vectors: small, on every device
     ("gates", None),  # one gate a head, and the few mixtures of a token shift
     ("width", None),  # the model's width, where both sides of a projection are that wide

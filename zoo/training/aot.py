@@ -87,7 +87,7 @@ def compile_step(config: Config, name: str) -> Report:
     programs = step.build(config, mesh)
     state = programs.abstract_state
     batch = {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=programs.batch_sharding)
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=programs.batch_shardings[key])
         for key, x in step.abstract_batch(config).items()
     }
     train = config.train

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from zoo import config as zoo_config
-from zoo import data, files, flops, memory, metrics, processes, sharding
+from zoo import data, files, flops, heads, memory, metrics, processes, sharding
 from zoo.checkpoints import Checkpointer, SaveError
 from zoo.config import Config
 from zoo.errors import RunError
@@ -237,9 +237,11 @@ class _Loop:
             "step": self.step,
             "loss": last.get("loss"),
             "eval_loss": evaluation.get("eval_loss"),
+            "unit": heads.of(self.config.model).unit,  # of both
             "eval_bits_per_byte": evaluation.get("eval_bits_per_byte"),
             "eval_accuracy": evaluation.get("eval_accuracy"),
             "eval_tokens": evaluation.get("eval_tokens"),
+            **{name: value for name, value in evaluation.items() if name in ("eval_mae", "eval_rows")},
             "gzip_bits_per_byte": info["gzip_bits_per_byte"],
             **table,
             "tokens": self.step * self.tokens_per_step,
@@ -336,7 +338,7 @@ class _Loop:
         return self.config.eval.batches == self.config.eval.final_batches
 
     def _evaluate(self, max_batches: int, shown: bool = True) -> float:
-        """Nats per token on so many validation batches (0: all), `shown` as a row of metrics."""
+        """The head's loss on so many validation batches (0: all), `shown` as a row of metrics."""
         totals: list[dict[str, jax.Array]] = []
         for batch in self.validation.at_most(max_batches):
             batch = self.programs.put(batch, self.validation.batch_size)
@@ -345,21 +347,11 @@ class _Loop:
             processes.done()
         totals = jax.device_get(totals)
         sums = {name: math.fsum(float(t[name]) for t in totals) for name in totals[0]}
-        nats, tokens, num_bytes = sums["nats"], sums["tokens"], sums["bytes"]
-        loss = nats / max(tokens, 1.0)
+        figures = heads.of(self.config.model).figures(sums)
+        loss = figures["eval_loss"]
         if not math.isfinite(loss):
             raise self._not_finite(self.step, f"validation loss = {loss}")
-        row = {
-            "step": self.step,
-            "eval_loss": loss,
-            "eval_tokens": round(tokens),
-            "tokens": self.step * self.tokens_per_step,
-            "seconds": self.seconds,
-        }
-        if num_bytes:  # a synthetic task has none, and masked tokens count none
-            row["eval_bits_per_byte"] = nats / math.log(2) / num_bytes
-        if "right" in sums:  # of a synthetic task, and of masked tokens
-            row["eval_accuracy"] = sums["right"] / max(tokens, 1.0)
+        row = {"step": self.step, **figures, "tokens": self.step * self.tokens_per_step, "seconds": self.seconds}
         if shown:
             self._write(row)
             self.progress.row(row)

@@ -22,7 +22,7 @@ from zoo.sharding import dotted, logical_axes
 from zoo.training.schedules import schedule
 
 MUON_UPDATE_RMS = 0.2  # of AdamW's update, measured by Liu et al.
-TABLES = {"vocab", "positions"}  # logical axes of embeddings and the head
+TABLES = {"vocab", "positions", "classes", "patch"}  # logical axes of embeddings and heads
 VECTORS = {"state"}  # of what a channel has for itself: taps, read-outs of its state
 
 
@@ -56,7 +56,7 @@ def decays(parameter: nnx.Param) -> bool:
 
 
 def is_matrix(parameter: nnx.Param) -> bool:
-    """Whether Muon applies: to [in, out] and [layers, in, out] that decay and are no tables of tokens or positions.
+    """Whether Muon applies: to [in, out] and [layers, in, out] that decay and are neither embedding nor head.
 
     Both axes must be named, and a filter of [channels, taps] is a bundle of vectors, not a map between spaces.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from zoo import config as zoo_config
 from zoo import flops, memory, sharding
@@ -53,8 +53,11 @@ def _batch_problems(config: Config, sizes: Mapping[str, int]) -> list[str]:
         found.append(_uneven(what, train.batch_size, rows, train.accumulate_steps))
     if config.eval.batch_size % rows[1]:
         found.append(_uneven(f"eval.batch_size: {config.eval.batch_size} sequences", config.eval.batch_size, rows))
-    if train.context_length % tokens[1]:
-        found.append(_uneven(f"train.context_length: {train.context_length} tokens", train.context_length, tokens))
+    length = zoo_config.positions(config.model, train.context_length)
+    if length % tokens[1]:
+        what = "tokens" if config.model.patch == 1 else f"steps in patches of {config.model.patch}"
+        what = f"train.context_length: {train.context_length} {what}"
+        found.append(_uneven(what, train.context_length, tokens, config.model.patch))
     return found
 
 
@@ -115,7 +118,7 @@ def dry_run(config: Config, devices: int = 0) -> str:
     sizes = _checked(config, devices or _devices(config), abstract)
     mesh = sharding.abstract_mesh(sizes)
     state = step.abstract_state(config, mesh, nnx.state(abstract, nnx.Param))
-    batch = step.abstract_batch(config)
+    batch = step.batch_arrays(config)
     shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     model, rows = config.model, sharding.devices_of(sharding.partition_spec("batch"), sizes)[0][1]
     lines = [
@@ -133,9 +136,8 @@ def dry_run(config: Config, devices: int = 0) -> str:
     named = sharding.parameters(state.params)
     placed = {name: (jax.tree.leaves(p)[0], sharding.logical_axes(p)) for name, p in named.items()}
     lines += _table("parameter", placed, sizes)
-    rows_sharding = sharding.batch_sharding(mesh)
     arrays = {
-        name: (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding), ("batch", "time"))
+        name: (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_placed(mesh, x.axes)), x.axes)
         for name, x in batch.items()
     }
     lines += ["", *_table("batch", arrays, sizes)]
@@ -160,6 +162,10 @@ def dry_run(config: Config, devices: int = 0) -> str:
         "Activations come on top. Nothing was compiled, allocated or written.",
     ]
     return "\n".join(lines)
+
+
+def _placed(mesh: AbstractMesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    return NamedSharding(mesh, sharding.partition_spec(*axes))
 
 
 def _devices(config: Config) -> int:

@@ -34,11 +34,13 @@ class ProgressLine:
         """Show a row of metrics: of training, or of an evaluation."""
         if "eval_loss" in row:
             bits, accuracy = row.get("eval_bits_per_byte"), row.get("eval_accuracy")
+            absolute, unit = row.get("eval_mae"), "rows" if "eval_rows" in row else "tokens"
             self.say(
                 f"step {row['step']}  validation loss {row['eval_loss']:.4f}"
                 + (f"  bits per byte {bits:.4f}" if bits is not None else "")
                 + (f"  accuracy {accuracy:.2%}" if accuracy is not None else "")
-                + f"  ({row['eval_tokens']:,} tokens)"
+                + (f"  absolute error {absolute:.4f}" if absolute is not None else "")
+                + f"  ({row[f'eval_{unit}']:,} {unit})"
             )
             return
         text = f"loss {row['loss']:.4f}  {_count(row['tokens_per_second'])} tokens/s"

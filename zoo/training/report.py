@@ -1,6 +1,7 @@
 """What a run says of itself: the lines that it begins and ends with."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ def beginning(
       step: up to which it was trained before.
       overrides: what was changed and when, as in overrides.jsonl.
     """
-    corpus = f"{info['source']} ({info['fingerprint']}), {info['train_tokens']:,} training tokens, "
-    corpus += f"{info['validation_tokens']:,} validation tokens"
+    unit = "rows" if "train_rows" in info else "tokens"
+    corpus = f"{info['source']} ({info['fingerprint']}), {info[f'train_{unit}']:,} training {unit}, "
+    corpus += f"{info[f'validation_{unit}']:,} validation {unit}"
     if info["lost_text"]:
         corpus += f"; the tokenizer has no tokens for {info['lost_text']:.2%} of the text's bytes"
     lines = [
@@ -53,10 +55,20 @@ def end(summary: dict[str, Any], workdir: pathlib.Path) -> list[str]:
     """
     lines = [f"finished    step {summary['step']} after {duration(summary['seconds'])} of training; {workdir}"]
     if summary["eval_bits_per_byte"] is None:
-        accuracy = summary.get("eval_accuracy")
-        asked = "" if accuracy is None else f", accuracy {accuracy:.2%}"
-        lines.append(f"            validation loss {summary['eval_loss']:.4f} nats per token{asked}")
+        lines.append(f"            {_evaluation(summary)}")
+    for name, found in summary["corpus"].get("baselines", {}).items():
+        lines.append(f"            {name}: {found['mse']:.4f}, {found['mae']:.4f}")
     return lines + data.conclusion(summary["eval_bits_per_byte"], summary)
+
+
+def _evaluation(row: Mapping[str, Any]) -> str:
+    """ "validation loss 1.2345 nats per token, accuracy 12.34%", of summary.json."""
+    accuracy, absolute = row.get("eval_accuracy"), row.get("eval_mae")
+    return (
+        f"validation loss {row['eval_loss']:.4f} {row['unit']}"
+        + ("" if accuracy is None else f", accuracy {accuracy:.2%}")
+        + ("" if absolute is None else f", mean absolute error {absolute:.4f}")
+    )
 
 
 def device(mesh: Mesh) -> str:

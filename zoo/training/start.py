@@ -9,6 +9,7 @@ from flax import nnx
 
 from zoo import checkpoints, data, files, processes
 from zoo.checkpoints import Checkpointer
+from zoo.config import ModelConfig
 from zoo.errors import UsageError, warn
 from zoo.training import workdir as workdirs
 from zoo.training.step import Programs, TrainState, abstract_model
@@ -52,21 +53,36 @@ def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> 
     if tokenizers[0].fingerprint != tokenizers[1].fingerprint:
         raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
     found, wanted = nnx.state(abstract_model(config), nnx.Param), programs.abstract_state.params
-    checkpoints.check_parameters(f"--init_from={init_from}", checkpoints.shapes(found), checkpoints.shapes(wanted))
-    shardings = {name: x.sharding for name, x in checkpoints.named_leaves(wanted).items()}
+    fresh = _of_its_own(config.model, run.config.model)
+    there, here = ({k: v for k, v in checkpoints.shapes(x).items() if not k.startswith(fresh)} for x in (found, wanted))
+    checkpoints.check_parameters(f"--init_from={init_from}", there, here)
+    shardings = {name: x.sharding for name, x in checkpoints.named_leaves(wanted).items() if name in here}
     other = checkpoints.load_run(workdir, _newest_step(workdir), shardings)
     step, its_model = other.step, other.config.model
     if processes.is_first():
         _carry_origin(workdir, run.workdir)
         loss = checkpoints.evaluation_loss(init_from, step)
         evaluated = "" if loss is None else f", validation loss {loss:.4f}"
-        print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}", flush=True)
+        anew = f"; made anew: {', '.join(fresh)}" if fresh else ""
+        print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}{anew}", flush=True)
         if different := workdirs.model_difference(its_model, run.config.model):
             warn(
                 f"--init_from={init_from}: its weights were trained with other settings of the model, which shapes do "
                 f"not show: {'; '.join(different)} (there -> here)"
             )
-    return programs.init_opt(nnx.state(other.model, nnx.Param))
+    if not fresh:
+        return programs.init_opt(nnx.state(other.model, nnx.Param))
+    params, loaded = programs.init().params, checkpoints.named_leaves(nnx.state(other.model, nnx.Param))
+    named = checkpoints.named_leaves(params)
+    return programs.init_opt(checkpoints.with_leaves(params, named | {name: loaded[name] for name in here}))
+
+
+def _of_its_own(there: ModelConfig, here: ModelConfig) -> tuple[str, ...]:
+    """Beginnings of the parameters that a model does not take from one with another head: the head, and the embedding
+    where one reads numbers."""
+    if there.head == here.head:
+        return ()
+    return ("head.",) if not (there.channels or here.channels) else ("embed.", "head.")
 
 
 def _carry_origin(source: pathlib.Path, workdir: pathlib.Path) -> None:

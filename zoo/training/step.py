@@ -1,10 +1,10 @@
 """The jitted programs of a run: initial state, one training step, one evaluation step.
 
-The loss is the mean over the step's tokens of -log p(target), in nats:
+The loss is the head's (`zoo.heads`), of tokens -log p(target) in nats, in the mean over the step's tokens or rows:
 
-    loss = sum_i w_i nll_i / sum_i w_i        over all sequences of all microbatches and devices
+    loss = sum_i w_i loss_i / sum_i w_i       over all sequences of all microbatches and devices
 
-so a microbatch counts by its tokens, and accumulating gradients over microbatches is the same sum in another order.
+so a microbatch counts by its weights, and accumulating gradients over microbatches is the same sum in another order.
 Shardings are explicit, of state and batch; the same programs run on any mesh.
 """
 
@@ -19,13 +19,14 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from zoo import data, processes, sharding
+from zoo import data, heads, processes, sharding
 from zoo.config import Config
+from zoo.heads.base import Declared
 from zoo.model import LanguageModel
 from zoo.training.optimizer import make_optimizer
 from zoo.training.schedules import schedule
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: int32 [B, T]; weights: float32 [B, T]
+Batch = dict[str, jax.Array]  # what `zoo.heads` declares; of tokens, each [B, T]
 
 
 # XLA for TPUs would write a product with gathered weights as a loop that adds each device's part to a result in HBM:
@@ -44,7 +45,8 @@ class Programs(NamedTuple):
 
     graphdef: nnx.GraphDef
     abstract_state: TrainState  # shapes with shardings
-    batch_sharding: NamedSharding
+    batch_sharding: NamedSharding  # of [batch, time]
+    batch_shardings: dict[str, NamedSharding]  # of each array of a batch
     init: Callable[[], TrainState]
     init_opt: Callable[[nnx.State], TrainState]  # a new run from given parameters
     train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -58,15 +60,15 @@ class Programs(NamedTuple):
     def put(self, batch: dict[str, np.ndarray], sequences: int = 0) -> Batch:
         """Global arrays from this process's `rows` of a batch of so many `sequences` (0: it has them all)."""
         if not sequences or processes.count() == 1:
-            return jax.device_put(batch, self.batch_sharding)
+            return jax.device_put(batch, {name: self.batch_shardings[name] for name in batch})
         place = {row: i for i, row in enumerate(self.rows(sequences))}
 
-        def part(rows: np.ndarray, index: tuple[slice, slice]) -> np.ndarray:
-            return rows[[place[row] for row in range(sequences)[index[0]]], index[1]]
+        def part(rows: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+            return rows[[place[row] for row in range(sequences)[index[0]]]][(slice(None), *index[1:])]
 
         return {
             name: jax.make_array_from_callback(
-                (sequences, rows.shape[1]), self.batch_sharding, functools.partial(part, rows)
+                (sequences, *rows.shape[1:]), self.batch_shardings[name], functools.partial(part, rows)
             )
             for name, rows in batch.items()
         }
@@ -86,6 +88,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
             return nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(key)), nnx.Param)
 
     labels, asked = (data.labels(config, training=training) for training in (True, False))
+    axes = {name: x.axes for name, x in batch_arrays(config, evaluation=True).items()}
 
     graphdef, abstract_params = nnx.split(abstract_model(config), nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
@@ -95,15 +98,8 @@ def build(config: Config, mesh: Mesh) -> Programs:
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def loss(params: nnx.State, batch: Batch, total_weight: jax.Array, step: jax.Array, key: jax.Array) -> jax.Array:
-        losses = nnx.merge(graphdef, params).token_losses(
-            batch["tokens"],
-            batch["targets"],
-            batch["weights"],
-            segment_ids=batch["segment_ids"],
-            dropout_key=key if config.model.dropout else None,
-            step=step,
-            labels=labels,
-        )
+        key = key if config.model.dropout else None
+        losses = nnx.merge(graphdef, params).batch_losses(batch, dropout_key=key, step=step, labels=labels)
         return losses.sum() / total_weight
 
     def as_parameters(gradient: nnx.State) -> nnx.State:
@@ -126,7 +122,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
 
         # Microbatch j takes rows j, j + pieces, ...: each device keeps its own rows.
         split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
-        split = jax.tree.map(lambda x: sharding.constrain(x, None, "batch", "time"), split)
+        split = {name: sharding.constrain(x, None, *axes[name]) for name, x in split.items()}
         zero = (jnp.zeros((), jnp.float32), as_parameters(jax.tree.map(jnp.zeros_like, params)))
         return jax.lax.scan(piece, zero, (jnp.arange(pieces), split))[0]
 
@@ -150,32 +146,29 @@ def build(config: Config, mesh: Mesh) -> Programs:
 
     def evaluate(params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
         with sharding.use_mesh(mesh):
-            model, arrays = nnx.merge(graphdef, params), (batch["tokens"], batch["targets"], batch["weights"])
-            sums = {"tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
-            if asked is None:
-                return sums | {"nats": model.token_losses(*arrays, segment_ids=batch["segment_ids"]).sum()}
-            losses, right = model.token_scores(*arrays, segment_ids=batch["segment_ids"], labels=asked)
-            return sums | {"nats": losses.sum(), "right": right.sum()}
+            return nnx.merge(graphdef, params).batch_scores(batch, labels=asked)
 
     abstract = abstract_state(config, mesh, abstract_params)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = sharding.batch_sharding(mesh)
+    placed = {name: NamedSharding(mesh, sharding.partition_spec(*of)) for name, of in axes.items()}
+    trained = {name: placed[name] for name in abstract_batch(config)}
     jit_init = jax.jit(lambda key: start(make_params(key)), out_shardings=shardings)
     return Programs(
         graphdef=graphdef,
         abstract_state=abstract,
-        batch_sharding=rows,
+        batch_sharding=sharding.batch_sharding(mesh),
+        batch_shardings=placed,
         init=lambda: jit_init(init_key),
         init_opt=jax.jit(start, donate_argnums=0, in_shardings=(shardings.params,), out_shardings=shardings),
         train=jax.jit(
             train,
             donate_argnums=0,
-            in_shardings=(shardings, rows),
+            in_shardings=(shardings, trained),
             out_shardings=(shardings, everywhere),
             compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, rows), out_shardings=everywhere),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings.params, placed), out_shardings=everywhere),
     )
 
 
@@ -197,8 +190,12 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh, params: nnx.State)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
+def batch_arrays(config: Config, sequences: int = 0, *, evaluation: bool = False) -> dict[str, Declared]:
+    """The arrays of a batch, of a training step or an evaluation; `sequences`: default, a training step's."""
+    rows, length = sequences or config.train.batch_size, config.train.context_length
+    return heads.of(config.model).arrays(config.model, rows, length, evaluation=evaluation)
+
+
 def abstract_batch(config: Config, sequences: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch; `sequences`: default, a training step's."""
-    rows = (sequences or config.train.batch_size, config.train.context_length)
-    names = ("tokens", "targets", "segment_ids", "weights")
-    return {name: jax.ShapeDtypeStruct(rows, jnp.float32 if name == "weights" else jnp.int32) for name in names}
+    """Shapes of a training step's batch; `sequences`: as in `batch_arrays`."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_arrays(config, sequences).items()}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from zoo import checkpoints, data, files, metrics, processes
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
-from zoo.data import synthetic
+from zoo.data import rows, synthetic
 from zoo.data.corpora import STDLIB
 from zoo.data.tokenizer import BYTES
 from zoo.errors import UsageError, warn
@@ -39,9 +39,11 @@ OVERRIDABLE = (
     "train.accumulate_steps", "model.dropout", "model.remat", "model.dtype", "data.validation_source",
 )  # fmt: skip
 
+# Of the head, and what reads numbers: under another head they are made anew.
+_OF_HEAD = (
+    "head", "head_pool", "classes", "channels", "patch", "horizon", "vocab_size", "tie_embeddings", "logit_softcap",
+)  # fmt: skip
 _SETTINGS = zoo_config.leaves(Config())
-
-VOCAB_MULTIPLE = 64
 
 
 class Run(NamedTuple):
@@ -109,13 +111,16 @@ def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...]) -
 
 
 def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Config:
-    """A copy of `config` whose model.vocab_size, if it was 0, is what the tokenizer (of the run in `workdir`),
-    the objective and a synthetic task need."""
+    """A copy of `config` whose model has the sizes that the data decides, where they were 0: model.vocab_size is what
+    the tokenizer (of the run in `workdir`), the objective and a synthetic task need; classes and channels are a
+    source's."""
     config = copy.deepcopy(config)
-    if config.model.vocab_size == 0:
+
+    def tokenizer() -> data.tokenizer.Tokenizer:
         name = config.data.tokenizer
-        tokenizer = data.tokenizer.for_run(files.expand(workdir), config) if workdir else data.tokenizer.load(name)
-        config.model.vocab_size = -(-data.vocabulary(config, tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return data.tokenizer.for_run(files.expand(workdir), config) if workdir else data.tokenizer.load(name)
+
+    data.settle(config, tokenizer)
     return config
 
 
@@ -130,7 +135,8 @@ def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple
             data_config.data.tokenizer = str(own_tokenizer)
     data.check(data_config)
     data_config = settle_vocabulary(data_config, None)
-    config.model.vocab_size = data_config.model.vocab_size
+    for name in ("vocab_size", "classes", "channels"):
+        setattr(config.model, name, getattr(data_config.model, name))
     if before is not None:
         check_resumable(before, config, workdir, override, untrained=step == 0)
         if config.train.steps < step:
@@ -194,11 +200,12 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
     """Settings of the families in use that differ and change what the same parameters compute."""
     unused = {name for name in MIXERS if name not in zoo_config.pattern(old) + zoo_config.pattern(new)}
+    unused |= {"remat", *(() if old.head == new.head else _OF_HEAD)}
     before, after = zoo_config.leaves(old), zoo_config.leaves(new)
     return [
         f"model.{name}: {before[name]} -> {after[name]}"
         for name in before
-        if before[name] != after[name] and name != "remat" and name.split(".")[0] not in unused
+        if before[name] != after[name] and name.split(".")[0] not in unused
     ]
 
 
@@ -207,7 +214,7 @@ def _only_moved(name: str, old: str, new: str) -> bool:
     if name == "data.tokenizer":
         return BYTES not in (old, new)
     if name in ("data.source", "data.validation_source"):
-        return all(spec and spec != STDLIB and not synthetic.is_task(spec) for spec in (old, new))
+        return not any(spec in ("", STDLIB) or synthetic.is_task(spec) or rows.is_rows(spec) for spec in (old, new))
     return False
 
 
@@ -262,6 +269,8 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(spec: str) -> str:
+    if rows.is_rows(spec):
+        return rows.with_absolute_path(spec)
     if not spec or spec == STDLIB or synthetic.is_task(spec) or spec.startswith("hf:"):
         return spec
     return str(pathlib.Path(files.expand(spec)).absolute())

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zoo import checkpoints, files
+from zoo import checkpoints, files, heads
 from zoo.errors import UsageError
 from zoo.evaluate import report, tasks
 from zoo.figures import Table, shown
@@ -57,6 +57,7 @@ def command(arguments: argparse.Namespace) -> None:
     if not output.parent.is_dir():
         raise UsageError(f"--output: the folder {str(output.parent)!r} does not exist")
     config = checkpoints.read_config(arguments.workdir)
+    heads.require_tokens(config.model, f"--workdir={arguments.workdir}")
     max_length = _max_length(arguments.context_length, config)
     manager = _manager([name for name, _ in asked], arguments.harness_tasks)
     loaded = [_load(manager, name) for name, _ in asked]

@@ -1,0 +1,217 @@
+"""Heads of classes and values: what they compute, runs with them, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from zoo import checkpoints, flops, heads, metrics
+from zoo import config as zoo_config
+from zoo.data import rows
+from zoo.errors import UsageError
+from zoo.model import LanguageModel
+from zoo.training import train
+
+
+class Marked(rows.RowSource):
+    """Tokens at random, and one of three marks among them: the label. Rows have half to all of the context's tokens."""
+
+    head, name, fingerprint = "classes", "marked", "marked"
+    num_classes, vocab_size, validation_rows = 3, 10, 10
+
+    def __init__(self, length):
+        self.length = length
+
+    def train_batch(self, seed, step, batch_size):
+        rng = np.random.default_rng([seed, step])
+        tokens = rng.integers(3, 10, (batch_size, self.length))
+        lengths = rng.integers(self.length // 2, self.length, batch_size)
+        label = rng.integers(0, 3, batch_size)
+        tokens[np.arange(batch_size), rng.integers(0, lengths)] = label
+        tokens[np.arange(self.length) >= lengths[:, None]] = 0  # the padding is a mark, too
+        return {name: x.astype(np.int32) for name, x in (("tokens", tokens), ("lengths", lengths), ("label", label))}
+
+    def validation_batch(self, start, stop):
+        return {name: x[start:stop] for name, x in self.train_batch(2**20, 0, self.validation_rows).items()}
+
+
+class Waves(rows.RowSource):
+    """Two sines of any phase."""
+
+    head, name, fingerprint, channels, validation_rows = "values", "waves", "waves", 2, 10
+
+    def __init__(self, length, horizon):
+        self.length, self.horizon = length, horizon
+
+    def train_batch(self, seed, step, batch_size):
+        phase = np.random.default_rng([seed, step]).random((batch_size, 1, 2)) * 2 * np.pi
+        steps = np.arange(self.length + self.horizon)[:, None]
+        return {"values": np.sin(steps * np.array([0.4, 0.7]) + phase).astype(np.float32)}
+
+    def validation_batch(self, start, stop):
+        return {name: x[start:stop] for name, x in self.train_batch(2**20, 0, self.validation_rows).items()}
+
+
+def make_waves(config, options):
+    del options
+    return Waves(config.train.context_length, config.model.horizon)
+
+
+@pytest.fixture(autouse=True)
+def sources(monkeypatch):
+    monkeypatch.setitem(rows.SOURCES, "marked", lambda config, _: Marked(config.train.context_length))
+    monkeypatch.setitem(rows.SOURCES, "waves", make_waves)
+
+
+def small(mixer, direction="causal", **settings):
+    size = {"mixer": mixer, "direction": direction, "num_layers": 1, "d_model": 16, "d_ff": 8, "vocab_size": 10}
+    return dataclasses.replace(zoo_config.ModelConfig(), **size | settings)
+
+
+@pytest.fixture
+def of_classes(make_config):
+    def make(**settings):
+        sizes = {"model.mixer": "linear_attention", "train.context_length": 16, "train.batch_size": 16}
+        run = {"optimizer.schedule": "constant", "optimizer.learning_rate": 3e-2, "eval.batches": 0, "train.steps": 60}
+        run |= {"checkpoint.every": 30, "eval.every": 0, "eval.batch_size": 4}
+        of_source = {"model.head": "classes", "data.source": "marked"}
+        return make_config(**sizes | run | of_source | settings)
+
+    return make
+
+
+def test_classes_are_learned_and_a_resumed_run_goes_on(of_classes, tmp_path, capsys):
+    whole = train(of_classes(), tmp_path / "whole")
+    assert whole["eval_accuracy"] == 1.0 and whole["eval_loss"] < 0.3 and whole["eval_rows"] == 10
+    assert "nats per row, accuracy 100.00%" in capsys.readouterr().out
+    train(of_classes(**{"train.steps": 30}), tmp_path / "parts")
+    assert train(of_classes(), tmp_path / "parts")["eval_loss"] == whole["eval_loss"]
+    parts, one = (metrics.read(tmp_path / name)[-1] for name in ("parts", "whole"))
+    assert parts | {"seconds": 0} == one | {"seconds": 0}
+
+
+@pytest.mark.parametrize("mixer, direction", [("attention", "bidirectional"), ("gla", "causal")])
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_classes_read_a_rows_own_positions(pool, mixer, direction):
+    model = LanguageModel(small(mixer, direction, head="classes", head_pool=pool, classes=3), rngs=nnx.Rngs(0))
+    batch = Marked(8).train_batch(0, 0, 2)
+    other = batch | {"tokens": np.where(np.arange(8) < batch["lengths"][:, None], batch["tokens"], 7)}
+    predict = nnx.jit(lambda model, batch: model.predict(batch))
+    found = predict(model, batch)
+    np.testing.assert_array_equal(found, predict(model, other))
+    hidden, _ = model.hidden(batch["tokens"][:1, : batch["lengths"][0]])
+    read = hidden[0].mean(0) if pool == "mean" else hidden[0, -1]
+    np.testing.assert_allclose(found[0], model.head.linear(read), rtol=1e-4, atol=1e-5)
+
+
+def test_values_add_to_the_last_value_and_are_scored_by_their_errors():
+    model = LanguageModel(small("gla", head="values", channels=2, patch=2, horizon=3), rngs=nnx.Rngs(0))
+    batch = {"values": np.random.default_rng(0).random((2, 11, 2), np.float32), "weights": np.array([1, 0], np.float32)}
+    change = np.asarray(model.predict(batch)) - batch["values"][:, 7:8]
+    model.head.linear.kernel[...] *= 2
+    np.testing.assert_allclose(model.predict(batch) - batch["values"][:, 7:8], 2 * change, rtol=1e-4, atol=1e-6)
+    errors = np.asarray(model.predict(batch) - batch["values"][:, 8:])[0]
+    found = model.head.figures({name: float(x) for name, x in model.batch_scores(batch).items()})
+    assert found["eval_loss"] == pytest.approx((errors**2).mean(), rel=1e-5) and found["eval_rows"] == 1
+    assert found["eval_mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-5)
+    np.testing.assert_allclose(model.batch_losses(batch), [found["eval_loss"], 0], rtol=1e-5)
+
+
+def test_a_causal_model_reads_a_series_patch_by_patch():
+    model = LanguageModel(small("gla", head="values", channels=2, patch=2, horizon=3), rngs=nnx.Rngs(0))
+    batch = {"values": np.random.default_rng(0).random((2, 11, 2), np.float32)}
+    read, state = nnx.jit(lambda model, x, state: model.hidden(x, state=state)), model.init_state(2, 4)
+    for patch in np.moveaxis(np.asarray(model.head.inputs(batch)[0]), 1, 0):
+        hidden, state = read(model, patch[:, None], state)
+    np.testing.assert_allclose(model.head.predict(hidden, batch), model.predict(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_values_are_learned_beside_what_a_series_says_without_a_model(make_config, tmp_path, capsys):
+    run = {"train.steps": 60, "train.context_length": 16, "eval.every": 0, "eval.batch_size": 4, "eval.batches": 0}
+    sizes = {"model.mixer": "gla", "model.patch": 2, "model.horizon": 9, "data.season": 9, "train.batch_size": 16}
+    source = {"model.head": "values", "data.source": "waves", "optimizer.learning_rate": 3e-2}
+    summary = train(make_config(**run | sizes | source), tmp_path / "run")
+    found = summary["corpus"]["baselines"]
+    values = Waves(16, 9).validation_batch(0, 10)["values"]
+    for name, predicted in (("last value", values[:, 15:16]), ("seasonal", values[:, 7:16])):
+        assert found[name]["mse"] == pytest.approx(((predicted - values[:, 16:]) ** 2).mean(), rel=1e-5)
+        assert np.mean(found[name]["mae_by_step"]) == pytest.approx(found[name]["mae"])
+    assert found["linear regression"]["mse"] < 1e-6  # two sines are a linear recurrence
+    assert 0 < summary["eval_mae"] and summary["eval_loss"] < 0.25 * found["last value"]["mse"]
+    assert f"linear regression: {found['linear regression']['mse']:.4f}" in capsys.readouterr().out
+
+
+def test_a_language_models_body_serves_under_a_head_of_classes(of_classes, tmp_path, capsys):
+    rows_of_text = {"model.vocab_size": 320, "train.steps": 2, "model.mixer": "mlp"}
+    language = of_classes(**rows_of_text, **{"model.head": "tokens", "data.source": "mqar?pairs=2&vocab_size=64"})
+    train(language, tmp_path / "language")
+    new = of_classes(**rows_of_text, **{"optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0})
+    train(new, tmp_path / "new", init_from=str(tmp_path / "language"))
+    output = capsys.readouterr()
+    assert "mlp; made anew: head." in output.out and "model.classes" not in output.err
+    of = {n: checkpoints.load_run(tmp_path / n).model for n in ("language", "new")}
+    for name in ("embed", "units", "norm"):
+        there, here = (checkpoints.named_leaves(nnx.state(getattr(model, name))) for model in of.values())
+        assert there.keys() == here.keys() and all(np.array_equal(there[leaf], here[leaf]) for leaf in there)
+    with pytest.raises(UsageError, match="--workdir=.*needs model.head=tokens, and the run has model.head=classes"):
+        heads.require_tokens(new.model, f"--workdir={tmp_path / 'new'}")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model.head": "tokens"}, "model.head: got tokens, and marked has labelled rows or a series; set model.head="),
+        ({"data.source": "waves"}, "model.head: got classes, and waves has a series; set model.head=values"),
+        ({"data.source": "stdlib"}, "data.source: 'stdlib' is for model.head=tokens, and model.head=classes needs"),
+        ({"model.classes": 4}, "model.classes: got 4, marked has 3; use 0, which takes what it has"),
+        ({"model.vocab_size": 5}, "model.vocab_size: got 5, marked needs at least 10; 0 takes it"),
+        ({"model.patch": 2}, "model.patch: got 2, of numbers, and marked has tokens; set it to 1"),
+        ({"data.weights": "1"}, "data.weights: marked is one source with validation rows of its own; leave it empty"),
+        (
+            {"model.head": "values", "data.source": "waves", "data.season": 17},
+            "data.season: 17 steps are more than the input's 16 .train.context_length.; use at most",
+        ),
+    ],
+)
+def test_a_head_and_a_source_that_do_not_fit_are_refused(of_classes, tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        train(of_classes(**settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"train.objective": "masked_tokens"}, "train.objective: model.head=classes predicts no tokens"),
+        ({"model.patch": 3}, "train.context_length: 16 steps are no multiple of model.patch = 3; use 15"),
+        ({"model.head": "tokens", "model.patch": 2}, "model.patch: got 2, of numbers, and model.head=tokens reads"),
+        ({"model.head": "class"}, "model.head: got 'class', expected one of tokens, classes, values; did you mean"),
+    ],
+)
+def test_settings_of_a_head_that_do_not_fit_are_refused(of_classes, settings, message):
+    with pytest.raises(UsageError, match=message):
+        of_classes(**settings)
+
+
+@pytest.mark.parametrize("head, shape", [("classes", (2, 4)), ("values", (2, 5, 3))])
+def test_a_bfloat16_body_has_a_float32_head(head, shape):
+    numbers = {"channels": 3, "patch": 2, "horizon": 5} if head == "values" else {"classes": 4}
+    config = small("gla", head=head, dtype="bfloat16", **numbers)
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in heads.of(config).arrays(config, 2, 8).items()}
+    found = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)).predict(batch))
+    assert (found.shape, found.dtype) == (shape, np.float32)
+
+
+@pytest.mark.parametrize("head", heads.HEADS)
+def test_parameters_and_products_of_a_head_are_counted(head):
+    numbers = {"channels": 3, "patch": 2, "horizon": 5} if head == "values" else {}
+    model = small("gla", head=head, classes=4, tie_embeddings=False, **numbers)
+    made = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+    parameters = checkpoints.named_leaves(nnx.state(made, nnx.Param))
+    assert flops.num_parameters(model) == sum(x.size for x in parameters.values())
+    assert zoo_config.HEAD_CHOICES.keys() == heads.HEADS.keys()
+    without = dataclasses.replace(model, mixer="mlp", num_layers=1)
+    products = {"tokens": 2 * 16 * 10, "classes": 2 * 16 * 4 / 8, "values": 2 * 16 * 5 * 3 / 8 + 2 * 16 * 3}[head]
+    body = 2 * 3 * 16 * 8 / (2 if numbers else 1)
+    assert flops.forward_flops_per_token(without, 8) == pytest.approx(body + products)
