@@ -1,6 +1,7 @@
 """Heads of classes and values: what they compute, runs with them, and what is refused."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from zoo import checkpoints, flops, heads, metrics
 from zoo import config as zoo_config
 from zoo.data import rows
 from zoo.errors import UsageError
+from zoo.evaluate import __main__ as evaluate
 from zoo.model import LanguageModel
 from zoo.training import train
 
@@ -81,18 +83,43 @@ def of_classes(make_config):
     return make
 
 
-def test_classes_are_learned_and_a_resumed_run_goes_on(of_classes, tmp_path, capsys):
-    whole = train(of_classes(), tmp_path / "whole")
-    assert whole["eval_accuracy"] == 1.0 and whole["eval_loss"] < 0.3 and whole["eval_rows"] == 10
+def test_classes_are_learned_and_evaluated(of_classes, tmp_path, capsys):
+    summary = train(of_classes(), tmp_path / "run")
+    assert summary["eval_accuracy"] == 1.0 and summary["eval_loss"] < 0.3 and summary["eval_rows"] == 10
     assert "nats per row, accuracy 100.00%" in capsys.readouterr().out
-    train(of_classes(**{"train.steps": 30}), tmp_path / "parts")
-    assert train(of_classes(), tmp_path / "parts")["eval_loss"] == whole["eval_loss"]
-    parts, one = (metrics.read(tmp_path / name)[-1] for name in ("parts", "whole"))
-    assert parts | {"seconds": 0} == one | {"seconds": 0}
+    evaluate.main([f"--workdir={tmp_path / 'run'}"])
+    found = json.loads((tmp_path / "run" / "evaluate.json").read_text())["tasks"]["classes"]
+    assert found["loss"] == pytest.approx(summary["eval_loss"], rel=1e-4)
+    labels = np.bincount(Marked(16).validation_batch(0, 10)["label"], minlength=3)
+    assert found["confusion"] == np.diag(labels).tolist()
+    assert [found["low"], found["high"]] == pytest.approx([0.7225, 1], abs=1e-4)  # Wilson's of 10 out of 10
+    for flag, message in (
+        ("--context_length=8", "validation rows; leave it out"),
+        ("--tasks=recall", "head=tokens, and"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([f"--workdir={tmp_path / 'run'}", flag])
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mixer, direction", [("attention", "bidirectional"), ("gla", "causal")])
-@pytest.mark.parametrize("pool", ["mean", "last"])
+@pytest.mark.slow
+def test_a_resumed_run_of_classes_goes_on(of_classes, tmp_path):
+    train(of_classes(), tmp_path / "whole")
+    for steps in (30, 60):
+        train(of_classes(**{"train.steps": steps}), tmp_path / "parts")
+    parts, whole = (metrics.read(tmp_path / name)[-1] for name in ("parts", "whole"))
+    assert parts | {"seconds": 0} == whole | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "pool, mixer, direction",
+    [
+        ("mean", "attention", "bidirectional"),
+        ("last", "gla", "causal"),
+        pytest.param("last", "attention", "bidirectional", marks=pytest.mark.slow),
+        pytest.param("mean", "gla", "causal", marks=pytest.mark.slow),
+    ],
+)
 def test_classes_read_a_rows_own_positions(pool, mixer, direction):
     model = LanguageModel(small(mixer, direction, head="classes", head_pool=pool, classes=3), rngs=nnx.Rngs(0))
     batch = Marked(8).train_batch(0, 0, 2)
@@ -139,6 +166,11 @@ def test_values_are_learned_beside_what_a_series_says_without_a_model(make_confi
         assert np.mean(found[name]["mae_by_step"]) == pytest.approx(found[name]["mae"])
     assert found["linear regression"]["mse"] < 1e-6  # two sines are a linear recurrence
     assert 0 < summary["eval_mae"] and summary["eval_loss"] < 0.25 * found["last value"]["mse"]
+    evaluate.main([f"--workdir={tmp_path / 'run'}"])
+    measured = json.loads((tmp_path / "run" / "evaluate.json").read_text())["tasks"]["values"]
+    assert measured["model"]["mse"] == pytest.approx(summary["eval_loss"], rel=1e-4)
+    assert measured["model"]["mae"] == pytest.approx(summary["eval_mae"], rel=1e-4)
+    assert measured["baselines"] == found and measured["truth"] == pytest.approx(values[0, :, 0], abs=1e-6)
     assert f"linear regression: {found['linear regression']['mse']:.4f}" in capsys.readouterr().out
 
 

@@ -1,6 +1,6 @@
 """Text to batches. `tokenizer` holds the tokenizers."""
 
-from zoo.data import tokenizer
+from zoo.data import baselines, tokenizer
 from zoo.data.pipeline import (
     TrainingDataset,
     ValidationBatches,
@@ -19,6 +19,7 @@ from zoo.data.yardstick import conclusion
 __all__ = [
     "TrainingDataset",
     "ValidationBatches",
+    "baselines",
     "check",
     "conclusion",
     "corpus_info",

@@ -10,12 +10,17 @@ A model that does not beat them has learned nothing that it is for.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoo.data import row_batches
 from zoo.data.row_batches import ValidationBatches
 from zoo.data.rows import RowSource
 from zoo.errors import UsageError
+
+if TYPE_CHECKING:
+    from zoo.config import Config
 
 FITTED_ON = 8192  # windows, or as many as there are
 _ROWS = 256  # of a batch
@@ -33,7 +38,12 @@ def check(source: RowSource, season: int) -> None:
         )
 
 
-def baselines(source: RowSource, season: int = 0) -> Errors:
+def of(config: "Config") -> Errors:
+    """`measure` of the series that data.source names."""
+    return measure(row_batches.find(config), config.data.season)
+
+
+def measure(source: RowSource, season: int = 0) -> Errors:
     """By name, of the whole validation part: mse, mae, and both by step of the horizon, mse_by_step and mae_by_step."""
     length = source.length
     weight, bias = _fit(source)

@@ -285,7 +285,7 @@ def corpus_info(config: "Config") -> dict[str, Any]:
     """
     if of_rows := row_batches.find(config):
         found = row_batches.info(of_rows, config)
-        return found | ({"baselines": baselines.baselines(of_rows, config.data.season)} if of_rows.horizon else {})
+        return found | ({"baselines": baselines.measure(of_rows, config.data.season)} if of_rows.horizon else {})
     if task := synthetic.find(config):
         rows = synthetic.validation_rows(task, config, 0)
         tokens = config.train.steps * config.train.batch_size * config.train.context_length

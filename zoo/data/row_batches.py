@@ -29,7 +29,7 @@ def find(config: "Config") -> RowSource | None:
     """
     spec, head = config.data.source.strip(), config.model.head
     name = spec.partition("?")[0]
-    if not rows.is_rows(spec):
+    if not rows.is_source(spec):
         if head != "tokens":
             known = nearest(name, [*rows.SOURCES])
             raise UsageError(

@@ -59,7 +59,7 @@ class RowSource:
 SOURCES: dict[str, Callable[["Config", str], RowSource]] = {}  # by name; made of the config and what follows "?"
 
 
-def is_rows(spec: str) -> bool:
+def is_source(spec: str) -> bool:
     """Whether data.source names a source of rows, with options or without."""
     return spec.strip().partition("?")[0] in SOURCES
 
@@ -70,11 +70,6 @@ def find(config: "Config", source: str | None = None) -> RowSource | None:
     return SOURCES[name](config, options) if name in SOURCES else None
 
 
-def epoch_order(num_rows: int, seed: int) -> grain.MapDataset:
+def row_order(num_rows: int, seed: int) -> grain.MapDataset:
     """The rows of a training part in shuffled order, another each epoch, for ever: order[i] is a row's number."""
     return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
-
-
-def with_absolute_path(spec: str) -> str:
-    """`spec`, whose option `path` means the same file from any folder."""
-    return spec

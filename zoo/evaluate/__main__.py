@@ -20,7 +20,7 @@ import time
 import numpy as np
 from rich.console import Console
 
-from zoo import checkpoints, compile_cache, data, files, heads, memory
+from zoo import checkpoints, compile_cache, data, files, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
 from zoo.evaluate import documents, evaluated, harness, html, report, tasks
@@ -38,7 +38,7 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     add(
         "--tasks", default=tasks.DEFAULT,
         help=f"comma-separated: {', '.join(tasks.TASKS)}; synthetic tasks, with options or without (mqar?pairs=8); "
-        "default: all but those",
+        "default: all that the run's head can do, but those",
     )  # fmt: skip
     add("--context_length", help="tokens, comma-separated for several; default: what the run was trained at")
     add("--source", help="`stdlib`, a path, a glob or a synthetic task; default: the run's validation split")
@@ -60,9 +60,13 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
 
 def _checked(names: str, request: Request) -> dict[str, Task]:
     """Those of --tasks. What cannot be measured of this run is left out with a warning, if it was not asked for."""
-    chosen = tasks.find(names)
+    chosen, head = tasks.find(names), request.config.model.head
+    if names.strip() == tasks.DEFAULT:
+        chosen = {name: task for name, task in chosen.items() if task.head == head}
     for name, task in list(chosen.items()):
         try:
+            if task.head != head:
+                raise UsageError(f"--tasks: {name}: needs model.head={task.head}, and the run has {head}")
             if not (request.run.model.causal or task.both_ways):
                 raise UsageError(f"--tasks: {name}: it asks for the next token, which a bidirectional model reads")
             task.check(request)
@@ -72,6 +76,14 @@ def _checked(names: str, request: Request) -> dict[str, Task]:
             warn(f"left out: {str(error).removeprefix('--tasks: ')}")
             del chosen[name]
     return chosen
+
+
+def _check_of_tokens(config: Config, arguments: argparse.Namespace) -> None:
+    """UsageError for flags of text, where the run's head is of rows."""
+    for name in ("source", "context_length"):
+        if getattr(arguments, name) is not None and config.model.head != "tokens":
+            own = f"a run of model.head={config.model.head} is evaluated on its own validation rows"
+            raise UsageError(f"--{name}: {own}; leave it out")
 
 
 def _context_lengths(text: str | None, default: int) -> list[int]:
@@ -102,7 +114,7 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
             return harness.command(arguments)
         tasks.find(arguments.tasks)
         config = checkpoints.read_config(arguments.workdir)
-        heads.require_tokens(config.model, f"--workdir={arguments.workdir}")
+        _check_of_tokens(config, arguments)
         config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)
         folder = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json")).parent
         if not folder.is_dir():

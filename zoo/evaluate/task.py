@@ -7,17 +7,20 @@ What a task leaves is data first. Tables and charts are made of the JSON, of one
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
+from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from zoo import memory
+from zoo import data, memory
 from zoo.checkpoints import Run
 from zoo.config import Config
 from zoo.data import synthetic
+from zoo.data.pipeline import Batch
 from zoo.errors import UsageError
 from zoo.evaluate.pieces import Reader
 from zoo.figures import Chart, Table
@@ -85,12 +88,14 @@ class Task:
       about: what it measures, in a sentence.
       of_text: what it measures of runs compares on the same text alone.
       both_ways: whether bidirectional models can do it.
+      head: that a run needs for it.
     """
 
     name: str
     about: str
     of_text: ClassVar[bool] = False
     both_ways: ClassVar[bool] = False
+    head: ClassVar[str] = "tokens"
 
     def check(self, request: Request) -> None:
         """UsageError if it cannot be measured; nothing is compiled yet."""
@@ -104,3 +109,15 @@ class Task:
 
     def charts(self, results: Results) -> list[Chart]:
         raise NotImplementedError
+
+
+def predictions(request: Request) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch of the validation rows of a head of classes or values, without what fills the last one up, and what
+    the head says of it (`LanguageModel.predict`)."""
+    graphdef, parameters = nnx.split(request.run.model)
+    predict = jax.jit(lambda parameters, batch: nnx.merge(graphdef, parameters).predict(batch))
+    batches = data.validation_batches(request.config, max_batches=request.batches)
+    for batch in request.track(batches, request.config.data.source):
+        there = batch["weights"] > 0
+        predicted = np.asarray(predict(parameters, batch), np.float32)
+        yield {name: array[there] for name, array in batch.items()}, predicted[there]

@@ -214,7 +214,7 @@ def _only_moved(name: str, old: str, new: str) -> bool:
     if name == "data.tokenizer":
         return BYTES not in (old, new)
     if name in ("data.source", "data.validation_source"):
-        return not any(spec in ("", STDLIB) or synthetic.is_task(spec) or rows.is_rows(spec) for spec in (old, new))
+        return not any(spec in ("", STDLIB) or synthetic.is_task(spec) or rows.is_source(spec) for spec in (old, new))
     return False
 
 
@@ -261,7 +261,8 @@ def _with_absolute_paths(config: Config) -> Config:
     """A copy that means the same files from any folder."""
     config = copy.deepcopy(config)
     section = config.data
-    section.source = ",".join(_absolute(spec.strip()) for spec in section.source.split(","))
+    several = [section.source] if rows.is_source(section.source) else section.source.split(",")
+    section.source = ",".join(_absolute(spec.strip()) for spec in several)
     section.validation_source = _absolute(section.validation_source)
     section.tokenizer = section.tokenizer if section.tokenizer == BYTES else _absolute(section.tokenizer)
     section.cache_dir = _absolute(section.cache_dir)
@@ -269,9 +270,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(spec: str) -> str:
-    if rows.is_rows(spec):
-        return rows.with_absolute_path(spec)
-    if not spec or spec == STDLIB or synthetic.is_task(spec) or spec.startswith("hf:"):
+    if not spec or spec == STDLIB or synthetic.is_task(spec) or rows.is_source(spec) or spec.startswith("hf:"):
         return spec
     return str(pathlib.Path(files.expand(spec)).absolute())
 

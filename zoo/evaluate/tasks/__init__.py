@@ -6,20 +6,25 @@ A synthetic task of `zoo.data.synthetic` is a task too, by the same spec as data
 from zoo.data import synthetic
 from zoo.errors import UsageError
 from zoo.evaluate.task import Task
+from zoo.evaluate.tasks.classes import Classes
 from zoo.evaluate.tasks.decode import Decode
 from zoo.evaluate.tasks.extrapolation import Extrapolation
 from zoo.evaluate.tasks.perplexity import Perplexity
 from zoo.evaluate.tasks.recall import Recall
 from zoo.evaluate.tasks.rows import Rows
+from zoo.evaluate.tasks.values import Values
 from zoo.settings import nearest, shown
 
 DEFAULT = "default"
-TASKS: dict[str, Task] = {task.name: task for task in (Perplexity(), Extrapolation(), Recall(), Decode())}
+_ALL = (Perplexity(), Extrapolation(), Recall(), Decode(), Classes(), Values())
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 KNOWN = [*TASKS, *synthetic.TASKS, DEFAULT]
 
 
 def find(names: str) -> dict[str, Task]:
     """The tasks of "perplexity,mqar?pairs=8", by those names, each once; `default`: all that are no synthetic task.
+
+    A run's head decides which of them it can be asked for.
 
     Raises:
       UsageError: an unknown task, or none.
