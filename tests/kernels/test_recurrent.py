@@ -70,6 +70,11 @@ def test_blocks_of_states_divide_the_call_and_fit_the_cache(batch, num_heads, st
     assert batch_block * head_block * state_size <= max(CACHE_FLOATS, state_size)
 
 
+def test_two_heads_of_tiny_gated_delta_net_go_together():
+    """One by one they take 1.45 times as long."""
+    assert state_block(8, 4, 48 * 96) == (1, 2)
+
+
 @pytest.mark.parametrize("time", [1, 64, 150])
 def test_suffix_sums_are_sums_to_the_end(time):
     x = np.random.default_rng(0).standard_normal((2, time, 3)).astype(np.float32)
