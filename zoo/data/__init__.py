@@ -1,6 +1,6 @@
-"""Text to batches. `tokenizer` holds the tokenizers."""
+"""Text to batches, and rows for other heads. `tokenizer` holds the tokenizers."""
 
-from zoo.data import baselines, tokenizer
+from zoo.data import baselines, labelled, series, tokenizer
 from zoo.data.pipeline import (
     TrainingDataset,
     ValidationBatches,
@@ -23,7 +23,9 @@ __all__ = [
     "check",
     "conclusion",
     "corpus_info",
+    "labelled",
     "labels",
+    "series",
     "settle",
     "table_figures",
     "tokenize",

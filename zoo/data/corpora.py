@@ -124,6 +124,18 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
         return Source(STDLIB, text_field)
     if spec.startswith(hub.PREFIX):
         return Source(spec, text_field, hub=hub.find(spec, setting))
+    found = regular_files(spec, setting, "`stdlib`, hf:NAME, a path or a glob")
+    for path in found.values():
+        readers.file_format(path)
+    return Source(spec, text_field, tuple(found.values()), frozenset(found))
+
+
+def regular_files(spec: str, setting: str, expected: str) -> dict[tuple[int, int], str]:
+    """The files of a path or glob in order, by device and number: one of several names is one.
+
+    Raises:
+      UsageError: no such file, a glob that matches nothing, a directory, a file that cannot be read, or no content.
+    """
     path = files.expand(spec)
     if os.path.isdir(path):
         raise UsageError(f"{setting}: {spec!r} is a directory; give a file or a glob, such as {spec.rstrip('/')}/*.txt")
@@ -134,7 +146,7 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
         if not paths:
             raise UsageError(f"{setting}: no file matches {spec!r}; check the pattern")
     else:
-        raise UsageError(f"{setting}: no file {spec!r}; expected `stdlib`, hf:NAME, a path or a glob")
+        raise UsageError(f"{setting}: no file {spec!r}; expected {expected}")
     size, kept = 0, {}
     for path in paths:
         try:
@@ -146,12 +158,11 @@ def find(spec: str, text_field: str, setting: str = "data.source") -> Source:
             ) from error
         if not os.access(path, os.R_OK):
             raise UsageError(f"{setting}: {path!r} may not be read; check its permissions")
-        readers.file_format(path)
         size += status.st_size
-        kept.setdefault((status.st_dev, status.st_ino), path)  # a file of several names is one
+        kept.setdefault((status.st_dev, status.st_ino), path)
     if size == 0:
-        raise UsageError(f"{setting}: {spec!r} is empty; expected text")
-    return Source(spec, text_field, tuple(kept.values()), frozenset(kept))
+        raise UsageError(f"{setting}: {spec!r} is empty; expected content")
+    return kept
 
 
 def _expand(pattern: str) -> list[str]:

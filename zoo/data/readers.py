@@ -16,7 +16,7 @@ import pathlib
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
@@ -170,6 +170,36 @@ def _cut(text: bytes) -> int:
 
 
 def _jsonl(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
+    for name, record in _records(path, file):
+        text = field_of(name, record, text_field, "data.text_field")
+        yield Document(name, _pieces(_blocks(_utf8(name, text, f"field {text_field!r} "))))
+
+
+def records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file (.gz, .zst), each with its name for messages, "reviews.jsonl:17".
+
+    Raises:
+      UsageError: a file that cannot be read, is cut short, or breaks its format; names the file and the line.
+    """
+    with read_errors(path), _open(path) as file:
+        yield from _records(path, file)
+
+
+def field_of(name: str, record: dict[str, Any], field: str, setting: str) -> str:
+    """The text in a field of a record; `setting` is what names the field.
+
+    Raises:
+      UsageError: there is no such field, or it is no string.
+    """
+    if field not in record:
+        raise UsageError(f"{name}: no field {field!r} (it has: {_listed(record)}); set {setting}")
+    if not isinstance(record[field], str):
+        kind = type(record[field]).__name__
+        raise UsageError(f"{name}: field {field!r} is not a string but {kind}; set {setting}")
+    return record[field]
+
+
+def _records(path: str, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_DOCUMENT + 1), b""), 1):
         name = f"{one_line(path)}:{number}"
         if len(line) > LONGEST_DOCUMENT:
@@ -179,25 +209,22 @@ def _jsonl(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
             if not content.strip():
                 continue
             record = json.loads(content)
-            text = record[text_field].encode() if isinstance(record, dict) else None
         except UnicodeDecodeError as error:
             raise UsageError(f"{name}: not UTF-8 at byte {error.start} of the line; convert the file") from error
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{name}: field {text_field!r} holds half a surrogate pair, which is no text") from error
         except ValueError as error:
             raise UsageError(f"{name}: not valid JSON: {error}; expected one JSON object a line") from error
         except RecursionError as error:
             raise UsageError(f"{name}: JSON nested too deeply; expected one JSON object a line") from error
-        except KeyError as error:
-            raise UsageError(
-                f"{name}: no field {text_field!r} (it has: {_listed(record)}); set data.text_field"
-            ) from error
-        except AttributeError as error:
-            kind = type(record[text_field]).__name__
-            raise UsageError(f"{name}: field {text_field!r} is not a string but {kind}; set data.text_field") from error
-        if text is None:
+        if not isinstance(record, dict):
             raise UsageError(f"{name}: not a JSON object but {type(record).__name__}; expected one object a line")
-        yield Document(name, _pieces(_blocks(text)))
+        yield name, record
+
+
+def _utf8(name: str, text: str, where: str = "") -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name}: {where}holds half a surrogate pair, which is no text") from error
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -233,10 +260,7 @@ def text_document(name: str, text: str) -> Document:
     Raises:
       UsageError: it is longer than LONGEST_DOCUMENT, or holds half a surrogate pair.
     """
-    try:
-        content = text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{name}: holds half a surrogate pair, which is no text") from error
+    content = _utf8(name, text)
     if len(content) > LONGEST_DOCUMENT:
         raise UsageError(f"{name}: longer than {LONGEST_DOCUMENT >> 20} MiB; split it into documents")
     return Document(name, _pieces(_blocks(content)))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from zoo import checkpoints, data, files, metrics, processes
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
-from zoo.data import rows, synthetic
+from zoo.data import rows, stored, synthetic
 from zoo.data.corpora import STDLIB
 from zoo.data.tokenizer import BYTES
 from zoo.errors import UsageError, warn
@@ -270,7 +270,9 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(spec: str) -> str:
-    if not spec or spec == STDLIB or synthetic.is_task(spec) or rows.is_source(spec) or spec.startswith("hf:"):
+    if rows.is_source(spec):
+        return stored.with_absolute_path(spec)
+    if not spec or spec == STDLIB or synthetic.is_task(spec) or spec.startswith("hf:"):
         return spec
     return str(pathlib.Path(files.expand(spec)).absolute())
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoo.data.options import read
 from zoo.data.synthetic.task import TASKS, Batch, Task, make, options
 from zoo.errors import UsageError
-from zoo.settings import nearest, shown
+from zoo.settings import nearest
 
 if TYPE_CHECKING:
     from zoo.config import Config
@@ -68,20 +69,7 @@ def of_spec(
 def options_of(spec: str) -> dict[str, int | float | bool]:
     """What `NAME?pairs=8&vocab_size=256` sets. UsageError for an unknown option."""
     name, _, query = spec.strip().partition("?")
-    known, found = options(name), {}
-    for entry in query.split("&") if query else ():
-        option, equals, text = entry.partition("=")
-        if option not in known:
-            near = nearest(option, known)
-            raise UsageError(f"{name}: unknown option {shown(option)}; known, nearest first: {near}")
-        if not equals or option in found:
-            example = f"{name}?{option}={known[option].default}"
-            raise UsageError(f"{name}: got {shown(entry)}, expected each option once, as in {example}")
-        try:
-            found[option] = known[option].read(text)
-        except ValueError as error:
-            raise UsageError(f"{name}: {option}: {error}") from None
-    return found
+    return read(name, query, options(name))
 
 
 def _check_text(spec: str) -> None:
