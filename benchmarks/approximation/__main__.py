@@ -22,6 +22,7 @@ def compared(
     rows = []
     for direction in directions:
         for length in lengths:
+            print(f"{what}, {direction}, {length} tokens", flush=True)
             rows += forms.measured(sequences, direction, length, all_sizes and length == max(lengths))
     whole = [of.first(max(lengths)) for of in sequences]
     _, heads, width = whole[0].q.shape

@@ -18,7 +18,7 @@ class Form(NamedTuple):
     """One way to approximate softmax attention."""
 
     outputs: Callable[[Inputs, str, int, int], np.ndarray]  # of inputs, direction, size and seed: [T, H, V]
-    family: str  # whose colour it has
+    family: str  # whose colour it has; "": none
     size: str = ""  # what the size is
     sizes: tuple[int, ...] = (0,)
     usual: int = 0  # the size at which lengths compare
@@ -165,7 +165,7 @@ FORMS = {
     "performer, relu": Form(_relu, "performer", "features", _NUMBERS, 512),
     "linformer, drawn": Form(_linformer, "linformer", "k", (16, 64, 256), 16, both_ways_only=True),
     "linformer, means": Form(_linformer_means, "linformer", "k", (16, 64, 256), 16, both_ways_only=True),
-    "softmax of rank k": Form(_of_rank, "attention", "k", (4, 16, 64, 256), 16),
+    "softmax of rank k": Form(_of_rank, "", "k", (4, 16, 64, 256), 16),
     "longformer": Form(_longformer, "longformer", "window", (16, 64, 256), 16),
     "based": Form(_based, "linear_attention", "key width", (4, 8, 16), 16, _TAYLOR),
     "linear_attention": Form(_linear, "linear_attention", rows=lambda size: 0),

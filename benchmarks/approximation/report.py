@@ -92,12 +92,12 @@ def charts(inputs: Mapping[str, Mapping]) -> list[Chart]:
         for direction in directions(kept):
             title = f"{kept['what']}, {direction}"
             found.append(_chart_by_size(kept, direction, title))
-        spectra = [
-            Line(row["of"], list(enumerate(row["spectrum"], 1)), row["of"])
-            for row in kept["ranks"]
-            if row["of"].startswith("output")
-        ]
-        found.append(Chart(f"{kept['what']}, outputs", "singular value", "over the largest", spectra, log_y=True))
+        outputs = {
+            row["of"].removeprefix("output, "): row["spectrum"] for row in kept["ranks"] if "output" in row["of"]
+        }
+        spectra = [Line(name, list(enumerate(values, 1)), name) for name, values in outputs.items()]
+        title = f"{kept['what']}, outputs"
+        found.append(Chart(title, "singular value", "over the largest", spectra, log_x=False, log_y=True))
     return found
 
 
@@ -117,7 +117,6 @@ def _chart_by_size(kept: Mapping, direction: str, title: str) -> Chart:
 def draw(inputs: Mapping[str, Mapping], path: pathlib.Path) -> None:
     drawn = charts(inputs)
     mixers = {name: form.family for name, form in FORMS.items()}
-    # Spectra: softmax's and linear attention's own look, and one for each thing that is added.
     mixers |= {line.run: "" for chart in drawn for line in chart.lines if line.run not in mixers}
-    mixers |= {"output, softmax": "attention", "output, linear_attention": "linear_attention"}
+    mixers["softmax"] = "attention"
     plots.charts(drawn, mixers, path)
