@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zoo import checkpoints, flops, heads, metrics
+from zoo import checkpoints, data, flops, heads, metrics
 from zoo import config as zoo_config
-from zoo.data import rows
+from zoo.data import row_batches, rows
 from zoo.errors import UsageError
 from zoo.evaluate import __main__ as evaluate
 from zoo.model import LanguageModel
@@ -210,6 +210,32 @@ def test_a_head_and_a_source_that_do_not_fit_are_refused(of_classes, tmp_path, s
     with pytest.raises(UsageError, match=message):
         train(of_classes(**settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": np.array([0, 3])}, "marked: label: got 3 in row 1, expected 0 to 2"),
+        ({"lengths": np.array([0, 8])}, "marked: lengths: got 0 in row 0, expected 1 to 8"),
+        ({"tokens": np.full((2, 8), 10)}, "marked: tokens: got 10 in row 0, expected 0 to 9"),
+        ({"tokens": np.zeros((2, 7))}, r"marked: tokens: got rows of shape \(7,\), expected rows of shape \(8,\)"),
+        ({"label": None}, "marked: label: got none, expected rows of shape"),
+    ],
+)
+def test_rows_that_are_not_what_their_source_says_are_refused(change, message):
+    source = Marked(8)
+    batch = source.train_batch(0, 0, 2)
+    assert row_batches.checked(source, batch) is batch
+    with pytest.raises(UsageError, match=f"data.source: {message}"):
+        row_batches.checked(source, {name: x for name, x in (batch | change).items() if x is not None})
+
+
+def test_a_series_with_a_number_that_is_none_is_refused_before_anything_is_compiled(make_config, monkeypatch):
+    broken = Waves.train_batch
+    monkeypatch.setattr(Waves, "train_batch", lambda *given: {"values": broken(*given)["values"] * np.nan})
+    config = make_config(**{"model.head": "values", "data.source": "waves"})
+    with pytest.raises(UsageError, match="data.source: waves: values: got nan in row 0, expected finite numbers"):
+        data.check(config)
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,9 @@ def check(config: "Config") -> None:
       UsageError: the first problem found.
     """
     if source := row_batches.find(config):
-        return baselines.check(source, config.data.season)
+        baselines.check(source, config.data.season)
+        row_batches.check(source, config)
+        return
     if task := _task(config):
         _weights(config.data.weights, 1)
         if config.data.validation_source:

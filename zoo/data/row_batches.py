@@ -69,9 +69,42 @@ def _check_sizes(config: "Config", source: RowSource) -> None:
         raise UsageError(f"model.patch: got {model.patch}, of numbers, and {source.name} has tokens; set it to 1")
 
 
+def checked(source: RowSource, batch: Batch) -> Batch:
+    """The batch, if it is what the source says of itself: a label beyond the classes would be a loss that is no number,
+    many steps later.
+
+    Raises:
+      UsageError: the array, and the first row in which it is wrong.
+    """
+    steps = source.length + source.horizon
+    numbers, lasts = {"values": (steps, source.channels)}, {}
+    if source.head == "classes":
+        lasts = {"tokens": (0, source.vocab_size - 1), "lengths": (1, steps), "label": (0, source.num_classes - 1)}
+    expected = numbers if source.channels else {"tokens": (steps,)}
+    expected |= {} if source.head == "values" else {"lengths": (), "label": ()}
+    for name, shape in expected.items():
+        array = batch.get(name)
+        if array is None or array.shape[1:] != shape:
+            got = "none" if array is None else f"rows of shape {array.shape[1:]}"
+            raise UsageError(f"data.source: {source.name}: {name}: got {got}, expected rows of shape {shape}")
+        low, high = lasts.get(name, (0, 0))
+        wrong = ~np.isfinite(array) if name == "values" else (array < low) | (array > high)
+        if wrong.any():
+            row = int(np.argwhere(wrong)[0, 0])
+            what = "finite numbers" if name == "values" else f"{low} to {high}"
+            raise UsageError(f"data.source: {source.name}: {name}: got {array[wrong][0]} in row {row}, expected {what}")
+    return batch
+
+
+def check(source: RowSource, config: "Config") -> None:
+    """UsageError for a source whose first rows are not what it says (`checked`); nothing was compiled yet."""
+    checked(source, source.validation_batch(0, 1))
+    checked(source, source.train_batch(config.train.seed, 0, 1))
+
+
 def training_batch(source: RowSource, config: "Config", step: int, rows: Sequence[int]) -> Batch:
     """These rows of the batch of a step, and weights float32 [b]: 1."""
-    batch = source.train_batch(config.train.seed, int(step), config.train.batch_size)
+    batch = checked(source, source.train_batch(config.train.seed, int(step), config.train.batch_size))
     taken = {name: np.ascontiguousarray(array[list(rows)]) for name, array in batch.items()}
     return taken | {"weights": np.ones(len(rows), np.float32)}
 
@@ -116,7 +149,7 @@ class ValidationBatches:
         for i in range(len(self)):
             start = i * self._all // len(self) * self.batch_size
             there = min(self.batch_size, self.source.validation_rows - start)
-            batch = self.source.validation_batch(start, start + there)
+            batch = checked(self.source, self.source.validation_batch(start, start + there))
             # Rows that fill up are copies of the first, which every head can read.
             filled = np.r_[np.arange(there), np.zeros(self.batch_size - there, np.int64)]
             batch = {name: array[filled] for name, array in batch.items()}
