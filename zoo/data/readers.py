@@ -171,8 +171,7 @@ def _cut(text: bytes) -> int:
 
 def _jsonl(path: str, file: BinaryIO, text_field: str) -> Iterator[Document]:
     for name, record in _records(path, file):
-        text = field_of(name, record, text_field, "data.text_field")
-        yield Document(name, _pieces(_blocks(_utf8(name, text, f"field {text_field!r} "))))
+        yield Document(name, _pieces(_blocks(field_of(name, record, text_field, "data.text_field"))))
 
 
 def records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -185,18 +184,18 @@ def records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _records(path, file)
 
 
-def field_of(name: str, record: dict[str, Any], field: str, setting: str) -> str:
+def field_of(name: str, record: dict[str, Any], field: str, setting: str) -> bytes:
     """The text in a field of a record; `setting` is what names the field.
 
     Raises:
-      UsageError: there is no such field, or it is no string.
+      UsageError: there is no such field, it is no string, or no text that UTF-8 can hold.
     """
     if field not in record:
         raise UsageError(f"{name}: no field {field!r} (it has: {_listed(record)}); set {setting}")
     if not isinstance(record[field], str):
         kind = type(record[field]).__name__
         raise UsageError(f"{name}: field {field!r} is not a string but {kind}; set {setting}")
-    return record[field]
+    return _utf8(name, record[field], f"field {field!r} ")
 
 
 def _records(path: str, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:

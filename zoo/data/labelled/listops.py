@@ -61,9 +61,9 @@ class ListOps(RowSource):
         self.fingerprint = content_hash("listops", length, min_length, max_depth, max_arguments)
         if not any(itertools.islice(self._drawn("whether there are any"), _MOST_DRAWN)):
             raise UsageError(
-                f"data.source: of {_MOST_DRAWN:,} expressions of listops none has more than {min_length} and fewer "
-                f"than {length} tokens (train.context_length) at max_depth={max_depth} and max_arguments={max_arguments}; "
-                "use other lengths, or another depth"
+                f"data.source: of {_MOST_DRAWN:,} expressions of listops none has more than {min_length} and "
+                f"fewer than {length} tokens (train.context_length) at max_depth={max_depth} and "
+                f"max_arguments={max_arguments}; use other lengths, or another depth"
             )
 
     def train_batch(self, seed, step, batch_size):

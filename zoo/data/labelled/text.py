@@ -36,13 +36,13 @@ def labelled_text(config, options):
     for path in filter(None, (options.path, options.validation)):
         rows = list(_rows(path, config.data.text_field, options.label))
         texts, labels, names = zip(*rows, strict=True) if rows else ((), (), ())
-        parts.append(Part(tokenizer.encode_batch([text.encode() for text in texts]), labels, names))
+        parts.append(Part(tokenizer.encode_batch(texts), labels, names))
     train, validation = parts if options.validation else split(parts[0], config.data.validation_fraction)
     length, size = config.train.context_length, tokenizer.vocab_size
     return LabelledRows("labelled_text", length, train, validation, vocab_size=size, cut=options.cut)
 
 
-def _rows(spec: str, text_field: str, label_field: str) -> Iterator[tuple[str, str, str]]:
+def _rows(spec: str, text_field: str, label_field: str) -> Iterator[tuple[bytes, str, str]]:
     """Text, label and name of each row."""
     for path in corpora.regular_files(spec, "data.source", "the path or glob of .jsonl files").values():
         if readers.file_format(path) != "jsonl":
