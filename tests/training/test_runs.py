@@ -259,7 +259,7 @@ def test_init_from_refuses_what_does_not_fit(run, config, tmp_path):
     with pytest.raises(UsageError, match="is no run"):
         train(config, tmp_path / "new", init_from=str(tmp_path / "nowhere"))
     config.model.d_model = 32
-    with pytest.raises(UsageError, match=r"--init_from=.* another architecture: embed.embedding"):
+    with pytest.raises(UsageError, match=r"--init_from=.* another architecture: model.d_model: 16 there, 32 here"):
         train(config, tmp_path / "other", init_from=str(run))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.array_typing import Array, Float, Int
+from zoo.mixers.from_softmax import Softmax, TakenOver, open_gate, take_over
 from zoo.mixers.shared_settings import MixerConfig, NormedMixerConfig, put_around
 from zoo.settings import divisors_near
 
@@ -149,6 +150,23 @@ class Mixer(nnx.Module):
         Heads are whole on a device: of four on eight devices each device would compute all.
         """
         return {"num_heads": self.heads} if hasattr(self, "heads") else {}
+
+    def as_softmax(self, span: int) -> Softmax | None:
+        """What the layer hands on to another family in its place, where it is softmax attention; None: it is not.
+
+        `span`: tokens of the contexts that it was trained on.
+        """
+        return None
+
+    def from_softmax(self, softmax: Softmax) -> TakenOver:
+        """What the layer takes over from softmax attention in its place; its other parameters start fresh.
+
+        Here: projections named q, k, v and out, in as many heads as the layer has, and an output gate that is open. A
+        family whose parameters have other names, or that has decays and convolutions, says so in its own file.
+        """
+        turned = getattr(self, "rope", False)
+        found = take_over(self, softmax, heads=self.heads, turned=turned) if hasattr(self, "heads") else {}
+        return found | open_gate(self, "output_gate")
 
     @staticmethod
     def longest(config: Any) -> int | None:

@@ -67,7 +67,7 @@ def train(
     processes.require_joined()
     asked = {"--workdir": str(workdir), "--init_from": init_from, "--override": list(override), "jax": jax.__version__}
     processes.agree("settings", asked | zoo_config.leaves(config), _SAME_COMMAND)
-    run = workdirs.prepare(config, workdir, override)
+    run = workdirs.prepare(config, workdir, override, init_from)
     with run.lock:
         placement.check(run.config, jax.device_count())
         mesh = sharding.make_mesh(run.config.mesh)

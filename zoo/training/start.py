@@ -5,12 +5,15 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from zoo import checkpoints, data, files, processes
+from zoo import checkpoints, data, files, linearize, processes, sharding
 from zoo.checkpoints import Checkpointer
 from zoo.config import ModelConfig
 from zoo.errors import UsageError, warn
+from zoo.model import LanguageModel
 from zoo.training import workdir as workdirs
 from zoo.training.step import Programs, TrainState, abstract_model
 
@@ -48,33 +51,43 @@ def _check_data(run: workdirs.Run, meta: dict[str, Any], trained_on: dict[str, s
 
 
 def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> TrainState:
+    """Its parameters as they are, or, of other mixers, as far as those here take over from them."""
     workdir, config = pathlib.Path(files.expand(init_from)), checkpoints.read_config(init_from)
     tokenizers = data.tokenizer.for_run(workdir, config), data.tokenizer.load(run.data_config.data.tokenizer)
     if tokenizers[0].fingerprint != tokenizers[1].fingerprint:
         raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
-    found, wanted = nnx.state(abstract_model(config), nnx.Param), programs.abstract_state.params
-    fresh = _of_its_own(config.model, run.config.model)
-    there, here = ({k: v for k, v in checkpoints.shapes(x).items() if not k.startswith(fresh)} for x in (found, wanted))
-    checkpoints.check_parameters(f"--init_from={init_from}", there, here)
-    shardings = {name: x.sharding for name, x in checkpoints.named_leaves(wanted).items() if name in here}
-    other = checkpoints.load_run(workdir, _newest_step(workdir), shardings)
+    where = f"--init_from={init_from}"
+    models, anew = (abstract_model(config), abstract_model(run.config)), _of_its_own(config.model, run.config.model)
+    as_it_is, transfer = linearize.same_parameters(*models, anew), None
+    if not as_it_is:
+        context = config.train.context_length
+        transfer = linearize.Transfer(where, config.model, run.config.model, models, context, anew)
+    other = checkpoints.load_run(workdir, _newest_step(workdir), _shardings(models[0], programs, as_it_is, anew))
     step, its_model = other.step, other.config.model
     if processes.is_first():
         _carry_origin(workdir, run.workdir)
         loss = checkpoints.evaluation_loss(init_from, step)
         evaluated = "" if loss is None else f", validation loss {loss:.4f}"
-        anew = f"; made anew: {', '.join(fresh)}" if fresh else ""
-        print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}{anew}", flush=True)
-        if different := workdirs.model_difference(its_model, run.config.model):
+        parts = f"; made anew: {', '.join(anew)}" if anew else ""
+        print(f"init_from   {init_from}, step {step}{evaluated}, {its_model.mixer}{parts}", flush=True)
+        different = workdirs.model_difference(its_model, run.config.model)
+        if transfer is not None:
+            print(*(f"            {line}" for line in transfer.lines()), sep="\n", flush=True)
+            different = [name for name in different if not name.startswith(("model.mixer:", "model.d_ff:"))]
+        if different:
             warn(
-                f"--init_from={init_from}: its weights were trained with other settings of the model, which shapes do "
+                f"{where}: its weights were trained with other settings of the model, which shapes do "
                 f"not show: {'; '.join(different)} (there -> here)"
             )
-    if not fresh:
-        return programs.init_opt(nnx.state(other.model, nnx.Param))
-    params, loaded = programs.init().params, checkpoints.named_leaves(nnx.state(other.model, nnx.Param))
-    named = checkpoints.named_leaves(params)
-    return programs.init_opt(checkpoints.with_leaves(params, named | {name: loaded[name] for name in here}))
+    params = nnx.state(other.model, nnx.Param)
+    if transfer is not None:
+        return programs.init_opt(_transferred(transfer, params, programs))
+    if not anew:
+        return programs.init_opt(params)
+    fresh = programs.init().params
+    named, loaded = checkpoints.named_leaves(fresh), checkpoints.named_leaves(params)
+    kept = {name: loaded[name] for name in named if not name.startswith(anew)}
+    return programs.init_opt(checkpoints.with_leaves(fresh, named | kept))
 
 
 def _of_its_own(there: ModelConfig, here: ModelConfig) -> tuple[str, ...]:
@@ -83,6 +96,29 @@ def _of_its_own(there: ModelConfig, here: ModelConfig) -> tuple[str, ...]:
     if there.head == here.head:
         return ()
     return ("head.",) if not (there.channels or here.channels) else ("embed.", "head.")
+
+
+def _shardings(
+    model: LanguageModel, programs: Programs, as_it_is: bool, anew: tuple[str, ...]
+) -> dict[str, NamedSharding]:
+    """Where another run's parameters go: where this run's are, or by their own axes."""
+    if as_it_is:
+        wanted = checkpoints.named_leaves(programs.abstract_state.params)
+        return {name: x.sharding for name, x in wanted.items() if not name.startswith(anew)}
+    params = nnx.state(model, nnx.Param)
+    specs = sharding.parameter_specs(params)
+    return {name: NamedSharding(programs.batch_sharding.mesh, spec) for name, spec in specs.items()}
+
+
+def _transferred(transfer: linearize.Transfer, params: nnx.State, programs: Programs) -> nnx.State:
+    mesh, wanted = programs.batch_sharding.mesh, programs.abstract_state.params
+
+    def made(params, fresh):
+        with sharding.use_mesh(mesh):
+            return transfer(params, fresh)
+
+    shardings = jax.tree.map(lambda x: x.sharding, wanted)
+    return jax.jit(made, out_shardings=shardings)(params, programs.init().params)
 
 
 def _carry_origin(source: pathlib.Path, workdir: pathlib.Path) -> None:

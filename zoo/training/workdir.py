@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from zoo import checkpoints, data, files, metrics, processes
+from zoo import checkpoints, data, files, linearize, metrics, processes
 from zoo import config as zoo_config
 from zoo.config import Config, ModelConfig
 from zoo.data import rows, stored, synthetic
@@ -54,19 +54,20 @@ class Run(NamedTuple):
     override: tuple[str, ...] = ()  # settings that may differ from the checkpoint's
 
 
-def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] = ()) -> Run:
+def prepare(config: Config, workdir: str | os.PathLike, override: Sequence[str] = (), init_from: str = "") -> Run:
     """Check `config` as a whole and against what stands in `workdir`, and write config.json and tokenizer.json there.
 
     Of several processes the first does, and the others take what it settled.
 
     Args:
       override: settings of `OVERRIDABLE` that may differ from those that the run was trained with so far.
+      init_from: the run whose weights a new one starts from: where model.d_ff is 0, MLPs become as wide as there.
 
     Raises:
       UsageError: a setting that is wrong by itself, with the others, with the data, or with the run in `workdir`.
     """
     workdir = pathlib.Path(files.expand(workdir)).absolute()
-    run = _prepare(config, workdir, tuple(override)) if processes.is_first() else None
+    run = _prepare(config, workdir, tuple(override), init_from) if processes.is_first() else None
     if processes.count() == 1:
         return run
     settled = processes.broadcast(run and [zoo_config.to_json(run.config), run.data_config.data.tokenizer])
@@ -86,7 +87,7 @@ def _settled(workdir: pathlib.Path, config: str, tokenizer: str, override: tuple
     return Run(workdir, config, data_config, contextlib.nullcontext(), override)
 
 
-def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...]) -> Run:
+def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...], init_from: str) -> Run:
     zoo_config.validate(config)
     metrics.check(config.metrics)
     _check_override(override)
@@ -100,7 +101,7 @@ def _prepare(config: Config, workdir: pathlib.Path, override: tuple[str, ...]) -
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         raise _unwritable(workdir, getattr(error, "strerror", None) or str(error)) from error
     try:
-        return _settle(config, workdir, lock, override)
+        return _settle(config, workdir, lock, override, init_from)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):  # it is not empty
@@ -124,7 +125,7 @@ def settle_vocabulary(config: Config, workdir: str | os.PathLike | None) -> Conf
     return config
 
 
-def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple[str, ...]) -> Run:
+def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple[str, ...], init_from: str) -> Run:
     own_tokenizer, data_config, before = workdir / "tokenizer.json", copy.deepcopy(config), None
     if trained := checkpoints.newest_meta(workdir / "checkpoints"):
         step, meta = trained
@@ -134,6 +135,13 @@ def _settle(config: Config, workdir: pathlib.Path, lock: "Lock", override: tuple
             _settle_tokenizer(own_tokenizer, config.data.tokenizer, is_new, meta.get("tokenizer"))
             data_config.data.tokenizer = str(own_tokenizer)
     data.check(data_config)
+    if init_from and config.model.d_ff == 0:
+        config.model.d_ff = (
+            before.model.d_ff
+            if before
+            else linearize.settled_width(checkpoints.read_config(init_from).model, config.model)
+        )
+        data_config.model.d_ff = config.model.d_ff
     data_config = settle_vocabulary(data_config, None)
     for name in ("vocab_size", "classes", "channels"):
         setattr(config.model, name, getattr(data_config.model, name))
@@ -198,8 +206,8 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Settings of the families in use that differ and change what the same parameters compute."""
-    unused = {name for name in MIXERS if name not in zoo_config.pattern(old) + zoo_config.pattern(new)}
+    """Settings, of families those that both use, that differ and change what the same parameters compute."""
+    unused = MIXERS.keys() - (set(zoo_config.pattern(old)) & set(zoo_config.pattern(new)))
     unused |= {"remat", *(() if old.head == new.head else _OF_HEAD)}
     before, after = zoo_config.leaves(old), zoo_config.leaves(new)
     return [

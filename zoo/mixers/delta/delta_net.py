@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, rms_norm, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
+from zoo.mixers.from_softmax import open_gate, short_convs, take_over
 from zoo.settings import setting
 
 
@@ -76,6 +77,10 @@ class DeltaNet(Mixer):
         else:
             o = gated(self.norm, o, self.output_gate(x), jax.nn.silu)
         return self.out(o), None if state is None else {"conv": conv, "S": final_s}
+
+    def from_softmax(self, softmax):
+        found = take_over(self, softmax, heads=self.heads, q="qkv.q", k="qkv.k", v="qkv.v")
+        return found | short_convs(self) | open_gate(self, "output_gate")
 
     def init_state(self, batch_size, max_length, dtype):
         return {

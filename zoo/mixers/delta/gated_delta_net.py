@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, parameter, rms_norm, step_size_bias
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_at_most
+from zoo.mixers.from_softmax import decaying, open_gate, short_convs, take_over
 from zoo.settings import setting
 
 
@@ -87,6 +88,11 @@ class GatedDeltaNet(Mixer):
         o, final_s = ops.delta_rule(q, k, v, beta, log_decay, initial_state=before["S"], segment_ids=segment_ids)
         y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else {"conv": conv, "S": final_s}
+
+    def from_softmax(self, softmax):
+        of_qkv = {"q": "qkv.q", "k": "qkv.k", "v": "qkv.v"}
+        found = take_over(self, softmax, heads=self.heads, key_heads=self.key_heads, **of_qkv) | short_convs(self)
+        return found | open_gate(self, "output_gate") | decaying(self, softmax, "decay")
 
     def init_state(self, batch_size, max_length, dtype):
         return {

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, parameter, rms_norm, step_size_bias
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
+from zoo.mixers.from_softmax import SIGMOID_OPEN, decaying, open_gate, short_convs, take_over
 from zoo.settings import setting
 
 
@@ -81,6 +82,10 @@ class KDA(Mixer):
         o, final_s = ops.delta_rule(q, k, v, beta, log_decay, initial_state=before["S"], segment_ids=segment_ids)
         y = self.out(gated(self.norm, o, self.gate_up(self.gate_down(x)), jax.nn.sigmoid))
         return y, None if state is None else {"conv": conv, "S": final_s}
+
+    def from_softmax(self, softmax):
+        found = take_over(self, softmax, heads=self.heads, q="qkv.q", k="qkv.k", v="qkv.v") | short_convs(self)
+        return found | open_gate(self, "gate_up", SIGMOID_OPEN) | decaying(self, softmax, "decay_up")
 
     def init_state(self, batch_size, max_length, dtype):
         return {

@@ -10,6 +10,7 @@ State: S, float32 [batch, heads, K, V].
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import gated, linear, rms_norm
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads
+from zoo.mixers.from_softmax import NOT_CHOSEN, Taken, constant
 from zoo.settings import setting
 
 GATES = {"key": "each key dimension", "scalar": "each head", "fixed": "RetNet's, not chosen", "none": "a_t = 1"}
@@ -85,6 +87,15 @@ class GLA(Mixer):
         gate = jax.nn.log_sigmoid(self.gate_up(self.gate_down(x))) / self.temperature
         shape = (self.heads, self.key_width) if self.gate == "key" else (self.heads,)
         return checkpoint_name(gate.reshape(*x.shape[:2], *shape), "gla_log_decay")
+
+    def from_softmax(self, softmax):
+        found = super().from_softmax(softmax)
+        if self.gate in ("key", "scalar"):
+            # log sigmoid(b) / tau = log_decay
+            bias = -math.log(math.expm1(-softmax.log_decay * self.temperature))
+            found["gate_up.kernel"] = Taken(jnp.zeros_like(self.gate_up.kernel[...]), NOT_CHOSEN)
+            found["gate_up.bias"] = constant(self.gate_up.bias, bias, f"{bias:.4g}: 1 / e after {softmax.span} tokens")
+        return found
 
     def init_state(self, batch_size, max_length, dtype):
         return jnp.zeros((batch_size, self.heads, self.key_width, self.value_width), jnp.float32)

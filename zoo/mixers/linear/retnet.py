@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import gated, linear, rms_norm, rotary
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
+from zoo.mixers.from_softmax import open_gate, take_over
 from zoo.settings import setting
 
 
@@ -60,6 +61,10 @@ class RetNet(Mixer):
         o, final_state = ops.linear_attention(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
         y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else final_state
+
+    def from_softmax(self, softmax):
+        """Its decays stay those of its definition."""
+        return take_over(self, softmax, heads=self.heads, turned=True) | open_gate(self, "output_gate")
 
     def init_state(self, batch_size, max_length, dtype):
         return jnp.zeros((batch_size, self.heads, self.key_width, self.value_width), jnp.float32)

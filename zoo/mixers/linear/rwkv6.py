@@ -13,6 +13,7 @@ State: S, float32 [batch, heads, K, V], and the last token's x, [batch, d_model]
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import HeadLayerNorm, gated, in_pieces, linear, mixture, parameter, token_shift
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default
+from zoo.mixers.from_softmax import NOT_CHOSEN, Taken, constant, open_gate, take_over
 from zoo.settings import setting
 
 MIXTURES = 5  # r, w, k, v, g
@@ -106,6 +108,20 @@ class RWKV6(Mixer):
         r, w, k, v, g = mixture(x, shifted, self.mix[...][:, None, None], chosen)
         d = self.decay_bias[...] + self.decay_up(jnp.tanh(self.decay_down(w)))
         return self.r(r), d, self.k(k), self.v(v), self.output_gate(g)
+
+    def from_softmax(self, softmax):
+        """r from q; mixtures start with the token itself, and its own bonus u is 1, as in a sum without one."""
+        bias = math.log(-softmax.log_decay)
+        return (
+            take_over(self, softmax, heads=self.heads, q="r")
+            | open_gate(self, "output_gate")
+            | {
+                "mix": constant(self.mix, 0.0, "0: the token itself"),
+                "bonus": constant(self.bonus, 1.0, "1: a token reads what it writes"),
+                "decay_up.kernel": Taken(jnp.zeros_like(self.decay_up.kernel[...]), NOT_CHOSEN),
+                "decay_bias": constant(self.decay_bias, bias, f"{bias:.4g}: 1 / e after {softmax.span} tokens"),
+            }
+        )
 
     def init_state(self, batch_size, max_length, dtype):
         return {

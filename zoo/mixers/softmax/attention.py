@@ -19,8 +19,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
+from zoo.errors import UsageError
 from zoo.layers import RopeScaling, linear, rms_norm, rotary, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
+from zoo.mixers.from_softmax import SIGMOID_OPEN, Softmax, Taken, check_biases, open_gate, projected
 from zoo.settings import section, setting
 from zoo.taken import Segments
 
@@ -165,6 +167,52 @@ class Attention(Mixer):
         number = segment_ids.last_number()
         here = index + jnp.argmax(segment_ids.numbers == number[:, None], axis=1).astype(jnp.int32)
         return o, cache | {"index": index + segment_ids.count(), "start": jnp.where(number == 0, start, here)}
+
+    def as_softmax(self, span):
+        """A norm on q and k leaves its scale: the family in its place divides by lengths, or by what it reads."""
+        d, groups = self.out.out_features, self.heads // self.kv_heads
+        scale = {"q": self.q_norm.scale[...], "k": self.k_norm.scale[...]} if self.qk_norm else {}
+
+        def in_heads(name, layer, heads):
+            bias = jnp.zeros(layer.out_features) if layer.bias is None else layer.bias[...]
+            x = jnp.concatenate([layer.kernel[...], bias[None]]).reshape(d + 1, heads, self.head_dim)
+            return x * scale[name].reshape(-1, self.head_dim) if name in scale else x
+
+        layers = {"q": self.q, "k": self.k, "v": self.v, "out": self.out}
+        return Softmax(
+            q=in_heads("q", self.q, self.heads),
+            k=jnp.repeat(in_heads("k", self.k, self.kv_heads), groups, axis=1),
+            v=jnp.repeat(in_heads("v", self.v, self.kv_heads), groups, axis=1),
+            out=self.out.kernel[...].reshape(self.heads, self.head_dim, d),
+            out_bias=None if self.out.bias is None else self.out.bias[...],
+            biases=tuple(name for name, layer in layers.items() if layer.bias is not None),
+            turned=self.rope_base is not None,
+            span=min(span, self.window or span),
+        )
+
+    def from_softmax(self, softmax):
+        """Softmax attention of as many heads of q; where they come to share keys, the mean of those (2305.13245)."""
+        if softmax.q.shape[1:] != (self.heads, self.head_dim):
+            return {}
+        if self.qk_norm:
+            raise UsageError("qk_norm: products of q and k that are normed are not those of softmax attention without")
+        check_biases(softmax, {"q": ("q", self.q), "k": ("k", self.k), "v": ("v", self.v), "out": ("out", self.out)})
+        rows, of = softmax.q.shape[0], f"{self.heads} heads of {self.head_dim}"
+
+        def mean(x):
+            return x.reshape(rows, self.kv_heads, -1, self.head_dim).mean(axis=2).reshape(rows, -1)
+
+        of_k = of if self.kv_heads == self.heads else f"{of}, the mean of every {self.heads // self.kv_heads}"
+        out = {"out.kernel": Taken(softmax.out.reshape(-1, self.out.out_features), f"out, {of}")}
+        if self.out.bias is not None and softmax.out_bias is not None:
+            out["out.bias"] = Taken(softmax.out_bias, "out's bias")
+        return (
+            projected("q", self.q, softmax.q.reshape(rows, -1), f"q, {of}")
+            | projected("k", self.k, mean(softmax.k), f"k, {of_k}")
+            | projected("v", self.v, mean(softmax.v), f"v, {of_k}")
+            | out
+            | open_gate(self, "output_gate", SIGMOID_OPEN)
+        )
 
     def _is_ring(self, state):
         return self.window is not None and state["k"].shape[2] == self.window

@@ -28,6 +28,16 @@ from zoo.layers import (
     step_size_bias,
 )
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads
+from zoo.mixers.from_softmax import (
+    NOT_CHOSEN,
+    Taken,
+    check_biases,
+    constant,
+    inverse_softplus,
+    open_gate,
+    projected,
+    short_convs,
+)
 from zoo.settings import setting
 
 
@@ -104,6 +114,30 @@ class Mamba2(Mixer):
     def _read_out(self, o, x, z):
         o = rounded_once(lambda o, x: o + self.D[...][:, None] * x, o, x)
         return self.out(self.norm(o.reshape(z.shape), z))
+
+    def from_softmax(self, softmax):
+        """C, B, x, W_out from q, k, v, W_o; steps of 1, and A that forgets over the span."""
+        x, B, C = jnp.split(self.in_xBC.kernel[...], [self.channels, self.channels + self.key_width], axis=-1)
+        keys = softmax.keys(C, B, self.groups)
+        values = softmax.values(x, self.out.kernel[...], self.heads)
+        step = jnp.clip(1.0, *self.dt_limit) if self.dt_limit else 1.0
+        found = {
+            "in_dt.kernel": Taken(jnp.zeros_like(self.in_dt.kernel[...]), NOT_CHOSEN),
+            "dt_bias": constant(self.dt_bias, inverse_softplus(1.0), "a step size of 1"),
+            "A_log": constant(self.A_log, jnp.log(-softmax.log_decay / step), f"1 / e after {softmax.span} tokens"),
+            "D": constant(self.D, 0.0, "0: nothing passes the state by"),
+        }
+        if keys is not None and values is not None:
+            in_xBC = "in_xBC", self.in_xBC
+            check_biases(softmax, {"q": in_xBC, "k": in_xBC, "v": in_xBC, "out": ("out", self.out)})
+            joined = jnp.concatenate([values[0], keys[1], keys[0]], axis=-1)
+            of = f"v, {values[2]}; k and q, {keys[2]}"
+            found |= projected("in_xBC", self.in_xBC, joined, of) | {
+                "out.kernel": Taken(values[1], f"out, {values[2]}")
+            }
+            if self.out.bias is not None and softmax.out_bias is not None:
+                found["out.bias"] = Taken(softmax.out_bias, "out's bias")
+        return found | short_convs(self) | open_gate(self, "in_z")
 
     def init_state(self, batch_size, max_length, dtype):
         ssm = jnp.zeros((batch_size, self.heads, self.state_dim, self.head_dim), jnp.float32)
