@@ -41,6 +41,9 @@ OBJECTIVES = {"next_token": "by causal models", "masked_tokens": "by bidirection
 NORM_CHOICES = {"rms_norm": "root mean square, and a scale", "layer_norm": "mean and variance, a scale and a bias"}
 NORM_POSITIONS = {"before": "x + f(norm(x))", "after": "x + norm(f(x))", "both": "x + norm(f(norm(x)))"}
 DTYPES = ("float32", "bfloat16")
+DISTILL_STAGES = {
+    "mixers": "each mixer's output, of the teacher's input to its layer", "logits": "the next token's distribution",
+}  # fmt: skip
 OPTIMIZERS = {"adamw": "", "muon": "matrices by Muon, all else by AdamW"}
 SCHEDULES = {"cosine": "", "linear": "", "wsd": "warm-up, stable, decay", "constant": ""}
 
@@ -141,6 +144,25 @@ class MaskConfig:
 
 
 @dataclasses.dataclass
+class DistillConfig:
+    """Of zoo/linearize/distill.py."""
+
+    teacher: str = setting(
+        "", "workdir of the run to learn from, too; empty: from the text alone", also=("from", "teacher_model")
+    )
+    stage: str = setting("logits", "what of the teacher is learnt", choices=DISTILL_STAGES)
+    temperature: float = setting(1.0, "logits are divided by it; of stage logits", at_least=1e-2, at_most=100)
+    tokens_weight: float = setting(
+        0.0, "share of the tokens' own loss; of stage logits", at_least=0, at_most=1, also=("alpha", "ce_weight")
+    )
+    teacher_dtype: str = setting(
+        "run",
+        "of the teacher's computation",
+        choices={"run": "that of its run", "float32": "", "bfloat16": "its matrices, too"},
+    )
+
+
+@dataclasses.dataclass
 class TrainConfig:
     objective: str = setting("next_token", "which tokens the head of tokens predicts", choices=OBJECTIVES)
     steps: int = setting(1000, "steps of the run", unit="step", also=("iterations", "max_iters", "num_updates"))
@@ -154,6 +176,7 @@ class TrainConfig:
     accumulate_steps: int = setting(1, "microbatches a step", unit="microbatch", also=("grad_accum",))
     log_every: int = setting(10, "steps between rows of metrics", unit="step")
     mask: MaskConfig = section(MaskConfig)
+    distill: DistillConfig = section(DistillConfig)
 
 
 @dataclasses.dataclass
@@ -173,6 +196,10 @@ class OptimizerConfig:
     learning_rate_factors: str = setting(
         "", '"regex=factor,..." over parameter paths', parse=lists.learning_rate_factors
     )
+    trainable: str = setting(
+        "", "a regex over parameter paths: those without a match stay as they are; empty: all train, and in "
+        "train.distill.stage=mixers those mixers", parse=lists.regex, also=("freeze", "trainable_parameters"),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -405,7 +432,8 @@ def _model_problems(model: ModelConfig) -> list[str]:
             found.append(
                 f"model.d_ff: {place.family}'s own parameters ({size:.1f} d_model^2) leave none of a layer's 12 "
                 f"d_model^2 for the MLP; set model.d_ff, or model.mlp=none"
-                + ", or, as they are those of both ways, model.direction_shared=true" * (place.copies > 1)
+                + ", or, as they are those of both ways, model.direction_shared=true"
+                * (place.copies > 1)
             )
     if model.head == "tokens" and (model.channels or model.patch > 1):
         name, value = ("channels", model.channels) if model.channels else ("patch", model.patch)

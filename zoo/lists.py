@@ -1,5 +1,5 @@
-"""Settings that are lists written as text: data.weights, optimizer.learning_rate_factors, mesh.overrides,
-model.mixer, biases, dilations.
+"""Settings that are lists written as text: data.weights, optimizer.learning_rate_factors, optimizer.trainable,
+mesh.overrides, model.mixer, biases, dilations.
 
 A reader raises ValueError with "got ..., expected ..."; a declaration's check and the code that uses the list call it.
 """
@@ -108,12 +108,24 @@ def rules(text: str) -> Iterator[tuple[str, str, str]]:
         regex, _, value = entry.rpartition("=")
         if len(regex) > MAX_REGEX:
             raise ValueError(f"got {shown(regex)} of {len(regex)} characters, expected a regex of at most {MAX_REGEX}")
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
-                re.compile(regex)
-        except (re.error, ValueError, OverflowError, RecursionError):
-            regex = ""
-        yield regex, value, entry
+        yield regex if _compiles(regex) else "", value, entry
+
+
+def regex(text: str) -> str:
+    """A regex as it is; empty: none."""
+    if len(text) > MAX_REGEX or not _compiles(text):
+        raise ValueError(f"got {shown(text)}, expected a regex of at most {MAX_REGEX} characters, or nothing")
+    check_repeats(text)
+    return text
+
+
+def _compiles(regex: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of regexes that a later Python may read otherwise
+            re.compile(regex)
+    except (re.error, ValueError, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def check_repeats(regex: str) -> None:

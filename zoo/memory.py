@@ -83,18 +83,23 @@ def _copies(config: Config, mesh: Mesh) -> int:
     return 1 if config.mesh.overrides else mesh.size // (sizes["fsdp"] * sizes["tensor"])
 
 
-def check_training(config: Config, mesh: Mesh) -> None:
-    """UsageError if the run cannot fit into the memory of the mesh's devices, all together."""
+def check_training(config: Config, mesh: Mesh, teacher: ModelConfig | None = None) -> None:
+    """UsageError if the run cannot fit into the memory of the mesh's devices, all together.
+
+    `teacher`: whose parameters lie there, too.
+    """
     needed, copies = training(config), _copies(config, mesh)
+    frozen = copies * 4 * num_parameters(teacher) if teacher else 0
     if needed.activations > floor(config, mesh) - needed.activations:
         advice = "lower train.batch_size or train.context_length, or raise train.accumulate_steps"
     else:
         advice = "lower model.d_model, model.num_layers or model.vocab_size"
     what = f"training {num_parameters(config.model):,} parameters ({needed}"
+    what += f", teacher {amount(frozen)}" if teacher else ""
     what += f"; {copies} copies, which mesh.fsdp spreads instead)" if copies > 1 else ")"
     devices = list(mesh.devices.flat)
-    check(what, floor(config, mesh), devices, advice)
-    resident = copies * (needed.parameters + needed.optimizer)
+    check(what, floor(config, mesh) + frozen, devices, advice)
+    resident = copies * (needed.parameters + needed.optimizer) + frozen
     rows = config.eval.batch_size or config.train.batch_size
     size = resident + _forward_bytes(config, rows, config.train.context_length)
     check(f"evaluating {rows} sequences at once", size, devices, "lower eval.batch_size")

@@ -73,19 +73,27 @@ class Block(nnx.Module):
         before = {"mixer": None, "mlp": None} if state is None else state
         after = dict(before)
         if self.has_mixer:
-            of_model = {"depth": depth, "of_input": of_input}
-            of_model = {name: value for name, value in of_model.items() if value is not None}
-            y, after["mixer"] = self.mixer(
-                self.mixer_input(x), segment_ids=segment_ids, positions=positions, state=before["mixer"], **of_model
-            )
-            y = self.mixer_post_norm(y) if self.norm_after else y
+            given = {"segment_ids": segment_ids, "positions": positions, "depth": depth, "of_input": of_input}
+            y, after["mixer"] = self.mixed(x, state=before["mixer"], **given)
             x = x + dropout(y, self.dropout, keys[0])
         if self.has_mlp:
-            normed = self.mlp_norm(x) if self.norm_before else x
-            y, after["mlp"] = self.mlp(normed, segment_ids=segment_ids, state=before["mlp"])
-            y = self.mlp_post_norm(y) if self.norm_after else y
+            y, after["mlp"] = self.transformed(x, segment_ids=segment_ids, state=before["mlp"])
             x = x + dropout(y, self.dropout, keys[1])
         return sharding.constrain(x, "batch", "time", None), None if state is None else after
+
+    def mixed(self, x, *, segment_ids=None, positions=None, state=None, depth=None, of_input=None):
+        """What the mixer adds to x, and its state."""
+        of_model = {"depth": depth, "of_input": of_input}
+        of_model = {name: value for name, value in of_model.items() if value is not None}
+        y, state = self.mixer(
+            self.mixer_input(x), segment_ids=segment_ids, positions=positions, state=state, **of_model
+        )
+        return self.mixer_post_norm(y) if self.norm_after else y, state
+
+    def transformed(self, x, *, segment_ids=None, state=None):
+        """What the MLP adds to x, and its state."""
+        y, state = self.mlp(self.mlp_norm(x) if self.norm_before else x, segment_ids=segment_ids, state=state)
+        return self.mlp_post_norm(y) if self.norm_after else y, state
 
     def mixer_input(self, x: jax.Array) -> jax.Array:
         return self.mixer_norm(x) if self.norm_before else x
@@ -306,22 +314,19 @@ class LanguageModel(nnx.Module):
         if state is not None and not self.causal:
             raise UsageError(NO_STATE)
         if positions is None:
-            positions = _positions(tokens.shape[:2], segment_ids, None if state is None else state["position"])
+            positions = positions_of(tokens.shape[:2], segment_ids, None if state is None else state["position"])
         new_position = positions[:, -1] + 1
         if lengths is not None:
             if state is None:
                 raise ValueError("lengths: given without a state; it says which tokens a state takes in")
             segment_ids = Segments.of(segment_ids, lengths, tokens.shape[:2])
             new_position = last(positions + 1, segment_ids, state["position"])
-        x = self.embed(tokens)
-        if self.learned_positions:
-            x = x + self.position_embed(positions)
-        x = x if self.embed_norm is None else self.embed_norm(x)
+        x = self.embedded(tokens, positions)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = sharding.constrain(dropout(x, self.dropout, keys[0]), "batch", "time", None)
 
         graphdef, parameters = nnx.split(self.units)
-        of_input, input_state = self._on_input(x, segment_ids, None if state is None else state["input"])
+        of_input, input_state = self.on_input(x, segment_ids, None if state is None else state["input"])
 
         def unit(x, per_unit):
             parameters, index, depths, states = per_unit
@@ -331,8 +336,8 @@ class LanguageModel(nnx.Module):
 
         # Unrolled, the compiler would find what is computed again already computed, and keep it.
         unrolled = self.num_units <= UNROLLED_UNITS and self.remat == "none"
-        scan = functools.partial(jax.lax.scan, self._rematerialised(unit), unroll=self.num_units if unrolled else 1)
-        per_unit = (parameters, jnp.arange(self.num_units), self._over_depth(step))
+        scan = functools.partial(jax.lax.scan, self.rematerialised(unit), unroll=self.num_units if unrolled else 1)
+        per_unit = (parameters, jnp.arange(self.num_units), self.over_depth(step))
         if state is None:
             x, _ = scan(x, (*per_unit, [None] * len(self.units.blocks)))
             return self.norm(x), None
@@ -347,6 +352,13 @@ class LanguageModel(nnx.Module):
             layer_states = [_row(stacked, i) for i in range(self.num_units)]
         new_state = {"position": new_position, "layers": layer_states, "input": input_state}
         return self.norm(x), new_state
+
+    def embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The input of the first block, without dropout."""
+        x = self.embed(tokens)
+        if self.learned_positions:
+            x = x + self.position_embed(positions)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def init_state(self, batch_size: int, max_length: int) -> State:
         """The state before the first token.
@@ -370,7 +382,7 @@ class LanguageModel(nnx.Module):
         families = [family for family in dict.fromkeys(self.pattern) if family != MLP_LAYER]
         return {family: self.pattern.index(family) for family in families if MIXERS[family].reads_input}
 
-    def _on_input(
+    def on_input(
         self, x: jax.Array, segment_ids: jax.Array | None, states: Mapping[str, Any] | None
     ) -> tuple[list[jax.Array | None], dict[str, Any]]:
         """What each block gets of the model's input, and the states that it leaves: see `Mixer.on_input`."""
@@ -384,7 +396,7 @@ class LanguageModel(nnx.Module):
             found = [value if layer == family else other for layer, other in zip(self.pattern, found, strict=True)]
         return found, after
 
-    def _over_depth(self, step: jax.Array | None = None) -> list[jax.Array | None]:
+    def over_depth(self, step: jax.Array | None = None) -> list[jax.Array | None]:
         """What the layers of each block get of the whole depth, [units, ...]: see `Mixer.over_depth`."""
         found = [None] * len(self.pattern)
         for family in dict.fromkeys(self.pattern):
@@ -398,7 +410,8 @@ class LanguageModel(nnx.Module):
                 found[i] = None if values is None else values[:, place]
         return found
 
-    def _rematerialised(self, unit: Callable) -> Callable:
+    def rematerialised(self, unit: Callable) -> Callable:
+        """`unit`, of which the backward pass keeps what `model.remat` says."""
         policies = jax.checkpoint_policies
         policy = {
             "minimal": _products_saveable,
@@ -426,7 +439,7 @@ def _products_saveable(primitive: Any, *operands, **params) -> bool:
     )
 
 
-def _positions(shape: tuple[int, int], segment_ids: jax.Array | None, start: jax.Array | None) -> jax.Array:
+def positions_of(shape: tuple[int, int], segment_ids: jax.Array | None, start: jax.Array | None) -> jax.Array:
     """Positions of tokens in their segments [B, T]; the first segment goes on at `start` [B], later ones begin at 0."""
     steps = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     start = jnp.zeros(shape[:1], jnp.int32) if start is None else start

@@ -199,7 +199,7 @@ def test_lower_bounds_of_hgrn2_grow_over_its_own_layers():
     for i, block in enumerate((model.units.blocks[0], model.units.blocks[2])):
         rows = jax.random.normal(jax.random.key(i), block.mixer.bound[...].shape)
         block.mixer.bound[...] = rows
-    first, other, third = model._over_depth()
+    first, other, third = model.over_depth()
     assert other is None
     rows = [b[...][u] for u in range(2) for b in (model.units.blocks[0].mixer.bound, model.units.blocks[2].mixer.bound)]
     shares = np.asarray(jax.nn.softmax(jnp.stack(rows), axis=0))
@@ -210,13 +210,13 @@ def test_lower_bounds_of_hgrn2_grow_over_its_own_layers():
 
 
 def test_lightning_forgets_less_in_upper_layers():
-    lower, upper = model_of("lightning,mlp", 4)._over_depth()[0]
+    lower, upper = model_of("lightning,mlp", 4).over_depth()[0]
     assert (float(lower), float(upper)) == (1.0, pytest.approx(1 / 3))
-    assert model_of("lightning", 1)._over_depth()[0].tolist() == [1.0]
+    assert model_of("lightning", 1).over_depth()[0].tolist() == [1.0]
 
 
 def test_families_without_a_place_in_the_depth_get_none():
-    assert nnx.eval_shape(lambda: model_of("gla,attention", 2))._over_depth() == [None, None]
+    assert nnx.eval_shape(lambda: model_of("gla,attention", 2)).over_depth() == [None, None]
     assert {name for name, mixer in MIXERS.items() if "over_depth" in vars(mixer)} == {
         "hgrn2", "lightning", "performer", "transnormer"
     }  # fmt: skip

@@ -96,7 +96,7 @@ def test_the_upper_half_of_transnormer_has_norm_attention():
     config = preset("tiny").model
     config.mixer, config.num_layers, config.d_model, config.vocab_size = "transnormer,mlp", 6, 16, 8
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    assert model._over_depth()[0].tolist() == [False, False, True]
+    assert model.over_depth()[0].tolist() == [False, False, True]
 
 
 def test_longformer_sees_a_window_with_gaps_of_its_document():
@@ -237,7 +237,7 @@ def test_training_draws_features_anew_by_its_step_alone(monkeypatch):
     model.mixer, model.num_layers, model.d_model, model.vocab_size = "performer,performer@features=8", 4, 16, 64
     model.performer.redraw_every, model.performer.features = 10, 12
     made = abstract_model(config)
-    drawn = lambda step: made._over_depth(None if step is None else jnp.asarray(step))  # noqa: E731
+    drawn = lambda step: made.over_depth(None if step is None else jnp.asarray(step))  # noqa: E731
     first, other = drawn(None)
     assert first.shape == other.shape == (2, 12, 4) and not np.array_equal(first[0], first[1])
     assert not np.any(other[:, 8:]) and np.all(other[:, :8])  # of fewer features

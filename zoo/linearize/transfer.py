@@ -34,7 +34,7 @@ class Origin(NamedTuple):
     of: str
 
 
-class _Layers(NamedTuple):
+class Layers(NamedTuple):
     """Of one place of the common pattern: the layers that both models have there."""
 
     place: int
@@ -87,7 +87,7 @@ class Transfer:
             elif not name.startswith("units."):
                 found[name], self._origins[name] = theirs[name], "kept"
         parts: dict[str, list[jax.Array]] = {}
-        for layers in _walk(*models):
+        for layers in walk(*(len(model.pattern) for model in models)):
             for name, value in self._block(layers, *models).items():
                 parts.setdefault(name, []).append(value)
         for name, rows in parts.items():
@@ -101,7 +101,7 @@ class Transfer:
         size = max(len(str(list(row.shape))) for row in self.table)
         return [f"{row.name:{width}}  {list(row.shape)!s:{size}}  {row.of}" for row in self.table]
 
-    def _block(self, layers: _Layers, source: LanguageModel, target: LanguageModel) -> dict[str, jax.Array]:
+    def _block(self, layers: Layers, source: LanguageModel, target: LanguageModel) -> dict[str, jax.Array]:
         """The parameters of one place, by their paths in the model, each [layers, ...]."""
         blocks = source.units.blocks[layers.source], target.units.blocks[layers.target]
         lengths = len(source.pattern), len(target.pattern)
@@ -175,7 +175,7 @@ class Transfer:
         outside = [{n: s for n, s in shapes(nnx.state(m, nnx.Param)).items() if not n.startswith(apart)}
                    for m in (source, target)]  # fmt: skip
         _compare(differ, "", *outside)
-        for layers in _walk(source, target):
+        for layers in walk(len(source.pattern), len(target.pattern)):
             blocks = source.units.blocks[layers.source], target.units.blocks[layers.target]
             families = source.pattern[layers.source], target.pattern[layers.target]
             inside = [{n: s[1:] for n, s in shapes(nnx.state(b, nnx.Param)).items() if not n.startswith("mixer.")}
@@ -221,14 +221,14 @@ def settled_width(source: ModelConfig, target: ModelConfig) -> int:
     return 0 if theirs == own or len(distinct) != 1 else distinct.pop()
 
 
-def _walk(source: LanguageModel, target: LanguageModel) -> Iterator[_Layers]:
-    lengths = len(source.pattern), len(target.pattern)
-    count = math.lcm(*lengths)
+def walk(source: int, target: int) -> Iterator[Layers]:
+    """The places of the common pattern of two, of so many layers each."""
+    count = math.lcm(source, target)
     for place in range(count):
-        yield _Layers(place, count, place % lengths[0], place % lengths[1])
+        yield Layers(place, count, place % source, place % target)
 
 
-def _same_mixer(layers: _Layers, source: LanguageModel, target: LanguageModel) -> bool:
+def _same_mixer(layers: Layers, source: LanguageModel, target: LanguageModel) -> bool:
     if source.pattern[layers.source] != target.pattern[layers.target]:
         return False
     of = [nnx.state(m.units.blocks[i], nnx.Param) for m, i in ((source, layers.source), (target, layers.target))]

@@ -97,7 +97,10 @@ def compile_step(config: Config, name: str) -> Report:
         "optimizer": placement.bytes_of(jax.tree.leaves(state.opt))[1],
         "batch": placement.bytes_of(batch.values())[1],
     }
+    if programs.distillation is not None:
+        parts["teacher"] = placement.bytes_of(jax.tree.leaves(programs.abstract_teacher))[1]
     labels = data.labels(config, training=True)
+    counted = programs.distillation.flops_per_token if programs.distillation else flops.train_flops_per_token
     report = Report(
         topology=name,
         devices=mesh.size,
@@ -106,14 +109,14 @@ def compile_step(config: Config, name: str) -> Report:
         has=int(chip.memory),
         parts=parts,
         tokens=tokens,
-        model_flops=flops.train_flops_per_token(config.model, train.context_length, labels) * tokens / mesh.size,
+        model_flops=counted(config.model, train.context_length, labels) * tokens / mesh.size,
         peak=chip.peak,
     )
     floor = memory.floor(config, mesh) // mesh.size
     if floor > report.has:
         report.needed, report.why = floor, f"at least, by formula ({memory.training(config)}); nothing was compiled"
         return report
-    traced = programs.train.trace(state, batch)
+    traced = programs.train.trace(state, batch, *programs.abstract_teacher)
     try:
         compiled = topology.compile_for(devices[0].platform, traced)
     except jax.errors.JaxRuntimeError as error:

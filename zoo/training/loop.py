@@ -31,7 +31,7 @@ from zoo.training import placement, report
 from zoo.training import workdir as workdirs
 from zoo.training.progress import ProgressLine
 from zoo.training.signals import StopSignal
-from zoo.training.start import first_state
+from zoo.training.start import first_state, teacher
 from zoo.training.step import abstract_batch, build
 
 OVERRIDES = "overrides.jsonl"  # one line a change: {"step": 40, "optimizer.learning_rate": [0.003, 0.001]}
@@ -71,8 +71,8 @@ def train(
     with run.lock:
         placement.check(run.config, jax.device_count())
         mesh = sharding.make_mesh(run.config.mesh)
-        memory.check_training(run.config, mesh)
         programs = build(run.config, mesh)
+        memory.check_training(run.config, mesh, programs.distillation and programs.distillation.config.model)
         data.tokenize(run.data_config)
         # Opened once: what happens to the text from here on means nothing to this process.
         dataset = data.training_dataset(run.data_config, programs.rows(run.config.train.batch_size))
@@ -84,6 +84,7 @@ def train(
             "validation_data": validation.fingerprint,
             "tokenizer": data.tokenizer.load(run.data_config.data.tokenizer).fingerprint,
         }
+        frozen, trained_on["teacher"] = teacher(run, programs.distillation)
         processes.agree("fingerprints", trained_on, "Give all processes the same text and tokenizer")
         kept = run.config.checkpoint
         with contextlib.ExitStack() as stack:
@@ -91,7 +92,7 @@ def train(
             stack.callback(checkpointer.close)
             state, progress = first_state(run, programs, checkpointer, trained_on, init_from)
             checkpointer.prune()  # a lower keep_last makes room before the next save needs it
-            loop = _Loop(run, mesh, programs, checkpointer, dataset, validation, state, progress)
+            loop = _Loop(run, mesh, programs, checkpointer, dataset, validation, state, progress, frozen)
             stack.callback(loop.close)
             loop.catch_up()
             if processes.is_first():
@@ -111,11 +112,11 @@ def train(
 class _Loop:
     """The state of a run between steps."""
 
-    def __init__(self, run, mesh, programs, checkpointer, dataset, validation, state, progress):
+    def __init__(self, run, mesh, programs, checkpointer, dataset, validation, state, progress, frozen):
         self.config, self.workdir = run.config, run.workdir
         self.mesh, self.programs, self.checkpointer = mesh, programs, checkpointer
         self.dataset, self.validation = dataset, validation
-        self.state = state
+        self.state, self.frozen = state, frozen
         self.step = int(state.step)
         self.step_fn: Any = None
         self.saved_step = self.step
@@ -132,7 +133,9 @@ class _Loop:
         self.writer = metrics.Writer(self.workdir, self.config, self.step) if writes else metrics.NoWriter()
         self.progress = ProgressLine(self.step, self.config.train.steps, silent=not writes)
         labels = data.labels(self.config, training=True)
-        self.flops_per_token = flops.train_flops_per_token(self.config.model, self.config.train.context_length, labels)
+        of_step = self.config.model, self.config.train.context_length, labels
+        counted = programs.distillation.flops_per_token if programs.distillation else flops.train_flops_per_token
+        self.flops_per_token = counted(*of_step)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self.peak_flops = peak and peak * mesh.size  # of all devices; None: unknown
 
@@ -163,7 +166,8 @@ class _Loop:
         if self.step >= self.config.train.steps:
             return
         start = time.perf_counter()
-        self.step_fn = self.programs.train.lower(self.programs.abstract_state, abstract_batch(self.config)).compile()
+        shapes = self.programs.abstract_state, abstract_batch(self.config), *self.programs.abstract_teacher
+        self.step_fn = self.programs.train.lower(*shapes).compile()
         self.progress.say(f"compiled    the training step in {time.perf_counter() - start:.1f} s")
 
     def run(self, stop: StopSignal, profile_steps: int) -> None:
@@ -276,7 +280,7 @@ class _Loop:
     def _dispatch(self, batches: Iterator[data.pipeline.Batch]) -> None:
         batch = self.programs.put(next(batches), self.config.train.batch_size)
         with jax.transfer_guard("disallow"):  # nothing goes to or from the device but the batch
-            self.state, step_metrics = self.step_fn(self.state, batch)
+            self.state, step_metrics = self.step_fn(self.state, batch, *self.frozen)
         self.step += 1
         before, self.pending = self.pending, (self.step, step_metrics)
         self._read(before)

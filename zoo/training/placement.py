@@ -3,6 +3,7 @@
 All of it is shapes: no array is made, and the devices need not be there.
 """
 
+import copy
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
 from zoo import config as zoo_config
-from zoo import flops, memory, sharding
-from zoo.config import Config
+from zoo import flops, linearize, memory, sharding
+from zoo.config import Config, ModelConfig
 from zoo.errors import UsageError
 from zoo.model import LanguageModel
 from zoo.settings import divisors_near, one_of
@@ -32,6 +33,16 @@ def check(config: Config, devices: int) -> dict[str, int]:
     """
     as_it_is = devices == 1 and not config.mesh.overrides
     return _checked(config, devices, None if as_it_is else step.abstract_model(config))
+
+
+def check_other(where: str, config: Config, model: ModelConfig, devices: int) -> None:
+    """UsageError if the parameters of another run's model do not spread over the mesh of `config`."""
+    config = copy.deepcopy(config)
+    config.model, config.mesh.overrides = model, ""
+    try:
+        check(config, devices)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def _checked(config: Config, devices: int, model: LanguageModel | None) -> dict[str, int]:
@@ -152,6 +163,8 @@ def dry_run(config: Config, devices: int = 0) -> str:
         f"{'':12}{'all':>10}{'a device':>12}",
     ]
     totals = {"parameters": state.params, "gradients": state.params, "optimizer": state.opt}
+    if config.train.distill.teacher:
+        totals["teacher"] = linearize.Distillation(config, mesh).abstract
     of_all = [bytes_of(jax.tree.leaves(tree)) for tree in totals.values()] + [bytes_of(x for x, _ in arrays.values())]
     for name, (everywhere, each) in zip([*totals, "batch"], of_all, strict=True):
         lines.append(f"{name:12}{memory.amount(everywhere):>10}{memory.amount(each):>12}")

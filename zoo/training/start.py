@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 
 from zoo import checkpoints, data, files, linearize, processes, sharding
 from zoo.checkpoints import Checkpointer
-from zoo.config import ModelConfig
+from zoo.config import Config, ModelConfig
 from zoo.errors import UsageError, warn
 from zoo.model import LanguageModel
+from zoo.training import placement
 from zoo.training import workdir as workdirs
 from zoo.training.step import Programs, TrainState, abstract_model
 
@@ -41,6 +42,11 @@ def first_state(
 
 def _check_data(run: workdirs.Run, meta: dict[str, Any], trained_on: dict[str, str]) -> None:
     """UsageError if the text is not what the checkpoint was trained on."""
+    if trained_on["teacher"] != meta.get("teacher", trained_on["teacher"]):
+        raise UsageError(
+            f"train.distill.teacher: its newest checkpoint is not the one that {run.workdir} has learnt from; keep a "
+            "teacher as it is, or choose another --workdir"
+        )
     for name, what in (("data", "text"), ("validation_data", "validation text")):
         now, then = trained_on[name], meta.get(name, trained_on[name])
         if now != then and not (name == "validation_data" and "data.validation_source" in run.override):
@@ -53,13 +59,12 @@ def _check_data(run: workdirs.Run, meta: dict[str, Any], trained_on: dict[str, s
 def _from_another_run(run: workdirs.Run, programs: Programs, init_from: str) -> TrainState:
     """Its parameters as they are, or, of other mixers, as far as those here take over from them."""
     workdir, config = pathlib.Path(files.expand(init_from)), checkpoints.read_config(init_from)
-    tokenizers = data.tokenizer.for_run(workdir, config), data.tokenizer.load(run.data_config.data.tokenizer)
-    if tokenizers[0].fingerprint != tokenizers[1].fingerprint:
-        raise UsageError(f"--init_from={init_from}: its tokenizer is another one; set data.tokenizer to the one it has")
     where = f"--init_from={init_from}"
+    _check_tokenizer(where, workdir, config, run)
     models, anew = (abstract_model(config), abstract_model(run.config)), _of_its_own(config.model, run.config.model)
     as_it_is, transfer = linearize.same_parameters(*models, anew), None
     if not as_it_is:
+        placement.check_other(where, run.config, config.model, jax.device_count())
         context = config.train.context_length
         transfer = linearize.Transfer(where, config.model, run.config.model, models, context, anew)
     other = checkpoints.load_run(workdir, _newest_step(workdir), _shardings(models[0], programs, as_it_is, anew))
@@ -119,6 +124,32 @@ def _transferred(transfer: linearize.Transfer, params: nnx.State, programs: Prog
 
     shardings = jax.tree.map(lambda x: x.sharding, wanted)
     return jax.jit(made, out_shardings=shardings)(params, programs.init().params)
+
+
+def teacher(run: workdirs.Run, distillation: linearize.Distillation | None) -> tuple[tuple[nnx.State, ...], str]:
+    """The parameters that the steps take beside the state, of the newest checkpoint, and their fingerprint.
+
+    Raises:
+      UsageError: its tokenizer is another one, or it has no undamaged checkpoint.
+    """
+    if distillation is None:
+        return (), ""
+    workdir = pathlib.Path(files.expand(distillation.settings.teacher))
+    where = f"train.distill.teacher={workdir}"
+    _check_tokenizer(where, workdir, distillation.config, run)
+    placement.check_other(where, run.config, distillation.config.model, jax.device_count())
+    shardings = {name: x.sharding for name, x in checkpoints.named_leaves(distillation.loaded).items()}
+    found = checkpoints.load_run(workdir, _newest_step(workdir), shardings)
+    if processes.is_first():
+        print(f"teacher     {workdir}, step {found.step}, {found.config.model.mixer}", flush=True)
+    held = jax.jit(distillation.held, donate_argnums=0)
+    return (held(nnx.state(found.model, nnx.Param)),), found.fingerprint
+
+
+def _check_tokenizer(where: str, workdir: pathlib.Path, config: Config, run: workdirs.Run) -> None:
+    tokenizers = data.tokenizer.for_run(workdir, config), data.tokenizer.load(run.data_config.data.tokenizer)
+    if tokenizers[0].fingerprint != tokenizers[1].fingerprint:
+        raise UsageError(f"{where}: its tokenizer is another one; set data.tokenizer to the one it has")
 
 
 def _carry_origin(source: pathlib.Path, workdir: pathlib.Path) -> None:

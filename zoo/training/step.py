@@ -5,6 +5,7 @@ The loss is the head's (`zoo.heads`), of tokens -log p(target) in nats, in the m
     loss = sum_i w_i loss_i / sum_i w_i       over all sequences of all microbatches and devices
 
 so a microbatch counts by its weights, and accumulating gradients over microbatches is the same sum in another order.
+With a teacher (`train.distill`) the loss of a token is that of `zoo.linearize.distill`.
 Shardings are explicit, of state and batch; the same programs run on any mesh.
 """
 
@@ -19,7 +20,8 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from zoo import data, heads, processes, sharding
+from zoo import data, heads, linearize, processes, sharding
+from zoo.checkpoints import named_leaves, with_leaves
 from zoo.config import Config
 from zoo.heads.base import Declared
 from zoo.model import LanguageModel
@@ -49,8 +51,14 @@ class Programs(NamedTuple):
     batch_shardings: dict[str, NamedSharding]  # of each array of a batch
     init: Callable[[], TrainState]
     init_opt: Callable[[nnx.State], TrainState]  # a new run from given parameters
-    train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # of a state, a batch, and the teacher's parameters
     evaluate: Callable[[nnx.State, Batch], dict[str, jax.Array]]
+    distillation: linearize.Distillation | None
+
+    @property
+    def abstract_teacher(self) -> tuple[nnx.State, ...]:
+        """What `train` takes beside state and batch: the teacher's parameters, or nothing."""
+        return () if self.distillation is None else (self.distillation.abstract,)
 
     def rows(self, sequences: int) -> list[int]:
         """Those of a batch of `sequences` that devices of this process hold, whole or in part; others may, too."""
@@ -78,8 +86,9 @@ def build(config: Config, mesh: Mesh) -> Programs:
     """Trace nothing yet but the shapes of the state; programs compile on their first call.
 
     Raises:
-      UsageError: the optimizer's parameter groups, or `mesh.overrides`, do not fit the model.
+      UsageError: the optimizer's parameter groups, `mesh.overrides` or the teacher do not fit the model.
     """
+    distillation = linearize.Distillation(config, mesh) if config.train.distill.teacher else None
     init_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
 
     def make_params(key: jax.Array) -> nnx.State:
@@ -93,30 +102,43 @@ def build(config: Config, mesh: Mesh) -> Programs:
     graphdef, abstract_params = nnx.split(abstract_model(config), nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
     learning_rate = schedule(config.optimizer, config.train.steps)
+    regex = config.optimizer.trainable or (distillation.trainable() if distillation else "")
+    trainable = linearize.trainable_names(regex, abstract_params)
 
     def start(params: nnx.State) -> TrainState:
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def loss(params: nnx.State, batch: Batch, total_weight: jax.Array, step: jax.Array, key: jax.Array) -> jax.Array:
-        key = key if config.model.dropout else None
-        losses = nnx.merge(graphdef, params).batch_losses(batch, dropout_key=key, step=step, labels=labels)
-        return losses.sum() / total_weight
+    def loss(
+        params: nnx.State, batch: Batch, total_weight: jax.Array, step: jax.Array, key: jax.Array, *teacher: nnx.State
+    ) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        given = {"dropout_key": key if config.model.dropout else None, "step": step, "labels": labels}
+        if distillation is not None:
+            return distillation.token_losses(model, *teacher, batch, **given).sum() / total_weight
+        return model.batch_losses(batch, **given).sum() / total_weight
+
+    def of_trainable(tree: nnx.State) -> nnx.State:
+        """0 in place of what does not train."""
+        if len(trainable) == len(named := named_leaves(tree)):
+            return tree
+        return with_leaves(tree, {n: x if n in trainable else jnp.zeros_like(x) for n, x in named.items()})
 
     def as_parameters(gradient: nnx.State) -> nnx.State:
         """What microbatches add up is spread as the parameters are."""
         return jax.lax.with_sharding_constraint(gradient, shardings.params)
 
     def loss_and_gradient(
-        params: nnx.State, batch: Batch, step: jax.Array, key: jax.Array
+        params: nnx.State, batch: Batch, step: jax.Array, key: jax.Array, *teacher: nnx.State
     ) -> tuple[jax.Array, nnx.State]:
         total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
         pieces = config.train.accumulate_steps
         if pieces == 1:
-            return jax.value_and_grad(loss)(params, batch, total_weight, step, key)
+            return jax.value_and_grad(loss)(params, batch, total_weight, step, key, *teacher)
 
         def piece(carry, xs):
             index, microbatch = xs
-            found = jax.value_and_grad(loss)(params, microbatch, total_weight, step, jax.random.fold_in(key, index))
+            key_of_piece = jax.random.fold_in(key, index)
+            found = jax.value_and_grad(loss)(params, microbatch, total_weight, step, key_of_piece, *teacher)
             value, gradient = jax.tree.map(jnp.add, carry, found)
             return (value, as_parameters(gradient)), None
 
@@ -126,16 +148,17 @@ def build(config: Config, mesh: Mesh) -> Programs:
         zero = (jnp.zeros((), jnp.float32), as_parameters(jax.tree.map(jnp.zeros_like, params)))
         return jax.lax.scan(piece, zero, (jnp.arange(pieces), split))[0]
 
-    def train(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train(state: TrainState, batch: Batch, *teacher: nnx.State) -> tuple[TrainState, dict[str, jax.Array]]:
         with sharding.use_mesh(mesh):
             key = jax.random.fold_in(dropout_key, state.step)
-            value, gradient = loss_and_gradient(state.params, batch, state.step, key)
+            value, gradient = loss_and_gradient(state.params, batch, state.step, key, *teacher)
+            gradient = of_trainable(gradient)
             norm = optax.tree.norm(gradient)
             if config.optimizer.clip_norm:
                 scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
                 gradient = jax.tree.map(lambda g: g * scale, gradient)
             updates, opt = optimizer.update(gradient, state.opt, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params = optax.apply_updates(state.params, of_trainable(updates))
             metrics = {
                 "loss": value,
                 "grad_norm": norm,
@@ -153,6 +176,7 @@ def build(config: Config, mesh: Mesh) -> Programs:
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = {name: NamedSharding(mesh, sharding.partition_spec(*of)) for name, of in axes.items()}
     trained = {name: placed[name] for name in abstract_batch(config)}
+    of_teacher = () if distillation is None else (jax.tree.map(lambda x: x.sharding, distillation.abstract),)
     jit_init = jax.jit(lambda key: start(make_params(key)), out_shardings=shardings)
     return Programs(
         graphdef=graphdef,
@@ -164,11 +188,12 @@ def build(config: Config, mesh: Mesh) -> Programs:
         train=jax.jit(
             train,
             donate_argnums=0,
-            in_shardings=(shardings, trained),
+            in_shardings=(shardings, trained, *of_teacher),
             out_shardings=(shardings, everywhere),
             compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
         ),
         evaluate=jax.jit(evaluate, in_shardings=(shardings.params, placed), out_shardings=everywhere),
+        distillation=distillation,
     )
 
 

@@ -274,6 +274,8 @@ def _with_absolute_paths(config: Config) -> Config:
     section.validation_source = _absolute(section.validation_source)
     section.tokenizer = section.tokenizer if section.tokenizer == BYTES else _absolute(section.tokenizer)
     section.cache_dir = _absolute(section.cache_dir)
+    if config.train.distill.teacher:
+        config.train.distill.teacher = str(pathlib.Path(files.expand(config.train.distill.teacher)).absolute())
     return config
 
 
