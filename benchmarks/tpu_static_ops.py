@@ -76,12 +76,14 @@ def linear_attention(shape: specs.Shape, time, implementation, tiles) -> Op:
     return Op(function, arrays, ((1, time, h * v), jnp.bfloat16), time, "head", h)
 
 
-DELTA_RULE_HEADS = 8
+DELTA_RULE = {  # heads, K = V and decays
+    **{f"delta_rule_{decay}": (8, 128, decay) for decay in ("none", "scalar", "vector")},
+    **{f"delta_rule_{decay}_64": (16, 64, decay) for decay in ("scalar", "vector")},
+}
 
 
-def delta_rule(decay, implementation, tiles) -> Op:
-    """8 heads of q, k and v, K = V = 128; `decay` is "none", "scalar" or "vector"."""
-    heads, width = DELTA_RULE_HEADS, 128
+def delta_rule(heads, width, decay, implementation, tiles) -> Op:
+    """Heads of q, k and v; `decay` is "none", "scalar" or "vector"."""
     time = TIME if implementation == "mosaic_tpu" else 256  # the profiler goes through every step: minutes
     rows = {name: ((1, time, heads * width), jnp.bfloat16) for name in ("q", "k", "v")}
     numbers = {"beta": ((1, time, heads), jnp.float32)}
@@ -158,7 +160,7 @@ SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
         name: functools.partial(linear_attention, shape, TIME if name.startswith("square") else 2048)
         for name, shape in specs.SHAPES.items()
     },
-    **{f"delta_rule_{decay}": functools.partial(delta_rule, decay) for decay in ("none", "scalar", "vector")},
+    **{name: functools.partial(delta_rule, *shape) for name, shape in DELTA_RULE.items()},
     "dplr_128": functools.partial(dplr_delta_rule, 8, 128),
     "dplr_64": functools.partial(dplr_delta_rule, 16, 64),
     "mamba_125m": functools.partial(selective_scan, 1536, 16),
@@ -167,18 +169,20 @@ SHAPES = {  # of published or preset models: (implementation, tiles) -> Op
     "scan_complex": functools.partial(linear_scan, 1024, jnp.complex64),
 }
 
-TILED = [*specs.SHAPES, *(name for name in SHAPES if name.startswith("delta_rule_"))]
+TILED = [*specs.SHAPES, *DELTA_RULE]
 
 
 def tiles_of(shape: str, chip: str) -> tuple[tuple[int, ...], Callable[[tuple[int, ...]], bool]]:
     """Of a shape of TILED: the tiles that `specs` chooses for a chip, and which are possible."""
     device = Device("tpu", chip)
-    if shape.startswith("delta_rule_"):
-        heads, tile, per_key = DELTA_RULE_HEADS, delta_rule_specs.TILE, shape.endswith("vector")
-        chosen = delta_rule_specs.tiles(device, TIME, heads, heads, 128, 128, jnp.bfloat16, per_key)
+    if shape in DELTA_RULE:
+        heads, width, decay = DELTA_RULE[shape]
+        slots = specs.slots(heads, heads, width, width, per_key=True)
+        tile = delta_rule_specs.TILE // slots.pack
+        chosen = delta_rule_specs.tiles(device, TIME, slots, jnp.bfloat16, decay == "vector")
 
         def possible(tiles):
-            return tiles[0] <= tile and tiles[1] >= tile * max(tiles[3:]) and tiles[2] <= heads
+            return tiles[0] <= tile and tiles[1] >= tile * max(tiles[3:]) and tiles[2] <= slots.heads
 
         return dataclasses.astuple(chosen), possible
     sizes = counted(specs.SHAPES[shape])

@@ -11,6 +11,7 @@ from kernels import delta_rule, dispatch, dplr_delta_rule
 from kernels.delta_rule import mosaic_tpu, specs
 from kernels.delta_rule.specs import Tiles
 from kernels.linear_attention.mosaic_tpu.dots import Dots
+from kernels.linear_attention.specs import slots
 from tests.kernels import races, tpu_rounding
 from tests.kernels.conformance import error_ratio, log_gate, normal, unit
 from tests.kernels.test_delta_rule import exact
@@ -68,7 +69,9 @@ CASES = {  # ways that heads share q and k, that tiles and chunks lie in a step;
     "scalar-shared-in-a-step": (make("scalar", heads=4, groups=2), Tiles(128, 256, 4, 2, 2), True),
     "scalar-odd-heads": (make("scalar", heads=3, groups=3), Tiles(64, 256, 3, 1, 1), False),
     "none-wide": (make("none", key_dim=130, value_dim=200, heads=2, groups=1), None, False),
-    "vector-two-tiles-at-once": (make("vector"), Tiles(64, 256, 2, 2, 2), True),
+    "vector-two-tiles-at-once": (make("vector", key_dim=72), Tiles(64, 256, 2, 2, 2), True),
+    "scalar-two-in-the-lanes": (make("scalar", heads=4, groups=4, key_dim=40), Tiles(64, 128, 1, 2, 1), True),
+    "vector-four-in-the-lanes": (make("vector", heads=8, groups=8, value_dim=32), Tiles(32, 64, 2, 1, 2), True),
     "vector-shared": (make("vector", heads=4, groups=1), Tiles(128, 128, 2, 1, 1), False),
 }
 
@@ -87,7 +90,7 @@ def test_many_tiles_are_the_reference(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_chunks_of_128_in_bfloat16(decay):
-    inputs = make(decay, dtype=jnp.bfloat16)
+    inputs = make(decay, dtype=jnp.bfloat16, key_dim=72)
     with mosaic_tpu.use(tiles=Tiles(128, 384, 2, 3, 1)):
         values, gradients = jax.jit(value_and_gradients("mosaic_tpu"))(inputs, cotangents(inputs))
     expected, expected_gradients = jax.jit(value_and_gradients("reference"))(inputs, cotangents(inputs))
@@ -102,14 +105,16 @@ def test_a_step_has_work_enough_to_hide_what_waits(kind, per_key, block, heads):
     """The same number of tiles, of tokens of a head, where heads are left for a second core. No padded block more."""
 
     def tiles(time):
-        return specs.tiles(dispatch.Device("tpu", kind), time, 8, 8, 128, 128, jnp.dtype("bfloat16"), per_key)
+        heads = slots(8, 8, 128, 128, per_key=True)
+        return specs.tiles(dispatch.Device("tpu", kind), time, heads, jnp.dtype("bfloat16"), per_key)
 
     assert tiles(4096) == Tiles(64, block, heads, block // 128, 1)
     assert tiles(block + 1).block == block // 2 + 128
 
 
-def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes, time=64):
-    """Of values and gradients in a TPU's rounding, `passes` of bfloat16 for a float32 product."""
+def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes, time=64, shared=True):
+    """Of values and gradients in a TPU's rounding, `passes` of bfloat16 for a float32 product; not `shared`: every head
+    has a copy of q and k, so that two of them share the lanes."""
 
     def dot(self, a, b, contracted):
         params = {
@@ -123,9 +128,12 @@ def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes, time=64):
     monkeypatch.setattr(Dots, "_dot", dot)
     (inputs, d_results), (values, gradients) = exact(name, decays, time)
     narrow = {key: jnp.asarray(inputs[key]).astype(dtype) for key in ("q", "k", "v", "a", "b") if key in inputs}
-    results = jax.jit(value_and_gradients("mosaic_tpu"))(
-        {key: jnp.asarray(x) for key, x in inputs.items()} | narrow, (d_results[0].astype(dtype), d_results[1])
-    )
+    inputs = {key: jnp.asarray(x) for key, x in inputs.items()} | narrow
+    if not shared:
+        inputs |= {key: jnp.repeat(inputs[key], inputs["v"].shape[2], axis=2) for key in ("q", "k")}
+    results = jax.jit(value_and_gradients("mosaic_tpu"))(inputs, (d_results[0].astype(dtype), d_results[1]))
+    if not shared:
+        results[1].update({key: results[1][key].sum(2, keepdims=True) for key in ("q", "k")})
     pairs = zip(jax.tree.leaves(results), jax.tree.leaves((values, gradients)), strict=True)
     return [error_ratio(actual, wanted) for actual, wanted in pairs]
 
@@ -135,6 +143,15 @@ def errors_on_a_tpu(monkeypatch, name, decays, dtype, passes, time=64):
 )
 def test_near_parallel_keys_are_right_on_a_tpu_too(monkeypatch, decays):
     assert max(errors_on_a_tpu(monkeypatch, "near_parallel_keys_beta_2", decays, jnp.float32, passes=6)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decays", ["scalar", "vector"])
+def test_near_parallel_keys_of_two_heads_in_the_lanes(monkeypatch, decays):
+    name = "near_parallel_keys_beta_2"
+    assert max(errors_on_a_tpu(monkeypatch, name, decays, jnp.float32, passes=6, shared=False)) < 1e-4
+    errors = errors_on_a_tpu(monkeypatch, name, decays, jnp.bfloat16, passes=6, time=150, shared=False)
+    assert max(errors[:2]) < 3.5e-2
 
 
 @pytest.mark.slow
@@ -176,16 +193,18 @@ def _chips():
         for chip in TOPOLOGIES:
             for dtype in (jnp.bfloat16, jnp.float32):
                 quick = chip == "v5e" and dtype == jnp.bfloat16 and decay != "none"
-                yield pytest.param(chip, decay, dtype, marks=[] if quick else [pytest.mark.slow])
+                yield pytest.param(chip, decay, 128, dtype, marks=[] if quick else [pytest.mark.slow])
+                if decay != "none":
+                    yield pytest.param(chip, decay, 64, dtype, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("chip, decay, dtype", list(_chips()))
-def test_compiles_ahead_of_time(chip, decay, dtype):
+@pytest.mark.parametrize("chip, decay, value_dim, dtype", list(_chips()))
+def test_compiles_ahead_of_time(chip, decay, value_dim, dtype):
     """Forward and backward, at a length that is no multiple of anything."""
     device = devices(chip)[0]
-    groups = {"none": 1, "vector": 2}.get(decay, 1)
+    groups = 2 if decay == "vector" or value_dim == 64 else 1
     inputs = jax.eval_shape(
-        lambda: make(decay, time=200, heads=2, groups=groups, key_dim=64, value_dim=128, dtype=dtype)
+        lambda: make(decay, time=200, heads=2, groups=groups, key_dim=64, value_dim=value_dim, dtype=dtype)
     )
     sharding = SingleDeviceSharding(device)
     args = jax.tree.map(

@@ -28,10 +28,10 @@ from kernels.array_typing import Array
 from kernels.delta_rule.mosaic_tpu import passes, per_key, scalar
 from kernels.delta_rule.mosaic_tpu.columns import Numbers, over_lanes
 from kernels.delta_rule.mosaic_tpu.plan import Plan
-from kernels.delta_rule.mosaic_tpu.solve import resolvents, spread_left
+from kernels.delta_rule.mosaic_tpu.solve import resolvents
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots
-from kernels.linear_attention.mosaic_tpu.lanes import LANES
+from kernels.linear_attention.mosaic_tpu.lanes import LANES, head_sums
 from kernels.linear_attention.mosaic_tpu.turns import in_turns
 from kernels.mosaic_tpu.heads import finish_key_sums, over_pieces, start_key_sums
 
@@ -39,41 +39,45 @@ BESIDE = 6  # steps of the other tiles' work for each of a tile's `scan`
 
 
 class Tile:
-    """TILE tokens of a grid step's block: what the kernels load of them and store."""
+    """`plan.tokens` of a grid step's block: what the kernels load of them and store. A head here is a slot."""
 
     def __init__(self, plan: Plan, refs: Any, dots: Dots, index: int | Array, block: int | Array):
         self.plan, self.refs, self.dots, self.index = plan, refs, dots, index
-        start = index * TILE
-        self.rows = self.tokens(slice(0, TILE))
-        token = block * plan.tiles.block + start + lax.broadcasted_iota(jnp.int32, (TILE, 1), 0)
+        self.all = slice(0, plan.tokens)
+        self.rows = self.tokens(self.all)
+        token = block * plan.tiles.block + index * plan.tokens + lax.broadcasted_iota(jnp.int32, (plan.tokens, 1), 0)
         self.valid = token < plan.time if plan.ragged else None
-        self.chunks = [slice(start, start + plan.tiles.chunk) for start in range(0, TILE, plan.tiles.chunk)]
-        self.numbers = Numbers(refs.rows[:, self.rows], plan.tiles.heads)
+        self.chunks = [slice(start, start + plan.tiles.chunk) for start in range(0, plan.tokens, plan.tiles.chunk)]
+        self.lanes = self.numbered(TILE)
+        self.numbers = Numbers(refs.rows[:, self.lanes], plan.tiles.heads, plan.pack)
         if not plan.per_key:
             self.numbers = scalar.with_written(dots, self.numbers)
 
-    def load(self, name: str, head: int, width: int, rows: slice = slice(0, TILE)) -> Array:
+    def load(self, name: str, head: int, width: int, rows: slice | None = None) -> Array:
         """[c, width] of one head; rows after the last token are zero."""
+        rows = rows or self.all
         x = getattr(self.refs, name)[self.tokens(rows), head * width : (head + 1) * width]
         return x if self.valid is None else jnp.where(self.valid[rows], x, jnp.zeros_like(x))
 
-    def store(self, name: str, head: int, x: Array, rows: slice = slice(0, TILE)) -> None:
+    def store(self, name: str, head: int, x: Array, rows: slice | None = None) -> None:
         ref, width = getattr(self.refs, name), x.shape[1]
-        ref[self.tokens(rows), head * width : (head + 1) * width] = x.astype(ref.dtype)
+        ref[self.tokens(rows or self.all), head * width : (head + 1) * width] = x.astype(ref.dtype)
 
     def tokens(self, rows: slice) -> Any:
         """Of the tile, as rows of the block."""
-        start = self.index * TILE + rows.start
+        start = self.index * self.plan.tokens + rows.start
         size = rows.stop - rows.start
         return pl.ds(start if isinstance(self.index, int) else pl.multiple_of(start, size), size)
 
-    def resolvent_rows(self) -> Any:
-        size = self.plan.tiles.chunk
-        return pl.ds(
-            self.index * size if isinstance(self.index, int) else pl.multiple_of(self.index * size, size), size
-        )
+    def numbered(self, size: int) -> Any:
+        """Of an axis that has `size` for each tile."""
+        start = self.index * size
+        return pl.ds(start if isinstance(self.index, int) else pl.multiple_of(start, size), size)
 
-    def beta(self, head: int) -> Array:  # [1, C]
+    def resolvent_rows(self) -> Any:
+        return self.numbered(self.plan.tiles.chunk)
+
+    def beta(self, head: int) -> Array:  # [1, (h, C)]
         return self.numbers.row(scalar.BETA, head)
 
     def beta_column(self, head: int, width: int) -> Array:  # [C, width]
@@ -94,16 +98,16 @@ class Tile:
         return result
 
     def store_changes(self, columns: list[Array]) -> None:
-        """Columns [C, 1] as rows of `changes`."""
+        """Columns [(h, C), 1] as rows of `changes`."""
         lane = lax.broadcasted_iota(jnp.int32, (TILE, LANES), 1)
         packed = jnp.zeros((TILE, LANES), jnp.float32)
         for index, column in enumerate(columns):
             packed = jnp.where(lane == index, column, packed)
-        self.refs.changes[:, self.rows] = packed.T[: self.refs.changes.shape[0]]
+        self.refs.changes[:, self.lanes] = packed.T[: self.refs.changes.shape[0]]
 
 
 def forward_kernel(plan: Plan, refs: Any) -> None:
-    dots, block = Dots(plan.dtype), pl.program_id(2)
+    dots, block = plan.dots, pl.program_id(2)
     first_head = plan.first_head()
 
     @pl.when((block == 0) & (pl.program_id(3) == 0))
@@ -122,7 +126,7 @@ def forward_kernel(plan: Plan, refs: Any) -> None:
         for head, state in enumerate(states):
             refs.state[first_head + head] = state
 
-    over_pieces(plan.tiles.block // TILE, plan.tiles.unroll, body)
+    over_pieces(plan.tiles.block // plan.tokens, plan.tiles.unroll, body)
 
 
 class ForwardTile:
@@ -179,7 +183,7 @@ def run(steps: Iterator[None], beside: Iterator[None] | None = None) -> None:
 
 
 def backward_kernel(plan: Plan, refs: Any) -> None:
-    dots, block = Dots(plan.dtype), plan.blocks - 1 - pl.program_id(2)
+    dots, block = plan.dots, plan.blocks - 1 - pl.program_id(2)
     first_head = plan.first_head()
 
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
@@ -200,7 +204,7 @@ def backward_kernel(plan: Plan, refs: Any) -> None:
         for head, d_state in enumerate(d_states):
             refs.d_state[first_head + head] = d_state
 
-    over_pieces(plan.tiles.block // TILE, plan.tiles.unroll_backward, body, reverse=True)
+    over_pieces(plan.tiles.block // plan.tokens, plan.tiles.unroll_backward, body, reverse=True)
     finish_key_sums(plan, refs)
 
 
@@ -220,7 +224,7 @@ def compute_states(plan: Plan, refs: Any, dots: Dots, block: int | Array) -> Non
         return tuple(states)
 
     states = tuple(refs.kept[head] for head in range(plan.tiles.heads))
-    lax.fori_loop(0, plan.tiles.block // TILE, body, states)
+    lax.fori_loop(0, plan.tiles.block // plan.tokens, body, states)
 
 
 class BackwardTile:
@@ -239,7 +243,7 @@ class BackwardTile:
             x = tile.refs.resolvent[tile.resolvent_rows(), head * TILE : (head + 1) * TILE]
             weighted = x * passes.beside(self.betas[head][:, :LANES], plan.chunks)
             self.transposed.append(passes.left_split_transposed(dots, weighted))
-            self.given.append(dots.tn(spread_left(operands.scores()[1], plan.tiles.chunk), self.d_outs[head]))
+            self.given.append(dots.outer(passes.of_tile(dots, operands.scores()[1]), self.d_outs[head]))
             self.heads.append(operands)
             yield
 
@@ -270,7 +274,7 @@ class BackwardTile:
                     dv,
                     betas[head] * errors[head],
                 )
-                d_beta = jnp.sum(dr[head] * errors[head], axis=1, keepdims=True)
+                d_beta = jnp.concatenate(head_sums([dr[head] * errors[head]], plan.pack))
                 self.parts[head][number] = (dv, d_beta, *through, later)
             yield
 
@@ -281,9 +285,10 @@ class BackwardTile:
             *parts, later = zip(*self.parts[head], strict=True)
             dv, d_beta, dq, dk_reads, dk_writes = (jnp.concatenate(x) for x in parts)
             tile.store("dv", head, dv)
-            scores = dots.nt(jnp.concatenate([self.d_outs[head].astype(jnp.float32), dv]), self.errors[head])
+            d_read = jnp.concatenate([self.d_outs[head].astype(jnp.float32), dv])
+            scores = dots.nt(d_read, dots.spread(self.errors[head]))
             beta = tile.beta(head)
-            more = operands.score_gradients(scores[:TILE] * beta, -scores[TILE:] * beta)
+            more = operands.score_gradients(scores[: plan.tokens] * beta, -scores[plan.tokens :] * beta)
             dq, dk_reads, dk_writes = dq + more[0], dk_reads + more[1], dk_writes + more[2]
             dq, dk, change = operands.finish(dq, dk_reads, dk_writes, list(later))
             if plan.per_key:

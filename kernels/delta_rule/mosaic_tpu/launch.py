@@ -13,27 +13,27 @@ from kernels.mosaic_tpu import heads
 
 
 def forward(plan: Plan, keep: bool, **inputs: Array) -> dict[str, Array]:
-    """out [B, T, H V]; state [B, H, ...]; to keep: e as `error` [B, T, H V], X as `resolvent` [B, ., H TILE] and the
-    states at the starts of time blocks `kept` [B, N, H, ...]."""
+    """out [B, T, H V]; state [B, slots, ...]; to keep: e as `error` [B, T, H V], X as `resolvent` [B, ., slots TILE]
+    and the states at the starts of time blocks `kept` [B, N, slots, ...]."""
     time = plan.blocks * plan.tiles.block
     outputs = {"out": (inputs["v"].shape, plan.dtype), "state": (inputs["initial_state"].shape, jnp.float32)}
     if keep:
         outputs["error"] = inputs["v"].shape, jnp.float32
-        outputs["resolvent"] = (plan.batch, time // TILE * plan.tiles.chunk, plan.heads * TILE), jnp.float32
+        outputs["resolvent"] = (plan.batch, time // plan.chunks, plan.heads * TILE), jnp.float32
         outputs["kept"] = (plan.batch, plan.blocks, *inputs["initial_state"].shape[1:]), jnp.float32
     return _call(plan, forward_kernel, inputs, outputs)
 
 
 def backward(plan: Plan, **inputs: Array) -> dict[str, Array]:
     """The gradients by name; of beta and scalar decays `changes`."""
-    tiles, state = plan.tiles, inputs["d_final_state"].shape
+    tiles, state, time = plan.tiles, inputs["d_final_state"].shape, plan.blocks * plan.tiles.block
     rows = tiles.heads * (1 if plan.per_key else 2)
     outputs = {
         "dq": (inputs["q"].shape, plan.dtype),
         "dk": (inputs["k"].shape, plan.dtype),
         "dv": (inputs["d_out"].shape, plan.dtype),
         "d_state": (state, jnp.float32),
-        "changes": ((plan.batch, plan.outer * plan.inner, rows + -rows % 8, plan.blocks * tiles.block), jnp.float32),
+        "changes": ((plan.batch, plan.outer * plan.inner, rows + -rows % 8, time * plan.pack), jnp.float32),
     }
     if plan.per_key:
         outputs["d_decay"] = inputs["decay"].shape, jnp.float32
@@ -54,8 +54,8 @@ def _block(plan, spec, name, shape):
     if name == "error":
         return heads.values_block(plan, spec, plan.value_dim)
     if name == "resolvent":
-        block = (None, tiles.block // TILE * tiles.chunk, tiles.heads * TILE)
+        block = (None, tiles.block // plan.chunks, tiles.heads * TILE)
         return spec(block, lambda b, p, n, h: (b, n, h))
     if name in ("rows", "changes"):
-        return spec((None, None, shape[2], tiles.block), lambda b, p, n, h: (b, h, 0, n))
+        return spec((None, None, shape[2], tiles.block * plan.pack), lambda b, p, n, h: (b, h, 0, n))
     return None

@@ -1,4 +1,4 @@
-"""A tile of TILE tokens of one head whose state decays by a number a key.
+"""A tile of a slot of heads whose states decay by a number a key.
 
 With b the cumulative sum of g in a chunk, in powers of two, and q scaled:
 
@@ -29,16 +29,23 @@ from kernels.delta_rule.mosaic_tpu import passes
 from kernels.delta_rule.mosaic_tpu.columns import over_lanes
 from kernels.delta_rule.specs import TILE
 from kernels.linear_attention.mosaic_tpu.dots import Dots, grid_index
-from kernels.linear_attention.mosaic_tpu.per_key import COMPACT, at_middle, interleave, level_sizes, second
+from kernels.linear_attention.mosaic_tpu.per_key import (
+    COMPACT,
+    at_middle,
+    head_products,
+    interleave,
+    level_sizes,
+    second,
+)
 
 LOG2_E = math.log2(math.e)
 
 
 class Head:
-    """Operands of one head: q, k [C, K]; g [C, K], float32; beta [C, 128], equal lanes."""
+    """Operands of one head, or of those of a slot: q, k [C, (h, K)]; g likewise, float32; beta [C, 128]."""
 
     def __init__(self, dots: Dots, q: Array, k: Array, g: Array, beta: Array, plan: Any):
-        self.dots, self.scale, self.chunk = dots, plan.scale, plan.tiles.chunk
+        self.dots, self.scale, self.chunk, self.size = dots, plan.scale, plan.tiles.chunk, plan.tokens
         self.q, self.k, self.beta = plan.scale * q.astype(jnp.float32), k.astype(jnp.float32), beta
         decays = exact_decays if dots.exact else rounded_decays
         self.levels, self.read, self.write, self.totals, self.tails = decays(dots, g, self.chunk)
@@ -48,29 +55,31 @@ class Head:
 
     def scores(self) -> tuple[Array, Array]:
         """B and tril(q k^T), compact."""
-        dots, count = self.dots, TILE // self.chunk
+        dots, size, count = self.dots, self.size, self.size // self.chunk
         i, j = passes.places(self.chunk)
         bits = i ^ j
         systems = attention = jnp.zeros(bits.shape, jnp.float32)
         for level, e in self.levels.items():
             k = self.k * e
             if level < COMPACT:
-                both = dots.nt(jnp.concatenate([self.q * e, k]), k)
-                of_q, of_k = (passes.beside(x, count) for x in (both[:TILE], both[TILE:]))
+                both = dots.nt(jnp.concatenate([self.q * e, k]), dots.stack(k))
+                of_q, of_k = (passes.beside(x, count) for x in (both[:size], both[size:]))
             else:
-                both = dots.nt(jnp.concatenate([second(self.q, level) * second(e, level), second(k, level)]), k)
-                of_q, of_k = (passes.beside(x, count) for x in (both[: TILE // 2], both[TILE // 2 :]))
+                reads = jnp.concatenate([second(self.q, level) * second(e, level), second(k, level)])
+                both = dots.nt(reads, dots.stack(k))
+                of_q, of_k = (passes.beside(x, count) for x in (both[: size // 2], both[size // 2 :]))
                 of_q, of_k = (interleave(x, x, level) for x in (of_q, of_k))
             systems = jnp.where(bits >= level, of_k, systems)
             attention = jnp.where(bits >= level, of_q, attention)
-        own = jnp.broadcast_to(jnp.sum(self.q * self.k, axis=1, keepdims=True), (TILE, TILE))
-        attention = jnp.where(i > j, self.times * attention, jnp.where(i == j, passes.beside(own, count), 0.0))
-        return jnp.where(i > j, self.times * systems, 0.0), attention
+        own = jnp.broadcast_to(head_products(dots, self.q, self.k), (size, TILE))
+        # Factors: an operand on the left whose elements were selected has the profiler abort.
+        below, diagonal = jnp.where(i > j, self.times, 0.0), jnp.where(i == j, 1.0, 0.0)
+        return below * systems, below * attention + diagonal * passes.beside(own, count)
 
     def reads(self, rows: slice, state: Array) -> tuple[Array, Array]:
         """What the keys and the queries of a chunk find in the state before it, [c, V] each."""
         size = rows.stop - rows.start
-        found = self.dots.nt(jnp.concatenate([self.k_read[rows], self.q_read[rows]]), state)
+        found = self.dots.nt(jnp.concatenate([self.k_read[rows], self.q_read[rows]]), self.dots.state(state))
         return found[:size], found[size:]
 
     def update(self, rows: slice, error: Array, state: Array) -> Array:
@@ -78,11 +87,11 @@ class Head:
         dots, number = self.dots, rows.start // self.chunk
         u = over_lanes(self.beta[rows], error.shape[1]) * error
         k = self.k_write if dots.exact else jnp.concatenate([self.k_write[rows]] * 2)
-        return self.totals[number] * state + self.tails[number] * dots.tn(passes.right(dots, u, number), k)
+        return self.totals[number] * state + self.tails[number] * dots.outer(passes.written(dots, u, number), k)
 
     def writes(self, rows: slice, d_state: Array) -> Array:
         """The gradient of what a chunk's tokens write, [c, V]."""
-        return self.dots.nt(self.k_write[rows], self.tails[rows.start // self.chunk] * d_state)
+        return self.dots.nt(self.k_write[rows], self.dots.state(self.tails[rows.start // self.chunk] * d_state))
 
     def state_gradients(
         self, rows: slice, state: Array, d_end: Array, d_out: Array, dv: Array, u: Array
@@ -90,34 +99,34 @@ class Head:
         """Through the states: parts of dq, dk as what reads, dk as what writes [c, K], and the gradient of a state."""
         dots, size, index = self.dots, rows.stop - rows.start, rows.start // self.chunk
         d_found = jnp.concatenate([d_out, -dv]).astype(dots.dtype)
-        d_read = dots.nn(d_found, state) * jnp.concatenate([self.read[rows]] * 2)
-        d_write = self.write[rows] * dots.nn(u, self.tails[index] * d_end)
-        d_state = dots.tn(d_found, jnp.concatenate([self.q_read[rows], self.k_read[rows]]))
+        d_read = dots.nn(d_found, dots.state(state)) * jnp.concatenate([self.read[rows]] * 2)
+        d_write = self.write[rows] * dots.nn(u, dots.state(self.tails[index] * d_end))
+        d_state = dots.outer(d_found, jnp.concatenate([self.q_read[rows], self.k_read[rows]]))
         return d_read[:size], d_read[size:], d_write, self.totals[index] * d_end + d_state
 
     def score_gradients(self, d_attention: Array, d_system: Array) -> tuple[Array, Array, Array]:
         """Through the scores: parts of dq, dk as what reads, dk as what writes [C, K]."""
-        dots = self.dots
-        i, j = grid_index(TILE)
+        dots, size = self.dots, self.size
+        i, j = grid_index(size, dots.pack)
         bits = jnp.where(i > j, i ^ j, 0)
-        self.d_own = jnp.sum(jnp.where(i == j, d_attention, 0.0), axis=1, keepdims=True)
+        self.d_own = head_products(dots, d_attention, jnp.where(i == j, 1.0, 0.0))
         dq = dk_reads = dk_writes = jnp.zeros_like(self.q)
         for level, e in self.levels.items():
             here = jnp.where((bits >= level) & (bits < 2 * level), self.times, 0.0)
             q, k = self.q * e, self.k * e
             both = jnp.concatenate([d_attention * here, d_system * here])
             if level < COMPACT:
-                d_read = dots.nn(both, k)
-                dq, dk_reads = dq + e * d_read[:TILE], dk_reads + e * d_read[TILE:]
-                dk_writes = dk_writes + e * dots.tn(both, jnp.concatenate([q, k]))
+                d_read = dots.nn(both, dots.stack(k))
+                dq, dk_reads = dq + e * d_read[:size], dk_reads + e * d_read[size:]
+                dk_writes = dk_writes + e * dots.outer(both, jnp.concatenate([q, k]))
                 continue
             rows = second(both, level).astype(dots.dtype)
-            d_read = dots.nn(rows, k)
+            d_read = dots.nn(rows, dots.stack(k))
             e2 = second(e, level)
             zero = jnp.zeros_like(e2)
-            dq = dq + interleave(zero, e2 * d_read[: TILE // 2], level)
-            dk_reads = dk_reads + interleave(zero, e2 * d_read[TILE // 2 :], level)
-            d_write = dots.tn(rows, jnp.concatenate([second(q, level), second(k, level)]))
+            dq = dq + interleave(zero, e2 * d_read[: size // 2], level)
+            dk_reads = dk_reads + interleave(zero, e2 * d_read[size // 2 :], level)
+            d_write = dots.outer(rows, jnp.concatenate([second(q, level), second(k, level)]))
             dk_writes = dk_writes + e * d_write
         return dq, dk_reads, dk_writes
 
@@ -150,7 +159,7 @@ def rounded_decays(dots: Dots, g: Array, chunk: int) -> Decays:
             middle = at_middle(sums, row, level)
         past = sums - jnp.ceil(middle)
         levels[level] = jnp.exp2(jnp.minimum(jnp.where((row & level) != 0, past, -1.0 - past), 0.0))
-    lasts = [sums[end - 1 : end] for end in range(chunk, TILE + 1, chunk)]
+    lasts = [sums[end - 1 : end] for end in range(chunk, g.shape[0] + 1, chunk)]
     write = [jnp.floor(last) - sums[n * chunk : (n + 1) * chunk] for n, last in enumerate(lasts)]
     write = jnp.exp2(jnp.minimum(jnp.concatenate(write), 0.0))
     tails = [2.0 * jnp.exp2(last - jnp.floor(last) - 1.0) for last in lasts]
@@ -158,7 +167,7 @@ def rounded_decays(dots: Dots, g: Array, chunk: int) -> Decays:
 
 
 def exact_decays(dots: Dots, g: Array, chunk: int) -> Decays:
-    i, j = grid_index(TILE)
+    i, j = grid_index(g.shape[0])
     inside = (i ^ j) < chunk
 
     def total_of(mask):
@@ -172,5 +181,5 @@ def exact_decays(dots: Dots, g: Array, chunk: int) -> Decays:
         levels[level] = jnp.exp(total_of(after | before))
     read = jnp.exp(total_of((j <= i) & inside))
     write = jnp.exp(total_of((j > i) & inside))
-    totals = [read[end - 1 : end] for end in range(chunk, TILE + 1, chunk)]
+    totals = [read[end - 1 : end] for end in range(chunk, g.shape[0] + 1, chunk)]
     return levels, read, write, totals, [jnp.ones_like(total) for total in totals]

@@ -5,21 +5,21 @@ import dataclasses
 from kernels.delta_rule.mosaic_tpu import scalar
 from kernels.delta_rule.mosaic_tpu.columns import padded
 from kernels.delta_rule.specs import TILE
-from kernels.linear_attention.mosaic_tpu.dots import Dots
-from kernels.mosaic_tpu.heads import HeadGrid
+from kernels.linear_attention.mosaic_tpu.plan import SlotGrid
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(HeadGrid):
-    """`tiles.heads` of v are computed in a step, TILE tokens at a time, which are `chunks` chunks."""
+class Plan(SlotGrid):
+    """A step goes through its tokens a tile at a time: TILE, which are `chunks` chunks, or one chunk of each of the
+    `pack` heads of a slot."""
+
+    @property
+    def tokens(self) -> int:  # of a tile
+        return TILE // self.pack
 
     @property
     def chunks(self) -> int:  # of a tile
-        return TILE // self.tiles.chunk
-
-    @property
-    def dots(self) -> Dots:
-        return Dots(self.dtype)
+        return self.tokens // self.tiles.chunk
 
     @property
     def kinds(self) -> int:  # of numbers that a step reads of each token and head

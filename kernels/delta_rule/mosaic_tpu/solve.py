@@ -62,12 +62,6 @@ def spread(x: Array, size: int, below: int) -> Array:
     return jnp.concatenate([jnp.where(lanes == (block - below) % count, x, 0.0) for block in range(count)])
 
 
-def spread_left(x: Array, size: int) -> Array:
-    """As `spread`, by products: an operand on the left whose elements were selected has the profiler abort."""
-    lanes, count = lane_block(x.shape, size), x.shape[1] // size
-    return jnp.concatenate([x * jnp.where(lanes == block, 1.0, 0.0) for block in range(count)])
-
-
 def substitute(systems: list[Array], betas: list[Array]) -> Generator[None, None, list[Array]]:
     """X of compact systems [BASE, TILE]: row i less B_ij b_j times row j, for each j < i."""
     count, tiles = len(systems), range(BASE // SUBLANES)

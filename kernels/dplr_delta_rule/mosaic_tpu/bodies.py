@@ -30,7 +30,7 @@ from kernels.array_typing import Array
 from kernels.delta_rule.mosaic_tpu.bodies import run
 from kernels.delta_rule.mosaic_tpu.solve import parts, resolvents
 from kernels.delta_rule.specs import TILE
-from kernels.dplr_delta_rule.mosaic_tpu.keys import Keys, outer, precise, precise_outer
+from kernels.dplr_delta_rule.mosaic_tpu.keys import Keys, precise, precise_outer
 from kernels.linear_attention.mosaic_tpu import lanes
 from kernels.linear_attention.mosaic_tpu.chunk import Chunk
 from kernels.linear_attention.mosaic_tpu.per_key import head_products
@@ -103,7 +103,7 @@ class Forward:
                 self.chunk.store("resolvent", slot, self.inverses[slot])
             self.given.append(self.of_values(slot))
             v = self.chunk.load("v", slot, plan.value_dim)
-            self.written.append(outer(dots, v, self.keys[slot].writes()[size:]))
+            self.written.append(dots.outer(v, self.keys[slot].writes()[size:]))
             yield
 
     def of_values(self, slot: int) -> tuple[Array, Array]:
@@ -133,7 +133,7 @@ class Forward:
         for slot, keys in enumerate(self.keys):
             values = [u[slot]] if dots.exact else list(parts(u[slot]))
             writes = [keys.writes()[:size]] * len(values)
-            written = self.written[slot] + outer(dots, jnp.concatenate(values), jnp.concatenate(writes))
+            written = self.written[slot] + dots.outer(jnp.concatenate(values), jnp.concatenate(writes))
             states[slot] = keys.decays.total * states[slot] + keys.decays.tail * written
         yield
         for slot in self.slots:
@@ -158,8 +158,8 @@ class Backward:
         for slot, (q_b, q_k, _, a_k) in enumerate(scores):
             d_out = self.chunk.load("d_out", slot, plan.value_dim)
             self.systems.append(a_k)
-            self.from_out.append(jnp.concatenate([outer(dots, x, d_out) for x in (q_b, q_k)]))  # of U and V
-            self.d_reads.append(outer(dots, d_out, self.keys[slot].reads()[:size]))
+            self.from_out.append(jnp.concatenate([dots.outer(x, d_out) for x in (q_b, q_k)]))  # of U and V
+            self.d_reads.append(dots.outer(d_out, self.keys[slot].reads()[:size]))
             yield
 
     def scan(self, d_states: list[Array]) -> Iterator[None]:
@@ -178,7 +178,7 @@ class Backward:
         for slot, keys in enumerate(self.keys):
             state, total = self.chunk.refs.kept[self.chunk.index, slot], keys.decays.total
             self.later.append(total * jnp.sum(state.astype(jnp.float32) * d_states[slot], axis=0, keepdims=True))
-            read = self.d_reads[slot] + outer(dots, self.e[slot], keys.reads()[size:])
+            read = self.d_reads[slot] + dots.outer(self.e[slot], keys.reads()[size:])
             d_states[slot] = total * d_states[slot] + read
         yield
 
@@ -189,7 +189,7 @@ class Backward:
         plan, dots, size, chunk = self.plan, self.plan.dots, self.plan.tiles.chunk, self.chunk
         keys, e = self.keys[slot], self.e[slot]
         u, v, d_out = (chunk.load(x, slot, plan.value_dim).astype(jnp.float32) for x in ("corrections", "v", "d_out"))
-        chunk.store("dv", slot, self.dv[slot] + outer(dots, self.systems[slot], e))
+        chunk.store("dv", slot, self.dv[slot] + dots.outer(self.systems[slot], e))
 
         d_read, written = jnp.concatenate([d_out, e]), jnp.concatenate([u, v])
         spread = jnp.concatenate([lanes.spread(x, dots.pack) for x in (u, v)])

@@ -108,11 +108,6 @@ def quarters(x: Array) -> list[Array]:
     return [x[start : start + size, lane : lane + TILE] for start in (0, size) for lane in (0, TILE)]
 
 
-def outer(dots: Dots, x: Array, y: Array) -> Array:
-    """x^T y of each head: x [R, (h, X)], y [R, (h, Y)] -> [X, (h, Y)]."""
-    return lanes.blocks(dots.tn(x, y), dots.pack)
-
-
 def precise(dots: Dots, x: Array, y: Array) -> Array:
     """x y in three bfloat16 passes, an element off by 2^-15 of itself at most; float32 inputs take six anyway."""
     if dots.exact:
@@ -123,8 +118,8 @@ def precise(dots: Dots, x: Array, y: Array) -> Array:
 
 
 def precise_outer(dots: Dots, x: Array, y: Array) -> Array:
-    """`outer` of the same passes."""
+    """`Dots.outer` of the same passes."""
     if dots.exact:
-        return outer(dots, x, y)
+        return dots.outer(x, y)
     (x, x_low), (y, y_low) = parts(x), parts(y)
-    return outer(dots, jnp.concatenate([x, x_low, x]), jnp.concatenate([y, y, y_low]))
+    return dots.outer(jnp.concatenate([x, x_low, x]), jnp.concatenate([y, y, y_low]))

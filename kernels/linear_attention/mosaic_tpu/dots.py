@@ -34,6 +34,10 @@ class Dots:
         """a^T b"""
         return self._dot(a, b, (0, 0))
 
+    def outer(self, x: Array, y: Array) -> Array:
+        """x^T y of each head: x [R, (h, X)], y [R, (h, Y)] -> [X, (h, Y)]"""
+        return lanes.blocks(self.tn(x, y), self.pack)
+
     def count(self, keep: Callable[[Array, Array], Array], x: Array) -> Array:
         """Sums of the rows j of x for which keep(i, j): x float32, not rounded to more than 16 bits on its way."""
         size = x.shape[0]

@@ -21,7 +21,7 @@ from kernels.array_typing import Array, Float, Int
 from kernels.linear_attention import specs
 from kernels.linear_attention.mosaic_tpu import launch
 from kernels.linear_attention.mosaic_tpu.lanes import LANES
-from kernels.linear_attention.mosaic_tpu.plan import FASTEST, LOG2E, SEGMENT_START, Plan
+from kernels.linear_attention.mosaic_tpu.plan import FASTEST, LOG2E, SEGMENT_START, Plan, SlotGrid
 from kernels.mosaic_tpu import interpret
 from kernels.segments import segment_starts
 
@@ -152,14 +152,14 @@ def attend_backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Ar
 attend.defvjp(attend_forward, attend_backward)
 
 
-def to_slots(plan: Plan, state: Array) -> Array:
+def to_slots(plan: SlotGrid, state: Array) -> Array:
     """[B, H, K, V] -> [B, slots, K, (h, V)], or of decays per key [B, slots, V, (h, K)]."""
     state = state.mT if plan.per_key else state
     state = state.reshape(plan.batch, plan.heads, plan.pack, *state.shape[2:]).swapaxes(2, 3)
     return state.reshape(plan.batch, plan.heads, *plan.state_shape)
 
 
-def from_slots(plan: Plan, state: Array) -> Array:
+def from_slots(plan: SlotGrid, state: Array) -> Array:
     """The inverse of `to_slots`."""
     rows = state.shape[2]
     state = state.reshape(plan.batch, plan.heads, rows, plan.pack, -1).swapaxes(2, 3)

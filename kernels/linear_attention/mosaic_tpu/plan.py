@@ -14,14 +14,11 @@ SEGMENT_START = -128.0  # exp of it is 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(HeadGrid):
+class SlotGrid(HeadGrid):
     """`tiles.heads` slots of v are computed in a step."""
 
     pack: int  # heads of v in a slot
     key_pack: int  # heads of q and k in a slot: `pack`, or 1 where those of v share them
-    bonus: bool
-    starts: bool  # per-key decays: a row of segment starts; scalar ones have them in their sums
-    constant: bool  # scalar decays that are the same in every chunk
 
     @property
     def state_shape(self) -> tuple[int, int]:  # of one slot
@@ -31,3 +28,10 @@ class Plan(HeadGrid):
     @property
     def dots(self) -> Dots:
         return Dots(self.dtype, self.pack, self.key_pack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(SlotGrid):
+    bonus: bool
+    starts: bool  # per-key decays: a row of segment starts; scalar ones have them in their sums
+    constant: bool  # scalar decays that are the same in every chunk
