@@ -51,17 +51,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def drop_compiled_programs():
-    """After a module, where many have come together: half of what a small model takes to compile are random numbers of
-    its shapes and sums, which the next module has too. But a program holds a megabyte or two, and a few memory maps: a
-    process that has 65,530 of them, as Linux allows, ends in a segmentation fault."""
+    """After each module. A program holds half a dozen memory maps, and a process that has 65,530 of them, as Linux
+    allows, ends in a segmentation fault: a thousand tests come to that."""
     yield
-    if memory_maps() > 3000:  # some 800 programs
-        jax.clear_caches()
-
-
-def memory_maps():
-    try:
-        with open("/proc/self/maps") as maps:
-            return sum(1 for _ in maps)
-    except OSError:  # no Linux
-        return float("inf")
+    jax.clear_caches()
