@@ -49,8 +49,10 @@ def trained(workdir: str, layer: int, sequences: int) -> tuple[list[Inputs], str
     run = checkpoints.load_run(workdir)
     pattern = run.model.pattern
     family = pattern[layer % len(pattern)].split("@")[0]
-    if layer >= config.model.num_layers or family != "attention" or config.model.direction != CAUSAL:
-        has = f"{config.model.num_layers} layers of {config.model.mixer}, {config.model.direction}"
+    is_causal = config.model.direction == CAUSAL and config.model.head == "tokens"
+    if layer >= config.model.num_layers or family != "attention" or not is_causal:
+        model = config.model
+        has = f"{model.num_layers} layers of {model.mixer}, {model.direction}, for {model.head}"
         raise UsageError(f"--layer={layer}: expected one of softmax attention in a causal model; {workdir} has {has}")
     attention, read, given = MIXERS["attention"], [], []
     whole, called = ops.attention, attention.__call__
