@@ -40,8 +40,10 @@ class Setup:
 
     @property
     def description(self) -> str:
-        """All that a result depends on."""
-        return repr(self) + (f" {self.model}" if self.model else "")
+        """All that a result depends on. What is off is not said: a setting that comes new changes no kept run."""
+        optimizer = ", ".join(f"{k}={v!r}" for k, v in dataclasses.asdict(self.optimizer).items() if v)
+        said = repr(self).replace(repr(self.optimizer), f"OptimizerConfig({optimizer})")
+        return said + (f" {self.model}" if self.model else "")
 
     @property
     def programs(self) -> str:

@@ -236,7 +236,8 @@ def test_a_task_that_does_not_fit_is_refused_before_anything_is_compiled(text, s
 
 
 def test_tasks_by_name():
-    assert list(tasks.find("default")) == ["perplexity", "extrapolation", "recall", "decode"]
+    of_heads = ["classes", "values"]
+    assert list(tasks.find("default")) == ["perplexity", "extrapolation", "recall", "decode", *of_heads]
     assert list(tasks.find(" recall, needle?depth=1 ,recall,parity")) == ["recall", "needle?depth=1", "parity"]
     for name, near in (("recal", "recall"), ("nedle?depth=1", "needle"), ("extrapolate", "extrapolation")):
         with pytest.raises(UsageError, match=f"unknown task '{name[:5]}.*known, nearest first: {near}"):

@@ -362,11 +362,12 @@ def test_a_run_that_failed_does_not_wait_for_its_threads():
 
 
 def test_a_closed_terminal_asks_to_stop_unless_that_is_ignored(monkeypatch):
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.name == "SIGHUP"
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.name == "SIGHUP"
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
         with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.name is None
