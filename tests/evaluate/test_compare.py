@@ -59,8 +59,9 @@ def test_two_finished_runs(tmp_path, capsys):
 def test_a_table_of_fifteen_runs_fits_the_screen(width, capsys):
     values = {
         "parameters": 2_437_704, "context_length": 256, "step": 180, "tokens": 368_640, "eval_loss": 1.4512,
-        "eval_accuracy": None, "eval_mae": None, "eval_bits_per_byte": 2.0936, "tokens_per_second": 3108.0, "seconds": 118.6,
-        "state_bytes": 805_306_396, "corpus": "5cb1a01ac0c72b3c", "state_context_length": 131_072, "finished": True,
+        "eval_accuracy": None, "eval_mae": None, "eval_bits_per_byte": 2.0936, "tokens_per_second": 3108.0,
+        "seconds": 118.6, "state_bytes": 805_306_396, "corpus": "5cb1a01ac0c72b3c",
+        "state_context_length": 131_072, "finished": True,
     }  # fmt: skip
     alike = [values | {"run": family, "mixer": family, "step": None if i else 20} for i, family in enumerate(MIXERS)]
     patterns = [r | {"run": f"runs/{r['run']}", "tokens": i, "mixer": "gla,gla,attention"} for i, r in enumerate(alike)]

@@ -1,6 +1,5 @@
 """Runs that start from the weights of a run with other mixers, and learn from it."""
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -55,17 +54,18 @@ def test_a_hybrid_takes_over_softmax_attention_and_its_mixers_learn_alone(make_c
 
 
 @pytest.mark.slow
-def test_logits_are_learnt_alike_on_eight_devices_and_after_a_stop(make_config, tmp_path, losses):
+def test_logits_are_learnt_alike_in_pieces_and_after_a_stop(make_config, tmp_path, losses):
     teacher = tmp_path / "teacher"
     train(make_config(**SOFTMAX), teacher)
     found = {}
-    for name, steps, settings in (
+    runs = (
         ("whole", [4], {}),
         ("resumed", [2, 4], {}),
-        ("spread", [4], {"mesh.fsdp": 2, "mesh.data": 2, "mesh.tensor": 2}),
         ("pieces", [4], {"train.accumulate_steps": 2}),
-    ):
+    )
+    for name, steps, settings in runs:
         settings = HYBRID | {"model.gla.num_heads": 2, "optimizer.schedule": "constant"} | settings
+        settings["optimizer.warmup_steps"] = 0  # of the number of steps, which a stopped run does not know
         for last in steps:
             config = make_config(**settings | {"train.steps": last, "checkpoint.every": 2})
             config.train.distill.teacher, config.train.distill.tokens_weight = str(teacher), 0.25
@@ -73,6 +73,4 @@ def test_logits_are_learnt_alike_on_eight_devices_and_after_a_stop(make_config, 
             train(config, tmp_path / name, init_from=str(teacher))
         found[name] = np.asarray(list(losses(tmp_path / name).values()))
     np.testing.assert_array_equal(found["resumed"], found["whole"])
-    np.testing.assert_allclose(found["spread"], found["whole"], rtol=2e-4)
     np.testing.assert_allclose(found["pieces"], found["whole"], rtol=2e-4)
-    assert jax.device_count() == 8
