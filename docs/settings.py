@@ -16,7 +16,7 @@ HEAD = """\
 # Settings
 
 Every setting, as `python train.py --list` shows it: `--config.NAME=VALUE` on a command line, an object of sections in a
-run's `config.json`. Written by `python docs/settings.py` from the declarations (`zoo/config.py`,
+run's `config.json`. Written by `python docs/settings.py` from the declarations (`zoo/config/sections.py`,
 `zoo/sharding/mesh.py`, and a family's own in `zoo/mixers/<family>.py`); `tests/zoo/test_settings.py` holds it to them.
 
 Whole numbers are at most 2^31 - 1. Other numbers are finite, and within their range in float32 too. What relates two

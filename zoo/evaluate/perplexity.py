@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from zoo.data.pipeline import Batch
+from zoo.data.rows import Batch
 from zoo.model import LanguageModel
 
 

@@ -20,7 +20,7 @@ from zoo import data, memory
 from zoo.checkpoints import Run
 from zoo.config import Config
 from zoo.data import synthetic
-from zoo.data.pipeline import Batch
+from zoo.data.rows import Batch
 from zoo.errors import UsageError
 from zoo.evaluate.pieces import Reader
 from zoo.figures import Chart, Table

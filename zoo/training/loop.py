@@ -277,7 +277,7 @@ class _Loop:
         self.progress.close()
         self.writer.close()
 
-    def _dispatch(self, batches: Iterator[data.pipeline.Batch]) -> None:
+    def _dispatch(self, batches: Iterator[data.rows.Batch]) -> None:
         batch = self.programs.put(next(batches), self.config.train.batch_size)
         with jax.transfer_guard("disallow"):  # nothing goes to or from the device but the batch
             self.state, step_metrics = self.step_fn(self.state, batch, *self.frozen)
