@@ -83,10 +83,10 @@ def observed(rounding: bool) -> Iterator[list[tuple[str, jax.Array]]]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.dict(linear.IMPLEMENTATIONS, dict.fromkeys(linear.IMPLEMENTATIONS, product)))
         for name in set(ops.__all__) - {"cross_entropy"}:
-            rounded = op(name, getattr(ops, name))
+            patched = op(name, getattr(ops, name))
             for module in (ops, ops.recurrences, ops.segments, ops.softmax, ops.time):  # ops call each other
                 if hasattr(module, name):
-                    patches.enter_context(mock.patch.object(module, name, rounded))
+                    patches.enter_context(mock.patch.object(module, name, patched))
         stream = lambda x, *axes: constrain(cut(x) if axes[-1] is None else x, *axes)  # noqa: E731
         patches.enter_context(mock.patch.object(zoo.model.sharding, "constrain", stream))
         yield given

@@ -91,7 +91,7 @@ def test_every_field_is_declared_with_its_type_and_a_sentence():
             assert declared.kind is not float or declared._bounds(), f"{field.name}: any number at all?"
 
     walk(Config)
-    assert set(config.MLP_CHOICES) == {*MLPS, "none"}
+    assert set(config.sections.MLP_CHOICES) == {*MLPS, "none"}
     assert len(DECLARED) == len(config.leaves(Config())) > 100
 
 
