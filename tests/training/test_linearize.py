@@ -1,5 +1,6 @@
 """Runs that start from the weights of a run with other mixers, and learn from it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from flax import nnx
 from tests.conftest import XLA_FLAGS
 from zoo import checkpoints, sharding
 from zoo.errors import UsageError
+from zoo.linearize.__main__ import main as importance
 from zoo.training import train
 from zoo.training.step import build
 
@@ -107,3 +109,25 @@ def test_both_stages_on_eight_devices_are_those_on_one(make_config, tmp_path, lo
     [path] = {path.resolve() for path in eight.glob("*/losses.npz")}  # pytest links to the newest folder too
     for stage, of_eight in np.load(path).items():
         np.testing.assert_allclose(of_eight, found[stage], rtol=2e-4)
+
+
+@pytest.mark.slow
+def test_the_layers_that_a_run_can_spare_are_named_by_one_command(make_config, tmp_path, capsys):
+    train(make_config(**SOFTMAX), tmp_path / "run")
+    command = ["importance", f"--workdir={tmp_path}/run", "--batches=1", "--recall=mqar?pairs=2&vocab_size=64"]
+    found = []
+    for steps in (0, 2):
+        capsys.readouterr()
+        importance([*command, "--mixer=gla@num_heads=2", f"--steps={steps}", "--budget=2", "--by=recall_loss"])
+        path = tmp_path / "run" / "importance-gla-num-heads-2.json"
+        found.append(json.loads(path.read_text()))
+        assert path.with_suffix(".png").stat().st_size > 1000
+        assert f"--config.model.mixer={found[-1]['pattern']}\n" in capsys.readouterr().out
+        assert found[-1]["none"].keys() == {"loss", "bits_per_byte", "recall_loss", "recall"}
+        assert [row["layer"] for row in found[-1]["layers"]] == [0, 1, 2, 3]
+        kept = found[-1]["pattern"].split(",") * 4
+        assert [layer for layer in range(4) if kept[layer] == "attention"] == sorted(found[-1]["order"][:2])
+    assert found[0]["none"] == found[1]["none"] and found[0]["layers"] != found[1]["layers"]
+    with pytest.raises(SystemExit, match="2"):
+        importance([*command, "--mixer=gla", "--budget=5"])
+    assert "--budget: got 5, and the run has 4 layers" in capsys.readouterr().err

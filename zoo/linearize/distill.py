@@ -11,7 +11,6 @@ settings included, are not counted. z and z' are the logits of the model and of 
 """
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,9 @@ from zoo.config import MLP_LAYER, Config, DistillConfig, ModelConfig, places
 from zoo.errors import UsageError
 from zoo.labelled import at_labels
 from zoo.layers import in_pieces
+from zoo.linearize.along import along
 from zoo.linearize.transfer import Layers, walk
-from zoo.model import LanguageModel, positions_of
+from zoo.model import LanguageModel
 
 EPSILON = 1e-6
 OF_TEACHER = "train.distill.teacher"
@@ -58,7 +58,7 @@ class Distillation:
             self.loaded,
             jax.eval_shape(self.held, self.loaded),
         )
-        self.layers = _replaced(self.config.model, config.model)
+        self.layers = replaced_layers(self.config.model, config.model)
 
     def held(self, params: nnx.State) -> nnx.State:
         """The teacher's parameters as they stay in memory."""
@@ -133,46 +133,14 @@ def mixer_errors(
     step: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T"]:
     """Squared error of the mixers' outputs relative to the teacher's, the mean over `replaced` layers."""
-    positions = positions_of(tokens.shape, segment_ids, None)
-    x = teacher.embedded(tokens, positions)
-    of_input = [each.on_input(x, segment_ids, None)[0] for each in (teacher, model)]
-    depths = [teacher.over_depth(), model.over_depth(step)]
-    parts = [[nnx.split(block) for block in each.units.blocks] for each in (teacher, model)]
-    all_layers, lengths = (
-        list(walk(len(teacher.pattern), len(model.pattern))),
-        (len(teacher.pattern), len(model.pattern)),
-    )
 
-    def rows(layers: Layers) -> list[Any]:
-        """Parameters and depths of the layers, stacked, of the teacher and of the model."""
-        places = layers.source, layers.target
-        stacked = [(parts[i][place][1], depths[i][place]) for i, place in enumerate(places)]
-        return [
-            jax.tree.map(lambda leaf, length=length: layers.rows(leaf, length), of)
-            for of, length in zip(stacked, lengths, strict=True)
-        ]
+    def visit(layers, theirs, own, error, _):
+        y = theirs()
+        return y, error + _relative(own(), y) if layers in replaced else error
 
-    def unit(carry, per_layer):
-        x, error = carry
-        for layers, (theirs, own) in zip(all_layers, per_layer, strict=True):
-            block = nnx.merge(parts[0][layers.source][0], theirs[0])
-            given = {"segment_ids": segment_ids, "positions": positions}
-            if block.has_mixer:
-                y, _ = block.mixed(x, **given, depth=theirs[1], of_input=of_input[0][layers.source])
-                if layers in replaced:
-                    student = nnx.merge(parts[1][layers.target][0], own[0])
-                    of_model = {"depth": own[1], "of_input": of_input[1][layers.target]}
-                    error = error + _relative(student.mixed(x, **given, **of_model)[0], y)
-                x = x + y
-            if block.has_mlp:
-                x = x + block.transformed(x, segment_ids=segment_ids)[0]
-            x = sharding.constrain(x, "batch", "time", None)
-        return (x, error), None
-
-    per_layer = [rows(layers) for layers in all_layers]
     zero = jnp.zeros(tokens.shape, jnp.float32)
-    (_, error), _ = jax.lax.scan(model.rematerialised(unit), (x, zero), per_layer)
-    units = model.num_units * len(model.pattern) // len(all_layers)
+    _, error = along(teacher, model, tokens, visit, zero, segment_ids=segment_ids, step=step)
+    units = model.num_units * len(model.pattern) // replaced[0].count
     return error / (len(replaced) * units)
 
 
@@ -181,7 +149,7 @@ def _relative(y: jax.Array, wanted: jax.Array) -> jax.Array:
     return jnp.sum((y - wanted) ** 2, -1) / (jnp.sum(wanted**2, -1) + EPSILON)
 
 
-def _replaced(teacher: ModelConfig, model: ModelConfig) -> list[Layers]:
+def replaced_layers(teacher: ModelConfig, model: ModelConfig) -> list[Layers]:
     """Layers of another mixer than the teacher's: another family, or other settings of it."""
     theirs, own = places(teacher), places(model)
     return [
@@ -209,7 +177,7 @@ def _check(settings: DistillConfig, teacher: ModelConfig, model: ModelConfig) ->
             kinds = theirs[layers.source].family, own[layers.target].family
             if (kinds[0] == MLP_LAYER) != (kinds[1] == MLP_LAYER):
                 found.append(f"{where}: layer {layers.place} is {kinds[0]}, and {kinds[1]} here")
-        if not found and not _replaced(teacher, model):
+        if not found and not replaced_layers(teacher, model):
             found.append(
                 f"train.distill.stage: mixers are learnt where they differ, and {settings.teacher} has those of "
                 "model.mixer; set another model.mixer, or train.distill.stage=logits"
