@@ -55,7 +55,7 @@ def config_of(family: str, size: str, steps: int) -> Config:
     return config
 
 
-def trained(config: Config, workdir: pathlib.Path) -> dict:
+def trained(config: Config, workdir: pathlib.Path, init_from: str = "") -> dict:
     """Train, or go on, or read what a finished run says of itself."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
@@ -64,7 +64,7 @@ def trained(config: Config, workdir: pathlib.Path) -> dict:
             return summary
     except (OSError, json.JSONDecodeError):
         pass
-    summary = train(config, workdir)
+    summary = train(config, workdir, init_from=init_from)
     if "stopped_at" in summary:
         raise SystemExit(f"stopped; repeat the command to go on with {workdir}")
     return summary
