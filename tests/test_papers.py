@@ -110,7 +110,7 @@ def test_learning_rates_are_arguments_of_one_program(monkeypatch):
     alone = training.run(setups[1], [0])[0]
     assert together[1]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert together[0]["loss"] != pytest.approx(alone["loss"], rel=1e-3)
-    assert alone.keys() == {"seconds", "loss", "validation_6", "accuracy_6"}
+    assert alone.keys() == {"seconds", "ms_a_step", "loss", "validation_6", "accuracy_6"}
 
 
 def test_validation_rows_choose_the_learning_rate():

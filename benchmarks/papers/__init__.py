@@ -14,8 +14,10 @@ state_tracking: parity (arXiv:2411.12537) and word problems of S3, A5 and S5 (ar
 mqar: Zoology's multi-query associative recall (arXiv:2312.04927), every family by the size of its state.
 mad: the six tasks of the MAD suite (arXiv:2403.17844), every family.
 extrapolation: induction heads beyond the length of training (arXiv:2312.00752), every family.
+encoders: classes of rows and series by softmax attention, its approximations and recurrences, both ways.
 
-The last three have a reduced form for a CPU, and the published one with --full; their modules say what differs.
+mqar, mad and extrapolation have a reduced form for a CPU, and the published one with --full; their modules say what
+differs.
 
 The test rows choose nothing: the last step's weights are tested, once. Where several learning rates are tried, rows of
 their own choose among them, by the median over seeds. Medians over seeds, with the range.
@@ -26,22 +28,25 @@ fewer runs than cores, each shares out its rows over several. A run's seconds ar
 
     set_up          what is run
     h3, mamba ...   one module a paper
+    row_task        a source of rows as a task
     models          the model and the optimizer of a set-up
-    training        programs that train and test
+    training        programs that train and test; synthetic_rows, source_rows: what on
     kept            runs that stand in benchmarks/results/
-    report          tables, a plot and a page
+    report          tables, a plot and a page; encoder_report: of encoders
 """
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
-from benchmarks.papers import extrapolation, h3, mad, mamba, mqar, state_tracking
+from benchmarks.papers import encoder_report, encoders, extrapolation, h3, mad, mamba, mqar, report, state_tracking
 from benchmarks.papers.set_up import Setup
 
 
 class Paper(NamedTuple):
     setups: Callable[[], Iterator[Setup]]
     full: Callable[[], Iterator[Setup]] | None = None  # as published, where `setups` are reduced
+    report: ModuleType = report
 
 
 PAPERS = {
@@ -52,4 +57,5 @@ PAPERS = {
     "mqar": Paper(mqar.setups, mqar.full_setups),
     "mad": Paper(mad.setups, mad.full_setups),
     "extrapolation": Paper(extrapolation.setups, extrapolation.full_setups),
+    "encoders": Paper(encoders.setups, report=encoder_report),
 }

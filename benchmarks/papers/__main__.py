@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax
 
 from benchmarks import papers, record
-from benchmarks.papers import report
 from benchmarks.papers.kept import run_or_recall
+from benchmarks.papers.row_task import RowTask
 from benchmarks.papers.set_up import Setup
-from zoo.errors import UsageError, exit_with_message
+from zoo.errors import UsageError, exit_with_message, warn
 from zoo.settings import argument, nearest
 
 
@@ -64,18 +64,26 @@ def main(argv: list[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux alone has it
     jax.config.update("jax_num_cpu_devices", cores)
     print(", ".join(f"{name} {value}" for name, value in record.environment().items()))
+    report = paper.report
     print(report.line(report.HEADINGS))
-    cells = []
+    cells, missing = [], {}
     for cell in cells_of(chosen(list((paper.full if args.full else paper.setups)()), args.mixers, args.tasks)):
-        tried = []
+        tried, task = [], cell[0][0].task
+        if isinstance(task, RowTask) and task not in missing:
+            missing[task] = task.missing
+            if missing[task]:
+                warn(f"left out, but for what is kept: {cell[0][0].label}: {missing[task]}")
+        recall_only = args.kept or bool(missing.get(task))
         for group in cell:
             for setup in group:
                 setup.steps = args.steps or setup.steps
-            runs = run_or_recall(name, group, args.seeds, args.again, args.steps > 0, recall_only=args.kept)
+            runs = run_or_recall(name, group, args.seeds, args.again, args.steps > 0, recall_only=recall_only)
             tried += zip(group, runs, strict=True)
         if found := report.cell(tried):
             cells.append(found)
             print(*map(report.line, found.rows()), sep="\n", flush=True)
+    for sentence in report.conclusions(cells):
+        print(sentence)
     if cells and not args.steps:
         print("written:", *report.write(name, cells))
 

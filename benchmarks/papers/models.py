@@ -1,32 +1,38 @@
 """The model and the optimizer of a set-up."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks.papers.row_task import RowTask
 from benchmarks.papers.set_up import Setup
-from zoo.config import Config
+from zoo.config import Config, ModelConfig
+from zoo.data.synthetic import Task
 from zoo.model import LanguageModel
 from zoo.training.optimizer import make_optimizer
 from zoo.training.schedules import schedule
 
 
-def make_model(setup: Setup, seed: int) -> LanguageModel:
+def model_config(setup: Setup) -> ModelConfig:
     config = Config().model
     config.mixer, config.num_layers, config.d_model = setup.mixer, 2, setup.d_model
-    config.vocab_size, config.tie_embeddings = setup.task.vocab_size, True
+    config.tie_embeddings = True
     config.mlp, config.d_ff = ("gelu", setup.d_ff) if setup.d_ff else ("none", 0)
     config.positions = "learned" if setup.mixer == "attention" else "none"
-    config.max_positions = setup.task.context_length
     config.dropout = setup.embedding_dropout
-    for field, value in setup.model.items():
+    for field, value in (of_task(setup.task) | setup.model).items():
         setattr(config, field, value)
     for field, value in setup.settings.items():
         setattr(getattr(config, setup.mixer), field, value)
-    model = LanguageModel(config, rngs=nnx.Rngs(seed))
+    return config
+
+
+def make_model(setup: Setup, seed: int) -> LanguageModel:
+    model = LanguageModel(model_config(setup), rngs=nnx.Rngs(seed))
     for block in model.units.blocks:
         block.dropout = 0.0  # these set-ups drop embeddings alone
     if setup.as_gpt2:
@@ -35,6 +41,13 @@ def make_model(setup: Setup, seed: int) -> LanguageModel:
         scaled = functools.partial(_scaled, setup.init_std)
         nnx.update(model, jax.tree_util.tree_map_with_path(scaled, nnx.state(model, nnx.Param)))
     return model
+
+
+def of_task(task: Task | RowTask) -> dict[str, Any]:
+    """What the task makes of a model's settings."""
+    if isinstance(task, RowTask):
+        return task.model_settings()
+    return {"vocab_size": task.vocab_size, "max_positions": task.context_length}
 
 
 def _make_gpt2_layers(model: LanguageModel) -> None:

@@ -2,7 +2,7 @@
 
 import pathlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -69,8 +69,8 @@ def state_bytes(setup: Setup) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def line(cells: Iterable[str]) -> str:
-    texts, numbers = 2, zip(cells, WIDTHS, strict=True)
+def line(cells: Iterable[str], widths: Sequence[int] = WIDTHS) -> str:
+    texts, numbers = 2, zip(cells, widths, strict=True)
     return " ".join(f"{cell:<{width}}" if i < texts else f"{cell:>{width}}" for i, (cell, width) in enumerate(numbers))
 
 
@@ -110,19 +110,31 @@ def by_task(paper: str, cells: Sequence[Cell]) -> Table:
     return Table(f"{paper}, accuracy in %, median of seeds", ["", *tasks, "mean"], rows, texts=1)
 
 
+def conclusions(cells: Sequence[Cell]) -> list[str]:
+    """What a table of accuracies says by itself."""
+    del cells
+    return []
+
+
 def write(paper: str, cells: Sequence[Cell]) -> list[pathlib.Path]:
     """The page of all `cells`, and the charts as a picture, beside the kept runs."""
     rows = [row for cell in cells for row in cell.rows()]
-    mixers = {cell.name: cell.setup.mixer for cell in cells}
     drawn = charts(paper, cells)
     tables = [by_task(paper, cells)] if all(cell.setup.is_tuned for cell in cells) else []
     tables.append(Table("Each model and task", HEADINGS, rows, texts=2))
+    mixers = {cell.name: cell.setup.mixer for cell in cells}
+    return write_page(paper, mixers, [html.Section("Accuracy on rows that chose nothing", drawn, tables)], drawn)
+
+
+def write_page(
+    paper: str, mixers: Mapping[str, str], sections: Sequence[html.Section], drawn: Sequence[Chart]
+) -> list[pathlib.Path]:
+    """A page of `sections`, and a picture of the charts `drawn`. `mixers`: of each name that a line may have."""
     about = [", ".join(f"{name} {value}" for name, value in record.environment().items())]
-    section = html.Section("Accuracy on rows that chose nothing", drawn, tables)
     folder = record.RESULTS / "papers"
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{paper}.html"]
-    written[0].write_text(html.page(f"Published set-ups: {paper}", about, mixers, [section]))
+    written[0].write_text(html.page(f"Published set-ups: {paper}", about, mixers, sections))
     if drawn:
         written.append(folder / f"{paper}.png")
         report.draw(drawn, mixers, written[-1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from benchmarks.papers.row_task import RowTask
 from zoo.config import OptimizerConfig
 from zoo.data.synthetic import Task
 
@@ -10,13 +11,13 @@ from zoo.data.synthetic import Task
 class Setup:
     """One model on one task."""
 
-    task: Task
+    task: Task | RowTask
     mixer: str
     published: str  # accuracy in per cent, or what was found
     steps: int
     batch_size: int
     optimizer: OptimizerConfig
-    rows: int = 0  # of a training set that is passed over again and again; 0: fresh data
+    rows: int = 0  # of a training set that is passed over again and again; 0: fresh data, or all that is stored
     d_model: int = 32
     d_ff: int = 0  # of a GELU MLP; 0: no MLP
     embedding_dropout: float = 0.0

@@ -45,7 +45,7 @@ VARIANTS = {
     "kda": [{"num_heads": 2, "expand_v": 0.5, "gate_rank": 3}],
     "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "value_rank": 5, "gate_rank": 6}],
 }
-# Settings of what others published (docs/interop.md), each the same algorithm: slow tests.
+# Settings of what others published (docs/interop.md), each the same algorithm, or a part of it: slow tests.
 RARE_VARIANTS = {
     "attention": [
         {
@@ -55,6 +55,7 @@ RARE_VARIANTS = {
         {"rope_scaling.kind": "llama3", "rope_scaling.factor": 2.0, "rope_scaling.original_context": 64},
         {"positions": "none", "biases": "q"},
     ],
+    "conv_linear": [{"attention": False}],
     "retnet": [{"norm_epsilon": 0.1, "biases": "q,k,v,output_gate,out"}],
     "mlstm": [{"biases": "q,k,v,output_gate,out"}],
     "mamba": [

@@ -253,8 +253,9 @@ def test_training_draws_features_anew_by_its_step_alone(monkeypatch):
     assert steps and all(step is not None for step in steps)
 
 
-def test_conv_linear_is_two_dilated_convolutions_before_linear_attention():
-    mixer, x = build("conv_linear", conv_width=3, dilation=2), inputs()
+@pytest.mark.parametrize("attention", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_conv_linear_is_two_dilated_convolutions_before_linear_attention(attention):
+    mixer, x = build("conv_linear", conv_width=3, dilation=2, attention=attention), inputs()
     weights = double(mixer, x)[1]
 
     def conv(x, name):
@@ -267,6 +268,10 @@ def test_conv_linear_is_two_dilated_convolutions_before_linear_attention():
 
     u = np.asarray(x, np.float64)
     u = np.maximum(u + conv(conv(u, "first"), "second"), 0)
+    if not attention:
+        for found in whole_and_in_halves(mixer, x):
+            assert error_ratio(found, u @ weights["out.kernel"]) < 1e-6
+        return
     q, k, v = ((u @ weights[f"attention.{name}.kernel"]).reshape(BATCH, TIME, mixer.heads, -1) for name in "qkv")
     phi = lambda x: np.where(x > 0, x + 1, np.exp(x))  # noqa: E731
     scores = np.einsum("bthk,bshk->bhts", phi(q), phi(k)) * seen(True)

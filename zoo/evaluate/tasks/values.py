@@ -29,7 +29,7 @@ class Values(Task):
         return found | example | {"baselines": data.baselines.of(request.config)}, {}
 
     def tables(self, results):
-        steps = _chosen_steps(len(next(iter(results.values()))["model"]["mse_by_step"]))
+        steps = data.baselines.chosen_steps(len(next(iter(results.values()))["model"]["mse_by_step"]))
         whole, by_step = {}, {}
         for run, errors in _errors(results).items():
             whole[run] = [[name, f"{e['mse']:.4f}", f"{e['mae']:.4f}"] for name, e in errors.items()]
@@ -66,11 +66,6 @@ def _errors(results: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
         run: {"model": result["model"]} | (result["baselines"] if run == first else {})
         for run, result in results.items()
     }
-
-
-def _chosen_steps(horizon: int) -> list[int]:
-    """1, 2, 4, ... and the last."""
-    return sorted({horizon, *(1 << i for i in range(horizon.bit_length()))})
 
 
 def _points(values: Sequence[float], start: int = 0) -> Iterator[tuple[float, float]]:
