@@ -1,8 +1,8 @@
 """The model: embedding, blocks of a mixer and an MLP, norm, and a head (`zoo.heads`); of tokens, a language model.
 
 The pattern of `model.mixer` is the repeating unit. Its parameters are stacked over the depth and the unit is scanned,
-so that compile time does not grow with depth. Training, prefill and decoding are one call: with a state it continues,
-for any number of tokens.
+and so are layers of the unit that follow each other and are alike, so that compile time does not grow with depth.
+Training, prefill and decoding are one call: with a state it continues, for any number of tokens.
 """
 
 import functools
@@ -36,8 +36,9 @@ from zoo.mixers.shared_settings import NO_STATE, add_bias, projections
 from zoo.states import State
 from zoo.taken import Segments, last
 
-# A scan stores what the backward pass needs in arrays over all units, zeroed first: up to so many units run one by one.
-UNROLLED_UNITS = 4
+# A scan stores what the backward pass needs in arrays over all that it scans, zeroed first: up to so many units, and
+# layers of one that are alike, run one by one.
+UNROLLED = 4
 # With a state, so many tokens are bound by what is read: units run one by one, so that each state is updated in place.
 FEW_TOKENS = 32
 
@@ -123,14 +124,39 @@ class Unit(nnx.Module):
             for i, place in enumerate(layers)
         )
 
-    def __call__(self, x, *, segment_ids, positions, states, dropout_key, depths, of_input):
+    def __call__(self, x, *, states, dropout_key, depths, of_input, rematerialised, is_unrolled, **given):
+        """`rematerialised` goes around each layer. Without states, layers that follow each other and are alike but for
+        their parameters are scanned, unless `is_unrolled` says of their number that they are not."""
         new_states = []
-        for i, (block, state, depth, inputs) in enumerate(zip(self.blocks, states, depths, of_input, strict=True)):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            given = {"segment_ids": segment_ids, "positions": positions, "depth": depth, "of_input": inputs}
-            x, state = block(x, state=state, dropout_key=key, **given)
-            new_states.append(state)
+        for run in self._runs():
+            graphdef = nnx.split(self.blocks[run[0]])[0]
+
+            def layer(x, per_layer, graphdef=graphdef, of_input=of_input[run[0]]):
+                parameters, i, depth, state = per_layer
+                key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+                block = nnx.merge(graphdef, parameters)
+                return block(x, state=state, dropout_key=key, depth=depth, of_input=of_input, **given)
+
+            layer = rematerialised(layer)
+            of_layers = [(nnx.split(self.blocks[i])[1], i, depths[i], states[i]) for i in run]
+            if len(run) == 1 or states[run[0]] is not None or is_unrolled(len(run)):
+                for of_layer in of_layers:
+                    x, state = layer(x, of_layer)
+                    new_states.append(state)
+            else:
+                x, _ = jax.lax.scan(layer, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers))
+                new_states += [None] * len(run)
         return x, new_states
+
+    def _runs(self) -> list[list[int]]:
+        """The places of the layers, those together that follow each other and are alike."""
+        runs: list[list[int]] = []
+        for i, block in enumerate(self.blocks):
+            if runs and nnx.split(block)[0] == nnx.split(self.blocks[runs[-1][0]])[0]:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return runs
 
 
 class LanguageModel(nnx.Module):
@@ -332,11 +358,11 @@ class LanguageModel(nnx.Module):
             parameters, index, depths, states = per_unit
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
             given = {"segment_ids": segment_ids, "positions": positions, "depths": depths, "of_input": of_input}
-            return nnx.merge(graphdef, parameters)(x, states=states, dropout_key=key, **given)
+            how = {"rematerialised": self.rematerialised, "is_unrolled": self._is_unrolled}
+            return nnx.merge(graphdef, parameters)(x, states=states, dropout_key=key, **given, **how)
 
-        # Unrolled, the compiler would find what is computed again already computed, and keep it.
-        unrolled = self.num_units <= UNROLLED_UNITS and self.remat == "none"
-        scan = functools.partial(jax.lax.scan, self.rematerialised(unit), unroll=self.num_units if unrolled else 1)
+        unrolled = self._is_unrolled(self.num_units)
+        scan = functools.partial(jax.lax.scan, unit, unroll=self.num_units if unrolled else 1)
         per_unit = (parameters, jnp.arange(self.num_units), self.over_depth(step))
         if state is None:
             x, _ = scan(x, (*per_unit, [None] * len(self.units.blocks)))
@@ -410,8 +436,13 @@ class LanguageModel(nnx.Module):
                 found[i] = None if values is None else values[:, place]
         return found
 
-    def rematerialised(self, unit: Callable) -> Callable:
-        """`unit`, of which the backward pass keeps what `model.remat` says."""
+    def _is_unrolled(self, layers: int) -> bool:
+        """Whether so many layers alike run one by one. What they compute again, the compiler would find already
+        computed, and keep."""
+        return layers <= UNROLLED and self.remat == "none"
+
+    def rematerialised(self, layer: Callable) -> Callable:
+        """`layer`, of which the backward pass keeps what `model.remat` says."""
         policies = jax.checkpoint_policies
         policy = {
             "minimal": _products_saveable,
@@ -419,8 +450,9 @@ class LanguageModel(nnx.Module):
             "family": policies.save_only_these_names(*self.saved_names),
         }
         if self.remat == "none":
-            return unit
-        return jax.checkpoint(unit, policy=policy[self.remat], prevent_cse=False)  # a scan's body needs no barrier
+            return layer
+        # The body of a scan needs no barrier; a scan of one unit is no scan once it is compiled.
+        return jax.checkpoint(layer, policy=policy[self.remat], prevent_cse=self.num_units == 1)
 
 
 def _products_saveable(primitive: Any, *operands, **params) -> bool:

@@ -11,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from kernels import dispatch
 from tests.zoo.cases import error_ratio
+from zoo import model as model_module
 from zoo.config import preset
 from zoo.config_files import family_config
 from zoo.flops import forward_flops_per_token, num_parameters, state_bytes
@@ -345,16 +346,45 @@ def test_vocabulary_must_be_resolved():
         build(tiny(vocab_size=0))
 
 
-def test_program_size_does_not_grow_with_depth(tokens):
-    """What the compiler is given is the same for 6 and 24 layers, up to the constants of the loop; few are unrolled."""
+def loss_of(config, tokens, dropout_key=None):
+    """Parameters, and the mean loss as a function of them."""
+    graphdef, parameters = nnx.split(build(config))
 
-    def lowered(num_layers):
-        graphdef, parameters = nnx.split(build(tiny(num_layers=num_layers)))
+    def loss(parameters):
+        model = nnx.merge(graphdef, parameters)
+        return model.token_losses(tokens, tokens, jnp.ones(tokens.shape), dropout_key=dropout_key).mean()
 
-        def loss(parameters):
-            model = nnx.merge(graphdef, parameters)
-            return model.token_losses(tokens, tokens, jnp.ones(tokens.shape)).mean()
+    return parameters, loss
 
-        return jax.jit(jax.grad(loss)).lower(parameters).as_text()
 
-    assert lowered(24).count("\n") == lowered(6).count("\n")
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_program_size_does_not_grow_with_depth(remat, tokens):
+    """What the compiler is given is the same for 6 and 24 layers, up to the constants of the loop; few are unrolled.
+    And for layers of a unit that are alike."""
+
+    def lines(**settings):
+        parameters, loss = loss_of(tiny(remat=remat, **settings), tokens)
+        return jax.jit(jax.grad(loss)).lower(parameters).as_text().count("\n")
+
+    def unit(alike):
+        return {"mixer": "attention" + ",gla" * alike, "num_layers": 2 * (alike + 1)}
+
+    assert lines(num_layers=24) == lines(num_layers=6)
+    more = lines(**unit(9)) - lines(**unit(5))
+    assert 0 <= more < lines(num_layers=1) / 2  # the parameters of four layers, and no layer
+
+
+def test_layers_that_are_alike_are_scanned_without_a_difference(tokens, monkeypatch):
+    """Dropout's masks too; the last place has settings of its own."""
+    mixer = "gla,gla,gla,gla,gla,attention,gla@num_heads=2"
+    parameters, loss = loss_of(tiny(mixer=mixer, num_layers=7, dropout=0.2), tokens, jax.random.key(0))
+    found = []
+    for few in (model_module.UNROLLED, 100):
+        monkeypatch.setattr(model_module, "UNROLLED", few)
+        step = jax.value_and_grad(loss)
+        found.append((jax.make_jaxpr(step)(parameters), *jax.jit(step)(parameters)))
+    (scanned, value, gradient), (unrolled, value_unrolled, gradient_unrolled) = found
+    assert primitives(scanned.jaxpr)["dot_general"] < primitives(unrolled.jaxpr)["dot_general"] / 2
+    assert float(abs(value - value_unrolled)) < 1e-6
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_unrolled), strict=True)
+    assert all(error_ratio(a, b) < 1e-5 for a, b in pairs)
