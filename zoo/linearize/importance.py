@@ -18,7 +18,7 @@ from flax import nnx
 
 from zoo import lists
 from zoo.config import ModelConfig, places, validate_model
-from zoo.data.pipeline import Batch
+from zoo.data.rows import Batch
 from zoo.errors import UsageError
 from zoo.figures import Chart, Line, Table, shown
 from zoo.linearize.along import along
