@@ -44,6 +44,9 @@ def test_windows_cross_neither_the_split_nor_a_gap_nor_the_end_of_a_series():
         expected = [range(at, at + 6) for first, last in parts for at in range(first, last - 5)]
         assert np.array_equal(windows, [list(each) for each in expected])
     assert source.train_rows == len(train) == 4 + 14 + 9
+    for row, steps in enumerate((range(37, 40), range(38, 40), range(118, 120))):  # what follows does not, either
+        after = source.after(row, 3)[:, 0] * source.deviation[0] + source.mean[0]
+        assert np.rint(after).astype(int).tolist() == [*steps]
 
 
 def test_numbers_are_standardised_on_what_trains():

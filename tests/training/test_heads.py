@@ -1,5 +1,6 @@
 """Heads of classes and values: what they compute, runs with them, and what is refused."""
 
+import csv
 import dataclasses
 import json
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zoo import checkpoints, data, flops, heads, metrics
+from zoo import checkpoints, compare, data, flops, heads, metrics
 from zoo import config as zoo_config
 from zoo.data import row_batches, rows
 from zoo.errors import UsageError
 from zoo.evaluate import __main__ as evaluate
+from zoo.generate import __main__ as generate
+from zoo.generate import forecast
 from zoo.model import LanguageModel
 from zoo.training import train
 
@@ -102,13 +105,53 @@ def test_classes_are_learned_and_evaluated(of_classes, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+OF_VALUES = {"model.head": "values", "data.source": "waves", "model.horizon": 4, "model.patch": 2}
+
+
 @pytest.mark.slow
-def test_a_resumed_run_of_classes_goes_on(of_classes, tmp_path):
-    train(of_classes(), tmp_path / "whole")
+@pytest.mark.parametrize("head", ["classes", "values"])
+def test_a_resumed_run_is_the_run_in_one_go(of_classes, tmp_path, head):
+    """To the last bit of every parameter, over the end of a pass and with dropout."""
+    settings = {"model.dropout": 0.1, "eval.every": 20} | (OF_VALUES if head == "values" else {})
+    train(of_classes(**settings), tmp_path / "whole")
     for steps in (30, 60):
-        train(of_classes(**{"train.steps": steps}), tmp_path / "parts")
+        train(of_classes(**settings, **{"train.steps": steps}), tmp_path / "parts")
     parts, whole = (metrics.read(tmp_path / name)[-1] for name in ("parts", "whole"))
     assert parts | {"seconds": 0} == whole | {"seconds": 0}
+    of = {
+        name: checkpoints.named_leaves(nnx.state(checkpoints.load_run(tmp_path / name).model, nnx.Param))
+        for name in ("parts", "whole")
+    }
+    assert all(np.array_equal(x[...], of["parts"][name][...]) for name, x in of["whole"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head, metric", [("classes", "eval_accuracy"), ("values", "eval_mae")])
+def test_figures_are_exported_compared_and_taken_over_seeds(of_classes, tmp_path, capsys, head, metric):
+    settings = {"train.steps": 20, "model.direction": "bidirectional", "metrics.tensorboard": True}
+    settings |= OF_VALUES if head == "values" else {}
+    workdirs = [tmp_path / f"seed{seed}" for seed in (0, 1)]
+    summaries = [train(of_classes(**settings, **{"train.seed": i}), w) for i, w in enumerate(workdirs)]
+    rows = metrics.read(workdirs[0])
+    assert rows[-1][metric] == pytest.approx(summaries[0][metric])
+    events = b"".join(path.read_bytes() for path in workdirs[0].rglob("*tfevents*"))
+    assert metric.encode() in events
+    evaluate.main([f"--workdir={workdir}" for workdir in workdirs])
+    found = json.loads((workdirs[0] / "evaluate-seeds.json").read_text())["tasks"][head]
+    figure = {"classes": "accuracy", "values": "mean absolute error"}[head]
+    assert found[figure]["values"] == pytest.approx([summary[metric] for summary in summaries], rel=1e-4)
+    assert found[figure]["low"] <= found[figure]["mean"] <= found[figure]["high"]
+    assert f"{head}, 2 seeds" in capsys.readouterr().out
+    compare.main([*map(str, workdirs), f"--output={tmp_path / 'comparison'}"])
+    records = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert [record[metric] for record in records] == pytest.approx([summary[metric] for summary in summaries])
+    assert records[0]["eval_bits_per_byte"] is None and records[0]["state_bytes"] is None
+    page = (tmp_path / "comparison" / "report.html").read_text()
+    assert "seed0" in page and f"<h2>{head}" in page
+    assert metric.removeprefix("eval_") in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([*(f"--workdir={workdir}" for workdir in workdirs), "--output=x.json"])
+    assert "--output: it is of one run; give one --workdir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -172,6 +215,27 @@ def test_values_are_learned_beside_what_a_series_says_without_a_model(make_confi
     assert measured["model"]["mae"] == pytest.approx(summary["eval_mae"], rel=1e-4)
     assert measured["baselines"] == found and measured["truth"] == pytest.approx(values[0, :, 0], abs=1e-6)
     assert f"linear regression: {found['linear regression']['mse']:.4f}" in capsys.readouterr().out
+    rolled_forward(tmp_path / "run", values, capsys)
+
+
+def rolled_forward(workdir, values, capsys):
+    """The run's series from its last window on, as `zoo.generate` writes it."""
+    generate.main([f"--workdir={workdir}", "--horizon=20", "--window=-1"])
+    header, *rows = csv.reader((workdir / "forecast.csv").read_text().splitlines())
+    assert header == ["step", "channel 1", "channel 2", "channel 1 (truth)", "channel 2 (truth)"]
+    model = checkpoints.load_run(workdir).model
+    predicted = [[float(x) for x in row[1:3]] for row in rows]
+    np.testing.assert_allclose(predicted, forecast(model, values[-1:, :16], 20)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose([[float(x) for x in row[3:]] for row in rows[:9]], values[-1, 16:], rtol=1e-4, atol=1e-5)
+    assert rows[9][3:] == ["", ""] and (workdir / "forecast.png").exists()
+    assert "20 steps after window 9; mean squared error of 9 of them" in capsys.readouterr().err
+    for flag, message in (
+        ("--prompt=a", "--prompt: of runs with model.head=tokens, and this one has values; leave it out"),
+        ("--window=10", "--window: got 10, expected 0 to 9, the windows that validate, or -10 to -1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            generate.main([f"--workdir={workdir}", flag])
+        assert message in capsys.readouterr().err
 
 
 def test_a_language_models_body_serves_under_a_head_of_classes(of_classes, tmp_path, capsys):

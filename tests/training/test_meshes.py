@@ -15,7 +15,7 @@ from zoo.mixers import CAUSAL_MIXERS, MIXERS
 ALL = [(mixer, *MESHES) for mixer in (*CAUSAL_MIXERS, "gla,attention")]
 BOTH_WAYS = ("attention,gla,mamba2", "linear_attention", "rwkv7", "hgrn2", *sorted({*MIXERS} - {*CAUSAL_MIXERS}))
 ALL += [(f"{mixer}/bidirectional", *MESHES[-2:]) for mixer in BOTH_WAYS]
-ALL += [(f"gla/{head}", *MESHES[-2:]) for head in ("classes", "values")]
+ALL += [(f"gla/{head}", *MESHES) for head in ("classes", "values")]
 ALL += [(mixer, "sequence=8", MESHES[-1], "mosaic_tpu") for mixer in ("gla", "mamba")]  # kernels, interpreted
 
 

@@ -29,6 +29,8 @@ class RowSource:
       horizon: steps after the input, model.horizon, of values.
       train_rows: of the training part; 0: drawn anew for ever.
       validation_rows: of the validation part.
+      columns: the name of each channel, of values; (): they have none.
+      mean, deviation: of each channel, by which values were standardised.
     """
 
     head: str
@@ -41,6 +43,9 @@ class RowSource:
     horizon: int = 0
     train_rows: int = 0
     validation_rows: int
+    columns: tuple[str, ...] = ()
+    mean: np.ndarray | float = 0.0
+    deviation: np.ndarray | float = 1.0
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """The whole batch of a step.
@@ -54,6 +59,10 @@ class RowSource:
     def validation_batch(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` of the validation part, in fixed order."""
         raise NotImplementedError
+
+    def after(self, row: int, steps: int) -> np.ndarray:
+        """Of values, what follows a validation row's input, [at most `steps`, C]: as far as it is known."""
+        return self.validation_batch(row, row + 1)["values"][0, self.length :][:steps]
 
 
 SOURCES: dict[str, Callable[["Config", str], RowSource]] = {}  # by name; made of the config and what follows "?"

@@ -3,10 +3,12 @@
     python -m zoo.evaluate --workdir=runs/gla
     python -m zoo.evaluate --workdir=runs/gla --tasks=perplexity --context_length=256,1024
     python -m zoo.evaluate --workdir=runs/mqar --tasks='mqar?pairs=8,needle'
+    python -m zoo.evaluate --workdir=runs/digits-0 --workdir=runs/digits-1 --workdir=runs/digits-2
 
 On the validation split of the run's corpus, or on any text with --source. Prints tables, and writes
 WORKDIR/evaluate.json, with plots, losses by document (.npz) and a report (.html) beside it; for another text
-WORKDIR/evaluate-NAME-FINGERPRINT.json.
+WORKDIR/evaluate-NAME-FINGERPRINT.json. Several runs, which may differ in train.seed alone, are evaluated one by one;
+means over seeds follow, with intervals, and stand in the first one's evaluate-seeds.json.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +26,7 @@ from rich.console import Console
 from zoo import checkpoints, compile_cache, data, files, memory
 from zoo.config import Config
 from zoo.errors import UsageError, exit_with_message, warn
-from zoo.evaluate import documents, evaluated, harness, html, report, tasks
+from zoo.evaluate import documents, evaluated, harness, html, report, seeds, tasks
 from zoo.evaluate.task import Request, Task
 from zoo.flops import num_parameters
 from zoo.settings import Parser, argument
@@ -33,7 +36,10 @@ from zoo.terminal import one_line, printable
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = Parser(program, __doc__)
     add = parser.add_argument
-    add("--workdir", type=files.expand, required=True, help="the run to load")
+    add(
+        "--workdir", type=files.expand, required=True, action="append",
+        help="the run to load; repeated: runs that differ in train.seed alone",
+    )  # fmt: skip
     add("--step", type=argument(int, at_least=0), help="the checkpoint's step; default: the newest")
     add(
         "--tasks", default=tasks.DEFAULT,
@@ -110,63 +116,97 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.evaluate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         compile_cache.enable()
+        workdirs = list(dict.fromkeys(arguments.workdir))
+        if len(workdirs) > 1:
+            for flag in ("output", "harness"):
+                if getattr(arguments, flag) is not None:
+                    raise UsageError(f"--{flag}: it is of one run; give one --workdir")
+            seeds.check({workdir: checkpoints.read_config(workdir) for workdir in workdirs})
         if arguments.harness is not None:
-            return harness.command(arguments)
+            return harness.command(arguments, workdirs[0])
         tasks.find(arguments.tasks)
-        config = checkpoints.read_config(arguments.workdir)
-        _check_of_tokens(config, arguments)
-        config = _with_data(config, arguments.workdir, arguments.source, arguments.cache_dir)
-        folder = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "evaluate.json")).parent
-        if not folder.is_dir():
-            raise UsageError(f"--output: the folder {str(folder)!r} does not exist")
-        lengths = _context_lengths(arguments.context_length, config.train.context_length)
-        memory.check_forward(config, max(lengths))
-        corpus = data.corpus_info(config)
-        output = pathlib.Path(arguments.output or folder / _name(arguments.source, corpus["fingerprint"]))
-        run = checkpoints.load_run(arguments.workdir, arguments.step)
-        request = Request(config, run, lengths, arguments.batches)
-        chosen = _checked(arguments.tasks, request)
-
-        start = time.perf_counter()
-        table = {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
-        if arguments.source is None:  # the run's own text
-            table = data.table_figures(data.training_dataset(config), data.validation_batches(config), run.step)
-        results, kept = {}, {}
-        for name, task in chosen.items():
-            began = time.perf_counter()
-            results[name], arrays = task.measure(request)
-            results[name]["seconds"] = time.perf_counter() - began
-            kept |= arrays
-        record = {
-            "workdir": arguments.workdir,
-            "step": run.step,
-            "mixer": config.model.mixer,
-            "parameters": num_parameters(config.model),
-            "corpus": {
-                "source": corpus["source"],
-                "fingerprint": corpus["fingerprint"],
-                "validation_tokens": corpus["validation_tokens"],
-                "validation_bytes": corpus["validation_bytes"],
-                "lost_text": corpus["lost_text"],
-                "gzip_bits_per_byte": corpus["gzip_bits_per_byte"],
-            }
-            | table,
-            "batches": arguments.batches,
-            "tasks": results,
-            "seconds": time.perf_counter() - start,
-        } | report.provenance()
-
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
-        about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
-        console.print(one_line(about))
-        for name, task in chosen.items():
-            console.print(*map(report.on_terminal, task.tables({"": results[name]})), sep="\n")
-        console.print(printable(_about_text(corpus)))
-        _write(record, chosen, kept, output, console)
-        if "perplexity" in results:
-            measured = results["perplexity"]["by_context_length"][0]
-            figures = record["corpus"] | {"eval_tokens": measured["tokens"]}
-            console.print(*data.conclusion(measured["bits_per_byte"], figures), sep="\n")
+        records = [_evaluate(workdir, arguments, console) for workdir in workdirs]
+        if len(records) > 1:
+            _over_seeds(records, console)
+
+
+def _evaluate(workdir: str, arguments: argparse.Namespace, console: Console) -> dict:
+    """Measure a run, print and write it: what stands in its evaluate.json."""
+    config = checkpoints.read_config(workdir)
+    _check_of_tokens(config, arguments)
+    config = _with_data(config, workdir, arguments.source, arguments.cache_dir)
+    folder = pathlib.Path(arguments.output or pathlib.Path(workdir, "evaluate.json")).parent
+    if not folder.is_dir():
+        raise UsageError(f"--output: the folder {str(folder)!r} does not exist")
+    lengths = _context_lengths(arguments.context_length, config.train.context_length)
+    memory.check_forward(config, max(lengths))
+    corpus = data.corpus_info(config)
+    output = pathlib.Path(arguments.output or folder / _name(arguments.source, corpus["fingerprint"]))
+    run = checkpoints.load_run(workdir, arguments.step)
+    request = Request(config, run, lengths, arguments.batches)
+    chosen = _checked(arguments.tasks, request)
+
+    start = time.perf_counter()
+    table = {"table_order": None, "table_bits_per_byte": None, "table_bytes": None}
+    if arguments.source is None:  # the run's own text
+        table = data.table_figures(data.training_dataset(config), data.validation_batches(config), run.step)
+    results, kept = {}, {}
+    for name, task in chosen.items():
+        began = time.perf_counter()
+        results[name], arrays = task.measure(request)
+        results[name]["seconds"] = time.perf_counter() - began
+        kept |= arrays
+    record = {
+        "workdir": workdir,
+        "step": run.step,
+        "mixer": config.model.mixer,
+        "parameters": num_parameters(config.model),
+        "corpus": {
+            "source": corpus["source"],
+            "fingerprint": corpus["fingerprint"],
+            "validation_tokens": corpus["validation_tokens"],
+            "validation_bytes": corpus["validation_bytes"],
+            "lost_text": corpus["lost_text"],
+            "gzip_bits_per_byte": corpus["gzip_bits_per_byte"],
+        }
+        | table,
+        "batches": arguments.batches,
+        "tasks": results,
+        "seconds": time.perf_counter() - start,
+    } | report.provenance()
+
+    about = f"{workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
+    console.print(one_line(about))
+    for name, task in chosen.items():
+        console.print(*map(report.on_terminal, task.tables({"": results[name]})), sep="\n")
+    console.print(printable(_about_text(corpus)))
+    _write(record, chosen, kept, output, console)
+    if "perplexity" in results:
+        measured = results["perplexity"]["by_context_length"][0]
+        figures = record["corpus"] | {"eval_tokens": measured["tokens"]}
+        console.print(*data.conclusion(measured["bits_per_byte"], figures), sep="\n")
+    return record
+
+
+def _over_seeds(records: Sequence[dict], console: Console) -> None:
+    """Of runs that differ in their seed: print and write the means of what tasks have figures of."""
+    if len(steps := {record["step"] for record in records}) > 1:
+        warn(f"the runs were evaluated at different steps ({', '.join(map(str, sorted(steps)))})")
+    found = {}
+    for name in records[0]["tasks"]:
+        of_task = seeds.measured(tasks.of_record(name), [record["tasks"][name] for record in records])
+        if of_task:
+            found[name] = of_task
+            console.print(report.on_terminal(seeds.table(name, of_task)))
+    about = {"workdirs": [record["workdir"] for record in records], "steps": [record["step"] for record in records]}
+    figures = {name: {figure: of._asdict() for figure, of in own.items()} for name, own in found.items()}
+    path = pathlib.Path(records[0]["workdir"], "evaluate-seeds.json")
+    try:
+        files.write(path, files.to_json(about | {"tasks": figures} | report.provenance(), indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--workdir: cannot write {str(path)!r} ({error.strerror})") from error
+    console.print(one_line(f"written: {path}"), soft_wrap=True)
 
 
 def _name(source: str | None, fingerprint: str) -> str:

@@ -110,6 +110,11 @@ class Task:
     def charts(self, results: Results) -> list[Chart]:
         raise NotImplementedError
 
+    def figures(self, result: dict) -> dict[str, float]:
+        """Of what was measured, the figures whose mean over seeds says something, by name; none by default."""
+        del result
+        return {}
+
 
 def predictions(request: Request) -> Iterator[tuple[Batch, np.ndarray]]:
     """Each batch of the validation rows of a head of classes or values, without what fills the last one up, and what

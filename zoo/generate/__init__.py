@@ -1,4 +1,4 @@
-"""Text from a trained model. `python -m zoo.generate` is the command.
+"""Text from a trained model, or a series rolled forward. `python -m zoo.generate` is the command.
 
 In the order of their imports:
 
@@ -14,12 +14,25 @@ In the order of their imports:
     session      one text in turns, its state kept
     state_file   that state in a file
     interactive  turns typed at a terminal
+    series       a series that goes on from its state
 """
 
 from zoo.generate.engine import Chance, Generation, answer, generate
 from zoo.generate.request import Request
 from zoo.generate.sampling import Sampling, sample
+from zoo.generate.series import forecast
 from zoo.generate.session import Session
 from zoo.generate.text import TextStream
 
-__all__ = ["Chance", "Generation", "Request", "Sampling", "Session", "TextStream", "answer", "generate", "sample"]
+__all__ = [
+    "Chance",
+    "Generation",
+    "Request",
+    "Sampling",
+    "Session",
+    "TextStream",
+    "answer",
+    "forecast",
+    "generate",
+    "sample",
+]

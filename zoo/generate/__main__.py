@@ -3,9 +3,11 @@
     python -m zoo.generate --workdir=runs/gla --prompt="def main(" --max_tokens=200
     python -m zoo.generate --workdir=runs/gla --prompts=questions.jsonl --output=answers.jsonl
     python -m zoo.generate --workdir=runs/gla --interactive
+    python -m zoo.generate --workdir=runs/lorenz --horizon=200
 
 Text goes to stdout as it is made, with several prompts in their order; the costs go to stderr. Control characters,
 which a terminal would obey, are shown as escapes such as \\x1b, line ends and tabs left as they are; --raw: none.
+A run with model.head=values goes on with its series (`zoo.generate.series`): a csv and a plot in the workdir.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from zoo import checkpoints, compile_cache, heads
 from zoo.checkpoints import Run
 from zoo.errors import UsageError, exit_with_message
 from zoo.files import expand
-from zoo.generate import interactive, prompts, state_file
+from zoo.generate import interactive, prompts, series, state_file
 from zoo.generate.batch import Texts
 from zoo.generate.engine import Generation
 from zoo.generate.reading import Context
@@ -25,10 +27,14 @@ from zoo.generate.request import SETTINGS, check
 from zoo.generate.sampling import Sampling
 from zoo.generate.session import Session
 from zoo.generate.text import check_stops
-from zoo.settings import Parser, argument, flag
+from zoo.settings import INT_MAX, Parser, argument, flag
 from zoo.terminal import printable
 
 _OF_SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
+
+
+_OF_SERIES = ("horizon", "window")
+_OF_BOTH = ("workdir", "step", "output")
 
 
 def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
@@ -69,7 +75,20 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     )  # fmt: skip
     add("--save_state", type=expand, help="a file for the state after the text, to go on from: see --load_state")
     add("--raw", action="store_true", help="write control characters as they are: for a file, not for a terminal")
+    add = parser.add_argument_group("of a run with model.head=values; with it --output names the csv").add_argument
+    add("--horizon", type=argument(int, unit="step"), help="steps to predict; default: model.horizon")
+    of_window = {"type": argument(int, at_least=-INT_MAX), "default": 0}
+    add("--window", **of_window, help="a window that validates, after whose input; -1: the last [%(default)s]")
     return parser.parse_args(argv)
+
+
+def _check_head(arguments: argparse.Namespace, head: str) -> None:
+    """UsageError for flags that are not of the head."""
+    defaults = vars(_arguments(["--workdir="], ""))
+    for name, value in vars(arguments).items():
+        if value != defaults[name] and name not in _OF_BOTH and (name in _OF_SERIES) != (head == "values"):
+            needs = "values" if name in _OF_SERIES else "tokens"
+            raise UsageError(f"--{name}: of runs with model.head={needs}, and this one has {head}; leave it out")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -165,9 +184,15 @@ def main(argv: list[str] | None = None, program: str = "python -m zoo.generate")
     arguments = _arguments(argv, program)
     with exit_with_message():
         compile_cache.enable()
+        model = checkpoints.read_config(arguments.workdir).model
+        _check_head(arguments, model.head)
+        if model.head == "values":
+            run = checkpoints.load_run(arguments.workdir, arguments.step)
+            series.command(run, arguments.output, arguments.workdir, arguments.horizon, arguments.window)
+            return
+        heads.require_tokens(model, f"--workdir={arguments.workdir}")
         _check(arguments)
         given = _prompts(arguments)
-        heads.require_tokens(checkpoints.read_config(arguments.workdir).model, f"--workdir={arguments.workdir}")
         run = checkpoints.load_run(arguments.workdir, arguments.step)
         context = state_file.load(arguments.load_state, run) if arguments.load_state is not None else None
         with contextlib.suppress(AttributeError):  # a notebook's

@@ -34,12 +34,20 @@ class Values(Head):
         return {"values": values, "weights": Declared((rows,), ("batch",), jnp.float32)}
 
     def inputs(self, batch):
-        return patches(batch["values"][:, : -self.horizon], self.patch), None
+        return self.patches(batch["values"][:, : -self.horizon]), None
+
+    def patches(self, values: Float[Array, "B steps C"]) -> Float[Array, "B T patch_C"]:
+        """What the body reads of a series."""
+        return patches(values, self.patch)
 
     def predict(self, hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, "B horizon C"]:
         """In the units of the batch."""
-        change = self.linear(hidden[:, -1].astype(jnp.float32))
-        return batch["values"][:, -self.horizon - 1, None] + change.reshape(-1, self.horizon, self.channels)
+        return self.after(hidden[:, -1], batch["values"][:, -self.horizon - 1])
+
+    def after(self, hidden: Float[Array, "B D"], last: Float[Array, "B C"]) -> Float[Array, "B horizon C"]:
+        """The horizon after a step, whose values are `last`, from what the body made of its patch."""
+        change = self.linear(hidden.astype(jnp.float32))
+        return last[:, None] + change.reshape(-1, self.horizon, self.channels)
 
     def losses(self, hidden, batch, *, embed=None, labels=None):
         return batch["weights"] * (self._errors(hidden, batch) ** 2).mean((1, 2))

@@ -52,6 +52,7 @@ class Windows(StoredRows):
         self.name, self.length, self.input, self.horizon = name, length, length, horizon
         self.columns, self.channels = series[0].columns, len(series[0].columns)
         digest, starts, training, before = hashlib.sha256(), {"train": [], "validation": []}, [], 0
+        stops = []  # of the part without a gap that a window of the validation part lies in
         for one in series:
             _check(one, series[0], length + horizon)
             total = len(one.values)
@@ -61,9 +62,12 @@ class Windows(StoredRows):
                 cuts = [start, *(gap for gap in one.gaps if start < gap < stop), stop]
                 for first, last in zip(cuts[:-1], cuts[1:], strict=True):
                     starts[part].append(before + np.arange(first, last - length - horizon + 1))
+                    if part == "validation":
+                        stops.append(np.full(len(starts[part][-1]), before + last))
             digest.update(np.ascontiguousarray(one.values).tobytes() + str(one.gaps).encode())
             before += total
         self._starts = {part: np.concatenate(found) for part, found in starts.items()}
+        self._stops = np.concatenate(stops)
         self.train_rows, self.validation_rows = len(self._starts["train"]), len(self._starts["validation"])
         for part, found in self._starts.items():
             if not len(found):
@@ -89,6 +93,10 @@ class Windows(StoredRows):
     def take(self, part, indices):
         starts = self._starts[part][list(indices)]
         return {"values": self._values[starts[:, None] + np.arange(self.length + self.horizon)]}
+
+    def after(self, row, steps):
+        first = self._starts["validation"][row] + self.length
+        return self._values[first : min(first + steps, self._stops[row])]
 
 
 def _check(one: Series, first: Series, window: int) -> None:

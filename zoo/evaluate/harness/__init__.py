@@ -36,8 +36,8 @@ def add_arguments(parser: Parser) -> None:
     )
 
 
-def command(arguments: argparse.Namespace) -> None:
-    """Run `arguments.harness` on the run in `arguments.workdir`; print a table, write WORKDIR/harness.json.
+def command(arguments: argparse.Namespace, workdir: str) -> None:
+    """Run `arguments.harness` on the run in `workdir`; print a table, write WORKDIR/harness.json.
 
     Raises:
       UsageError: lm_eval is not installed, an unknown task (the nearest are named), a data set that cannot be read, or
@@ -53,16 +53,16 @@ def command(arguments: argparse.Namespace) -> None:
     from zoo.evaluate.harness import adapter
 
     asked = _asked(arguments.harness)
-    output = pathlib.Path(arguments.output or pathlib.Path(arguments.workdir, "harness.json"))
+    output = pathlib.Path(arguments.output or pathlib.Path(workdir, "harness.json"))
     if not output.parent.is_dir():
         raise UsageError(f"--output: the folder {str(output.parent)!r} does not exist")
-    config = checkpoints.read_config(arguments.workdir)
-    heads.require_tokens(config.model, f"--workdir={arguments.workdir}")
+    config = checkpoints.read_config(workdir)
+    heads.require_tokens(config.model, f"--workdir={workdir}")
     max_length = _max_length(arguments.context_length, config)
     manager = _manager([name for name, _ in asked], arguments.harness_tasks)
     loaded = [_load(manager, name) for name, _ in asked]
-    run = checkpoints.load_run(arguments.workdir, arguments.step)
-    begins = adapter.beginning(pathlib.Path(arguments.workdir), run.tokenizer)
+    run = checkpoints.load_run(workdir, arguments.step)
+    begins = adapter.beginning(pathlib.Path(workdir), run.tokenizer)
     model = adapter.RunLM(run, begins, max_length)
 
     start = time.perf_counter()
@@ -70,7 +70,7 @@ def command(arguments: argparse.Namespace) -> None:
     for (name, options), one in zip(asked, loaded, strict=True):
         results |= _evaluate(model, name, one, options, manager)
     record = {
-        "workdir": arguments.workdir,
+        "workdir": workdir,
         "step": run.step,
         "mixer": config.model.mixer,
         "parameters": num_parameters(config.model),
@@ -81,7 +81,7 @@ def command(arguments: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - start,
     } | report.provenance("lm_eval")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
-    about = f"{arguments.workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
+    about = f"{workdir}, step {run.step}, {record['mixer']}, {record['parameters']:,} parameters"
     console.print(one_line(about))
     console.print(report.on_terminal(_table(results)))
     if model.num_cut:

@@ -55,6 +55,9 @@ class Classes(Task):
     def charts(self, results):
         return []
 
+    def figures(self, result):
+        return {"accuracy": result["accuracy"], "loss (nats per row)": result["loss"]}
+
 
 def wilson(right: int, rows: int) -> tuple[float, float]:
     """The 95 % interval of a share, of `right` out of `rows` (Wilson 1927)."""

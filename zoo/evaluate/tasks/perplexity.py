@@ -47,6 +47,12 @@ class Perplexity(Task):
             results.append({"context_length": length} | result)
         return {"by_context_length": results}, kept
 
+    def figures(self, result):
+        of_unit = {"bits per byte": "bits_per_byte", "nats per token": "loss"}
+        return {
+            f"{r['unit']}, context {r['context_length']}": r[of_unit[r["unit"]]] for r in result["by_context_length"]
+        }
+
     @staticmethod
     def _batches(request: Request, length: int) -> data.ValidationBatches | ValidationRows:
         """Rows of other lengths than the run's keep the number of tokens in a batch."""

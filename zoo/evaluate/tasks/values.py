@@ -58,6 +58,12 @@ class Values(Task):
             found.append(Chart("The first window's first channel", "step", "value", lines, log_x=False, marked=marked))
         return found
 
+    def figures(self, result):
+        model = result["model"]
+        steps = data.baselines.chosen_steps(len(model["mse_by_step"]))
+        by_step = {f"mean squared error, step {step}": model["mse_by_step"][step - 1] for step in steps}
+        return {"mean squared error": model["mse"], "mean absolute error": model["mae"]} | by_step
+
 
 def _errors(results: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
     """By run and by what predicts: each model, and of the first run the baselines, for all are of one series."""
