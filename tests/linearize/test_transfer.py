@@ -105,33 +105,92 @@ def test_small_products_are_read_alike_by_the_taylor_map():
     assert float(jnp.abs(linear(x)[0] - wanted).max()) < 0.003 * float(jnp.abs(wanted).max())
 
 
+def made(name, softmax, **settings):
+    """A mixer that took over from softmax attention, and the words by parameter."""
+    mixer = MIXERS[name](MIXERS[name].config_class(**settings), Sizes(D), layer_index=0, rngs=nnx.Rngs(0))
+    taken = mixer.from_softmax(softmax)
+    for path, (value, _) in taken.items():
+        owner = mixer
+        for part in path.split(".") if value is not None else ():
+            owner = getattr(owner, part)
+        if value is not None:
+            owner[...] = value
+    return mixer, {path: of for path, (_, of) in taken.items()}
+
+
 def test_decays_forget_over_the_span_and_convolutions_hand_on_the_token():
     softmax = softmax_of()._replace(biases=())
     x = jax.random.normal(jax.random.key(0), (1, 3, D))
-    make = lambda name, **given: MIXERS[name](  # noqa: E731
-        MIXERS[name].config_class(**given), Sizes(D), layer_index=0, rngs=nnx.Rngs(0)
-    )
-
-    def take(mixer):
-        for name, taken in mixer.from_softmax(softmax).items():
-            if taken.value is not None:
-                owner = mixer
-                for part in name.split("."):
-                    owner = getattr(owner, part)
-                owner[...] = taken.value
-        return mixer
-
-    gla = take(make("gla", biases="output_gate"))
+    gla = made("gla", softmax, biases="output_gate")[0]
     np.testing.assert_allclose(gla._log_decay(x), -1 / SPAN, rtol=1e-4)
     np.testing.assert_allclose(jax.nn.silu(gla.output_gate(x)), 1, rtol=1e-5)
-    delta = take(make("gated_delta_net"))
+    delta = made("gated_delta_net", softmax)[0]
     steps = jax.nn.softplus(delta.decay(x) + delta.decay_bias[...])
     np.testing.assert_allclose(-jnp.exp(delta.A_log[...]) * steps, -1 / SPAN, rtol=1e-4)
     y, _ = delta.qkv.v_conv(delta.qkv.v(x))
     np.testing.assert_allclose(y, jax.nn.silu(delta.qkv.v(x)), rtol=1e-5)
-    mamba = take(make("mamba2", head_dim=8, state_dim=8, dt_limit_max=0.5))
+    mamba = made("mamba2", softmax, head_dim=8, state_dim=8, dt_limit_max=0.5)[0]
     dt = jnp.clip(jax.nn.softplus(mamba.in_dt(x) + mamba.dt_bias[...]), *mamba.dt_limit)
     np.testing.assert_allclose(-jnp.exp(mamba.A_log[...]) * dt, -1 / SPAN, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_steps_with_one_key_are_one_step():
+    """Gated DeltaProduct with b = 1 at each of three steps is Gated DeltaNet with b = 1."""
+    softmax, x = softmax_of()._replace(biases=()), jax.random.normal(jax.random.key(1), (1, 5, D))
+    sizes = {"num_heads": 4, "expand_k": 1.0, "expand_v": 1.0, "beta_max": 2.0}
+    product, words = made("gated_delta_product", softmax, num_householder=3, **sizes)
+    delta, _ = made("gated_delta_net", softmax, **sizes)
+    assert words["qkv.k.kernel"] == "k, 4 heads of 4, at each of 3 steps"
+    for mixer in (product, delta):
+        mixer.beta.kernel[...] *= 0
+    product.output_gate.kernel[...] = delta.output_gate.kernel[...]
+    np.testing.assert_allclose(product(x)[0], delta(x)[0], atol=1e-5)
+
+
+def test_families_without_q_and_k_take_over_what_softmax_does_where_all_weigh_alike():
+    softmax = softmax_of()._replace(biases=())
+    read = np.einsum("mhv,hvd->md", softmax.v, softmax.out)[:-1]
+    for init in ("lin", "inv", "real"):
+        s4d, _ = made("s4d", softmax, init=init, state_dim=8, n_ssm=2)
+        log_a, b, c = s4d.ssm.discrete()
+        t = np.arange(3 * SPAN)
+        kernel = 2 * np.real(np.einsum("dn,dnt->dt", c * b, np.exp(np.asarray(log_a)[..., None] * t)))
+        np.testing.assert_allclose(kernel, np.exp(-t / SPAN)[None].repeat(D, 0) / SPAN, rtol=0.01)
+        np.testing.assert_allclose(s4d.out.kernel[...], 2 * read, atol=2e-5)
+    mamba, words = made("mamba", softmax, expand=2.0)
+    step = jax.nn.softplus(mamba.dt_bias[...])
+    np.testing.assert_allclose(step, 1 / SPAN, rtol=1e-4)
+    np.testing.assert_allclose(-jnp.exp(mamba.A_log[...]), -1.0)
+    np.testing.assert_allclose(mamba.in_x.kernel[...] @ mamba.out.kernel[...], read, atol=2e-5)
+    assert "select.kernel" not in words
+    with pytest.raises(UsageError, match="bias on v, and this mixer none; set its biases=out"):
+        made("s4d", softmax._replace(biases=("q", "v")))
+
+
+def test_projections_of_relu_come_near_those_of_the_token():
+    softmax = softmax_of()._replace(biases=())
+    x = np.random.default_rng(2).normal(size=(4000, D)).astype(np.float32)
+    mixer, _ = made("conv_linear", softmax, num_heads=4)
+    v = np.asarray(softmax.v[:-1]).reshape(D, -1)
+    u, wanted = np.maximum(x, 0), x @ v
+    left = u @ mixer.attention.v.kernel[...] - wanted
+    left -= left.mean(0)
+    # Of the mean over channels nothing comes through; of the rest there is left 1 - (1 / 4) / (1 / 2 - 1 / (2 pi)).
+    of_mean = D * np.square(v.mean(0)).sum() / np.square(v).sum()
+    expected = of_mean + (1 - of_mean) * (1 - 0.25 / (0.5 - 0.5 / np.pi))
+    assert np.square(left).sum() / np.square(wanted).sum() == pytest.approx(expected, rel=0.03)
+
+
+def test_grouped_heads_go_into_grouped_heads():
+    """4 heads of q with 2 of k, into 2 of q and k with 4 of v: those of one k are added up, exactly."""
+    rng = np.random.default_rng(3)
+    k = jnp.repeat(jnp.asarray(rng.normal(size=(D + 1, 2, 4)), jnp.float32), 2, axis=1)
+    softmax = softmax_of()._replace(biases=(), k=k)
+    mixer, words = made("gated_delta_net", softmax, num_heads=2, num_v_heads=4, expand_k=0.5, expand_v=1.0)
+    q, k = (np.asarray(layer.kernel[...]).reshape(D, 2, 4) for layer in (mixer.qkv.q, mixer.qkv.k))
+    np.testing.assert_allclose(np.einsum("mhk,nhk->hmn", q, k), products(softmax, 2)[:, :-1, :-1], atol=2e-5)
+    assert words["qkv.q.kernel"] == "q, 4 heads of 4 as 2 of 4" and words["qkv.v.kernel"] == "v, 4 heads of 4"
 
 
 @pytest.mark.parametrize("mixer", ["gla,gla,attention", "gated_delta_net", "mamba2,attention", "performer", "retnet"])

@@ -82,10 +82,10 @@ class DiagonalSSM(nnx.Module):
 
     def discrete(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log a, b, c, complex64 [channels, size]."""
-        rate, c = self._of_channels(-jnp.exp(self.log_rate[...])), self.c_real[...]
+        rate, c = self.of_channels(-jnp.exp(self.log_rate[...])), self.c_real[...]
         frequency, c_imag = (0 * rate, 0 * c)
         if self.is_complex:
-            frequency, c_imag = self._of_channels(self.frequency[...]), self.c_imag[...]
+            frequency, c_imag = self.of_channels(self.frequency[...]), self.c_imag[...]
         A, c = jax.lax.complex(rate, frequency), jax.lax.complex(c, c_imag)
         dt = jnp.exp(self.log_dt[...])[:, None]
         if self.discretization == "zoh":
@@ -94,10 +94,11 @@ class DiagonalSSM(nnx.Module):
             log_a, b = jnp.log((1 + dt * A / 2) / (1 - dt * A / 2)), dt / (1 - dt * A / 2)
         if self.b_real is not None:
             imaginary = 0 if self.b_imag is None else 1j * self.b_imag[...]
-            b = b * self._of_channels(self.b_real[...] + imaginary)
+            b = b * self.of_channels(self.b_real[...] + imaginary)
         return log_a, b, c
 
-    def _of_channels(self, values):
+    def of_channels(self, values):
+        """[different, size] -> [channels, size]."""
         return jnp.tile(values, (self.channels // len(values), 1))
 
     def init_state(self, batch_size: int) -> jax.Array:

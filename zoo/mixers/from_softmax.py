@@ -98,6 +98,7 @@ def take_over(
     *,
     heads: int,
     key_heads: int = 0,
+    writes: int = 1,
     q: str = "q",
     k: str = "k",
     v: str = "v",
@@ -108,6 +109,7 @@ def take_over(
 
     Args:
       heads: of values; key_heads: of q and k, 0: as many.
+      writes: k and v that a token has, beside one another in each head: each is softmax's.
 
     Raises:
       UsageError: softmax attention has biases where this mixer has none.
@@ -116,18 +118,21 @@ def take_over(
     layers = {part: _layer(mixer, name) for part, name in names.items()}
     keys = values = None
     if layers["q"] is not None and layers["k"] is not None:
-        keys = softmax.keys(_kernel(layers["q"]), _kernel(layers["k"]), key_heads or heads, turned=turned)
+        fresh_k = _first_write(_kernel(layers["k"]), key_heads or heads, writes)
+        keys = softmax.keys(_kernel(layers["q"]), fresh_k, key_heads or heads, turned=turned)
     if layers["v"] is not None and layers["out"] is not None:
-        values = softmax.values(_kernel(layers["v"]), _kernel(layers["out"]), heads)
+        fresh_v = _first_write(_kernel(layers["v"]), heads, writes)
+        values = softmax.values(fresh_v, _kernel(layers["out"]), heads)
     parts = ("q", "k") * (keys is not None) + ("v", "out") * (values is not None)
     check_biases(softmax, {part: (names[part], layers[part]) for part in parts})
-    found = {}
+    found, each = {}, "" if writes == 1 else f", at each of {writes} steps"
     if keys is not None:
-        found |= projected(q, layers["q"], keys[0], f"q, {keys[2]}") | projected(
-            k, layers["k"], keys[1], f"k, {keys[2]}"
-        )
+        made = _every_write(keys[1], key_heads or heads, writes)
+        found |= projected(q, layers["q"], keys[0], f"q, {keys[2]}")
+        found |= projected(k, layers["k"], made, f"k, {keys[2]}{each}")
     if values is not None:
-        found |= projected(v, layers["v"], values[0], f"v, {values[2]}")
+        made = _every_write(values[0], heads, writes)
+        found |= projected(v, layers["v"], made, f"v, {values[2]}{each}")
         found[f"{out}.kernel"] = Taken(values[1], f"out, {values[2]}")
         if layers["out"].bias is not None and softmax.out_bias is not None:
             found[f"{out}.bias"] = Taken(softmax.out_bias, "out's bias")
@@ -203,6 +208,16 @@ def _layer(mixer: nnx.Module, name: str) -> nnx.Linear | None:
 
 def _kernel(layer: nnx.Linear) -> jax.Array:
     return layer.kernel[...]
+
+
+def _first_write(x: jax.Array, heads: int, writes: int) -> jax.Array:
+    """[D, heads * writes * width] -> [D, heads * width]."""
+    return x.reshape(x.shape[0], heads, writes, -1)[:, :, 0].reshape(x.shape[0], -1)
+
+
+def _every_write(x: jax.Array, heads: int, writes: int) -> jax.Array:
+    """[D, heads * width] -> [D, heads * writes * width]."""
+    return jnp.repeat(x.reshape(x.shape[0], heads, 1, -1), writes, axis=2).reshape(x.shape[0], -1)
 
 
 def _in_heads(x: jax.Array, heads: int, turned: bool = False) -> jax.Array | None:

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import ConvolvedQKV, gated, linear, parameter, rms_norm, step_size_bias
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_at_most
+from zoo.mixers.from_softmax import decaying, open_gate, short_convs, take_over
 from zoo.settings import setting
 from zoo.taken import repeated
 
@@ -103,6 +104,13 @@ class GatedDeltaProduct(Mixer):
         o = o.reshape(batch, time, n, self.heads, self.value_width)[:, :, -1]
         y = self.out(gated(self.norm, o, self.output_gate(x), jax.nn.silu))
         return y, None if state is None else {"conv": conv, "S": final_s}
+
+    def from_softmax(self, softmax):
+        """k and v alike at each step: steps b_1 ... b_n with one key are one step, 1 - (1 - b_1) ... (1 - b_n)."""
+        of_qkv = {"q": "qkv.q", "k": "qkv.k", "v": "qkv.v"}
+        found = take_over(self, softmax, heads=self.heads, writes=self.steps, **of_qkv) | short_convs(self)
+        found |= open_gate(self, "output_gate")
+        return found | (decaying(self, softmax, "decay") if self.decay is not None else {})
 
     def init_state(self, batch_size, max_length, dtype):
         return {

@@ -10,12 +10,15 @@ State: what each convolution still sees, [batch, (width - 1) dilation, d_model],
 """
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from zoo.layers import DilatedConv, linear, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes
+from zoo.mixers.from_softmax import Taken, constant, take_over
 from zoo.mixers.linear.linear_attention import FEATURE_MAPS, LinearAttention, LinearAttentionConfig
 from zoo.settings import setting
 
@@ -56,6 +59,27 @@ class ConvLinear(Mixer):
         else:
             y = self.out(u)
         return y, None if state is None else after
+
+    def from_softmax(self, softmax):
+        """q, k and v of relu(x), which is what is left of x where the convolutions add next to nothing.
+
+        Of normal x they come nearest to q, k and v of x, in the least squares, as W / (1 - 1 / pi) of what differs from
+        the mean. A bias of 0.1, and not 0, lets the gradient into the second convolution.
+        """
+        if not self.has_attention:
+            return {}
+        names = {part: f"attention.{part}" for part in ("q", "k", "v", "out")}
+        found = take_over(self, softmax, heads=self.heads, **names)
+        for part in ("q", "k", "v"):
+            if (name := f"attention.{part}.kernel") in found:
+                kernel, of = found[name]
+                found[name] = Taken((kernel - kernel.mean(0)) / (1 - 1 / math.pi), f"{of}, of relu(x)")
+        second = self.second.taps
+        zero = jnp.zeros_like(second.kernel[...])
+        return found | {
+            "second.taps.kernel": Taken(zero, "0: the convolutions add next to nothing"),
+            "second.taps.bias": constant(second.bias, 0.1, "0.1: and may learn to"),
+        }
 
     def init_state(self, batch_size, max_length, dtype):
         state = {name: getattr(self, name).init_state(batch_size, dtype) for name in ("first", "second")}

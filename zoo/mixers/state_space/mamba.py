@@ -18,6 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 from zoo import ops
 from zoo.layers import ShortConv, check_steps, linear, parameter, rms_norm, rounded_once, step_size_bias
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes
+from zoo.mixers.from_softmax import (
+    NOT_CHOSEN,
+    Taken,
+    check_biases,
+    constant,
+    inverse_softplus,
+    open_gate,
+    projected,
+    short_convs,
+)
 from zoo.settings import setting
 
 INNER_NORMS = {"none": "", "rms_norm": "Jamba's, 2403.19887", "rms_norm_without_scale": "Falcon Mamba's, 2410.05355"}
@@ -81,6 +91,28 @@ class Mamba(Mixer):
         )
         y = self.out(rounded_once(lambda y, z: y * jax.nn.silu(z), y, z))
         return y, None if state is None else {"conv": conv_state, "ssm": ssm_state}
+
+    def from_softmax(self, softmax):
+        """x and W_out from v and W_o; B and C are made of x, which q and k are not, and start fresh.
+
+        Steps of 1 / span with A = -1 leave the mean over the span, as the weights of softmax do, where Mamba-2 has a
+        norm for what is added up.
+        """
+        bias = inverse_softplus(-softmax.log_decay)
+        found = {
+            "dt_up": Taken(jnp.zeros_like(self.dt_up[...]), NOT_CHOSEN),
+            "dt_bias": constant(self.dt_bias, bias, f"{bias:.4g}: a step size of 1 / {softmax.span}"),
+            "A_log": constant(self.A_log, 0.0, f"0: 1 / e after {softmax.span} tokens"),
+            "D": constant(self.D, 0.0, "0: nothing passes the state by"),
+        }
+        heads = softmax.v.shape[1]
+        values = softmax.values(self.in_x.kernel[...], self.out.kernel[...], 1 if self.channels % heads else heads)
+        check_biases(softmax, {"v": ("in_x", self.in_x), "out": ("out", self.out)})
+        found |= projected("in_x", self.in_x, values[0], f"v, {values[2]}")
+        found["out.kernel"] = Taken(values[1], f"out, {values[2]}")
+        if self.out.bias is not None and softmax.out_bias is not None:
+            found["out.bias"] = Taken(softmax.out_bias, "out's bias")
+        return found | short_convs(self) | open_gate(self, "in_z")
 
     def init_state(self, batch_size, max_length, dtype):
         ssm = jnp.zeros((batch_size, self.channels, self.state_dim), jnp.float32)

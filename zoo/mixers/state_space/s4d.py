@@ -10,11 +10,13 @@ State: h, complex64 [batch, d_model, N/2].
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo.layers import DiagonalSSM, DiagonalSSMConfig, linear, rounded_once
 from zoo.mixers.base import Mixer, MixerConfig, Sizes
+from zoo.mixers.from_softmax import Taken, check_biases, constant
 
 
 @dataclasses.dataclass
@@ -35,6 +37,31 @@ class S4D(Mixer):
         y, final_state = self.ssm(x, segment_ids=segment_ids, state=state)
         y = self.out(rounded_once(jax.nn.gelu, checkpoint_name(y, "s4d_y")))
         return y, None if state is None else final_state
+
+    def from_softmax(self, softmax):
+        """What softmax attention is where all tokens weigh alike: W_v W_o of the mean over the span.
+
+        One mode of each channel, which does not turn, is that mean; the others are read by 0. A mean is small, where
+        gelu(x) is about x / 2.
+        """
+        check_biases(softmax, {"v": ("out", self.out), "out": ("out", self.out)})
+        ssm, read = self.ssm, jnp.einsum("mhv,hvd->md", softmax.v, softmax.out)
+        rate = jnp.exp(ssm.of_channels(ssm.log_rate[...])[:, 0])
+        first = jnp.zeros_like(ssm.c_real[...]).at[:, 0].set(rate / 2)
+        found = {
+            "ssm.log_dt": Taken(-jnp.log(softmax.span * rate), f"1 / e after {softmax.span} tokens"),
+            "ssm.c_real": Taken(first, "the mean over the span"),
+            "ssm.D": constant(ssm.D, 0.0, "0: nothing passes the state by"),
+            "out.kernel": Taken(2 * read[:-1], "2 v out, added over heads"),
+        }
+        if ssm.is_complex:
+            still = ssm.frequency[...].at[:, 0].set(0.0)
+            found["ssm.frequency"] = Taken(still, "0: the mean's does not turn")
+            found["ssm.c_imag"] = constant(ssm.c_imag, 0.0, "0")
+        if self.out.bias is not None:
+            bias = read[-1] + (0 if softmax.out_bias is None else softmax.out_bias)
+            found["out.bias"] = Taken(bias, "v's bias out, and out's bias")
+        return found
 
     def init_state(self, batch_size, max_length, dtype):
         return self.ssm.init_state(batch_size)
