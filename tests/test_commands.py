@@ -141,12 +141,18 @@ def test_the_record_of_an_evaluation_says_what_was_measured(run, text, tmp_path,
 
 @pytest.mark.slow
 def test_what_a_run_cannot_do_is_left_out_unless_it_was_asked_for(run, tmp_path, capsys):
-    evaluate([f"--workdir={run}", f"--output={tmp_path / 'own.json'}"])
-    assert list(json.loads((tmp_path / "own.json").read_text())["tasks"]) == ["perplexity", "decode"]
+    asked = [f"--workdir={run}", f"--output={tmp_path / 'own.json'}"]
+    evaluate([*asked, "--tasks=default,parity"])
+    assert list(json.loads((tmp_path / "own.json").read_text())["tasks"]) == ["perplexity", "decode", "parity"]
     errors = capsys.readouterr().err
     assert errors.count("warning: left out: ") == 2 and "recall: the validation text has fewer than 4" in errors
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"own.json", "own.npz", "own.html", "own_perplexity.png", "own_decode.png"}
+    assert names == {
+        "own.json", "own.npz", "own.html", "own_perplexity.png", "own_decode.png", "own_parity.png"
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        evaluate([*asked, "--tasks=default,recall"])
+    assert "error: --tasks: recall: the validation text has fewer than 4" in capsys.readouterr().err
 
 
 def test_any_text_can_be_evaluated(run, tmp_path, capsys):

@@ -118,6 +118,11 @@ def _training_problems(config: Config, layers: list[Place]) -> list[str]:
                 f"{name}: {rows} sequences of train.context_length = {train.context_length} are more than {INT_MAX} "
                 "tokens in one batch; use fewer"
             )
+    if train.distill.rank and not (train.distill.teacher and train.distill.stage == "logits"):
+        found.append(
+            f"train.distill.rank: got {train.distill.rank}, which is of a teacher's logits; set train.distill.teacher "
+            "and train.distill.stage=logits, or leave it at 0"
+        )
     axes = [name for name, size in dataclasses.asdict(config.mesh).items() if size == -1]
     if len(axes) > 1:
         default = "; mesh.data is -1 unless it is set" if "data" in axes else ""

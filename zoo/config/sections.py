@@ -140,6 +140,10 @@ class DistillConfig:
     tokens_weight: float = setting(
         0.0, "share of the tokens' own loss; of stage logits", at_least=0, at_most=1, also=("alpha", "ce_weight")
     )
+    rank: int = setting(
+        0, "of the updates of matrices that are kept from the teacher; of stage logits", at_most=65_536,
+        zero="they train whole", also=("lora_rank",),
+    )  # fmt: skip
     teacher_dtype: str = setting(
         "run",
         "of the teacher's computation",

@@ -67,8 +67,9 @@ def _arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
 def _checked(names: str, request: Request) -> dict[str, Task]:
     """Those of --tasks. What cannot be measured of this run is left out with a warning, if it was not asked for."""
     chosen, head = tasks.find(names), request.config.model.head
-    if names.strip() == tasks.DEFAULT:
-        chosen = {name: task for name, task in chosen.items() if task.head == head}
+    named = set(map(str.strip, names.split(",")))
+    not_asked = tasks.TASKS.keys() - named if tasks.DEFAULT in named else set()
+    chosen = {name: task for name, task in chosen.items() if task.head == head or name not in not_asked}
     for name, task in list(chosen.items()):
         try:
             if task.head != head:
@@ -77,7 +78,7 @@ def _checked(names: str, request: Request) -> dict[str, Task]:
                 raise UsageError(f"--tasks: {name}: it asks for the next token, which a bidirectional model reads")
             task.check(request)
         except UsageError as error:
-            if names.strip() != tasks.DEFAULT or name == "perplexity":
+            if name not in not_asked or name == "perplexity":
                 raise
             warn(f"left out: {str(error).removeprefix('--tasks: ')}")
             del chosen[name]

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from zoo import checkpoints, compile_cache, data, files, lists, memory
-from zoo.config import Config, ModelConfig
+from zoo.config import Config, DistillConfig, ModelConfig
 from zoo.data import synthetic
 from zoo.errors import UsageError, exit_with_message, warn
 from zoo.evaluate import report
@@ -77,7 +77,8 @@ def _trained(workdir: str, config: Config, target: ModelConfig, steps: int, fold
 
     config = copy.deepcopy(config)
     config.model, config.train.steps = target, steps
-    config.train.distill.teacher, config.train.distill.stage = workdir, "mixers"
+    config.train.distill = DistillConfig(teacher=workdir, stage="mixers")
+    config.optimizer.trainable = ""
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
     config.eval.every = config.checkpoint.every = steps
     config.eval.final_batches, config.metrics.tensorboard = config.eval.batches, False

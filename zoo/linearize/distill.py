@@ -11,6 +11,7 @@ settings included, are not counted. z and z' are the logits of the model and of 
 """
 
 import re
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,7 @@ class Distillation:
 
     def trainable(self) -> str:
         """The parameters that the stage is for: a regex over their paths; "": all."""
-        if self.settings.stage != "mixers":
-            return ""
-        blocks = sorted({layers.target for layers in self.layers})
-        return rf"^units\.blocks\.({'|'.join(map(str, blocks))})\.mixer\."
+        return _of_mixers(self.layers) if self.settings.stage == "mixers" else ""
 
     def flops_per_token(self, model: ModelConfig, context_length: int, labels: int | None) -> float:
         """Of a step: the teacher's forward pass, and the model's three times, of stage `mixers` its mixers alone."""
@@ -159,6 +157,19 @@ def replaced_layers(teacher: ModelConfig, model: ModelConfig) -> list[Layers]:
         and (theirs[layers.source].family, theirs[layers.source].settings)
         != (own[layers.target].family, own[layers.target].settings)
     ]
+
+
+def new_parameters(config: Config, names: Iterable[str]) -> set[str]:
+    """Of the parameters' names those of mixers that the teacher of `config.train.distill` does not have."""
+    teacher = checkpoints.read_config(config.train.distill.teacher).model
+    regex = _of_mixers(replaced_layers(teacher, config.model))
+    return {name for name in names if re.search(regex, name)}
+
+
+def _of_mixers(layers: list[Layers]) -> str:
+    """A regex of their parameters."""
+    blocks = sorted({each.target for each in layers})
+    return rf"^units\.blocks\.({'|'.join(map(str, blocks))})\.mixer\."
 
 
 def _check(settings: DistillConfig, teacher: ModelConfig, model: ModelConfig) -> None:

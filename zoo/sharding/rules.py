@@ -87,14 +87,16 @@ def named_shardings(abstract_state: Any, mesh: Mesh | AbstractMesh, specs: Mappi
 
     Args:
       specs: of `parameter_specs`. What an optimizer keeps of a parameter, at a path that ends in the parameter's, lies
-        as the parameter does.
+        as the parameter does; what else it keeps, by its own axes.
     """
 
     def place(path, leaf):
         spec = PartitionSpec()
         if _is_variable(leaf):
             parts = dotted(path).split(".")
-            spec = next(specs[name] for i in range(len(parts)) if (name := ".".join(parts[i:])) in specs)
+            names = (".".join(parts[i:]) for i in range(len(parts)))
+            own = partition_spec(*logical_axes(leaf))
+            spec = next((specs[name] for name in names if name in specs), own)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state, is_leaf=_is_variable)

@@ -23,9 +23,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from zoo import data, heads, linearize, processes, sharding
 from zoo.checkpoints import named_leaves, with_leaves
 from zoo.config import Config
+from zoo.errors import UsageError
 from zoo.heads.base import Declared
 from zoo.model import LanguageModel
-from zoo.training.optimizer import make_optimizer
+from zoo.training.low_rank import low_rank
+from zoo.training.optimizer import is_matrix, make_optimizer
 from zoo.training.schedules import schedule
 
 Batch = dict[str, jax.Array]  # what `zoo.heads` declares; of tokens, each [B, T]
@@ -100,10 +102,10 @@ def build(config: Config, mesh: Mesh) -> Programs:
     axes = {name: x.axes for name, x in batch_arrays(config, evaluation=True).items()}
 
     graphdef, abstract_params = nnx.split(abstract_model(config), nnx.Param)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, abstract_params)
+    optimizer = optimizer_of(config, abstract_params)
     learning_rate = schedule(config.optimizer, config.train.steps)
     regex = config.optimizer.trainable or (distillation.trainable() if distillation else "")
-    trainable = linearize.trainable_names(regex, abstract_params)
+    trainable = linearize.trainable_names(regex, abstract_params) - _stays(config, abstract_params)
 
     def start(params: nnx.State) -> TrainState:
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -197,6 +199,34 @@ def build(config: Config, mesh: Mesh) -> Programs:
     )
 
 
+def optimizer_of(config: Config, params: nnx.State) -> optax.GradientTransformation:
+    """Of a run: `make_optimizer`'s, or with `train.distill.rank` updates of that rank of what is kept from the teacher.
+
+    Raises:
+      UsageError: as `make_optimizer`; nothing is left that trains.
+    """
+    make = functools.partial(make_optimizer, config.optimizer, config.train.steps)
+    rank = config.train.distill.rank
+    if not rank:
+        return make(params)
+    trainable = linearize.trainable_names(config.optimizer.trainable, params) - _stays(config, params)
+    if not trainable:
+        raise UsageError(
+            "optimizer.trainable: with train.distill.rank no parameter is left that trains; expected a regex of a "
+            "matrix, or of a mixer that the teacher does not have"
+        )
+    new = linearize.new_parameters(config, trainable)
+    return low_rank(make, rank, params, whole=new, low=trainable - new)
+
+
+def _stays(config: Config, params: nnx.State) -> set[str]:
+    """With updates of low rank: what is kept from the teacher and no matrix."""
+    if not config.train.distill.rank:
+        return set()
+    named = sharding.parameters(params)
+    return {name for name in named.keys() - linearize.new_parameters(config, named) if not is_matrix(named[name])}
+
+
 def abstract_model(config: Config) -> LanguageModel:
     """The model's shapes."""
     return nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
@@ -209,7 +239,7 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh, params: nnx.State)
       UsageError: the optimizer's parameter groups, or `mesh.overrides`, do not fit the model.
     """
     specs = sharding.parameter_specs(params, config.mesh.overrides)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, params)
+    optimizer = optimizer_of(config, params)
     state = TrainState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     shardings = sharding.named_shardings(state, mesh, specs)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
