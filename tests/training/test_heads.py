@@ -111,7 +111,7 @@ OF_VALUES = {"model.head": "values", "data.source": "waves", "model.horizon": 4,
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["classes", "values"])
 def test_a_resumed_run_is_the_run_in_one_go(of_classes, tmp_path, head):
-    """To the last bit of every parameter, over the end of a pass and with dropout."""
+    """To the last bit of every parameter, with dropout and an evaluation on both sides."""
     settings = {"model.dropout": 0.1, "eval.every": 20} | (OF_VALUES if head == "values" else {})
     train(of_classes(**settings), tmp_path / "whole")
     for steps in (30, 60):

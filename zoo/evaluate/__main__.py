@@ -201,6 +201,7 @@ def _over_seeds(records: Sequence[dict], console: Console) -> None:
             found[name] = of_task
             console.print(report.on_terminal(seeds.table(name, of_task)))
     about = {"workdirs": [record["workdir"] for record in records], "steps": [record["step"] for record in records]}
+    about["corpus"] = records[0]["corpus"]
     figures = {name: {figure: of._asdict() for figure, of in own.items()} for name, own in found.items()}
     path = pathlib.Path(records[0]["workdir"], "evaluate-seeds.json")
     try:
