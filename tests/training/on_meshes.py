@@ -58,8 +58,8 @@ def make_config(mixer: str) -> Config:
     c.eval.batch_size = ROWS
     c.optimizer.name, c.optimizer.learning_rate, c.optimizer.schedule = "adamw", 1e-3, "constant"
     c.model.dropout = 0.1
-    if "," in mixer:  # a hybrid's attention does not turn its queries and keys
-        c.model.positions, c.model.max_positions = "learned", TIME
+    if "," in mixer:  # a hybrid's attention does not turn its queries and keys; layers alike are scanned
+        c.model.positions, c.model.max_positions, c.model.remat = "learned", TIME, "full"
     return c
 
 

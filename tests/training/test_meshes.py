@@ -12,7 +12,7 @@ from tests.conftest import XLA_FLAGS
 from tests.training.on_meshes import MESHES
 from zoo.mixers import CAUSAL_MIXERS, MIXERS
 
-ALL = [(mixer, *MESHES) for mixer in (*CAUSAL_MIXERS, "gla,attention")]
+ALL = [(mixer, *MESHES) for mixer in (*CAUSAL_MIXERS, "gla,gla,attention")]
 BOTH_WAYS = ("attention,gla,mamba2", "linear_attention", "rwkv7", "hgrn2", *sorted({*MIXERS} - {*CAUSAL_MIXERS}))
 ALL += [(f"{mixer}/bidirectional", *MESHES[-2:]) for mixer in BOTH_WAYS]
 ALL += [(f"gla/{head}", *MESHES) for head in ("classes", "values")]
@@ -32,7 +32,7 @@ def hold(*arguments):
 
 
 def test_training_a_hybrid_on_eight_devices_is_training_it_on_one():
-    hold("gla,attention", MESHES[-1], "descent")
+    hold("gla,gla,attention", MESHES[-1], "descent")
 
 
 MEMORY = """
