@@ -124,6 +124,20 @@ def test_states_of_a_word_problem_are_arrangements(name, order):
     assert (counts > 0).all() and counts.max() < 3 * 3000 / order
 
 
+@pytest.mark.parametrize(("name", "moved", "elements"), [("S5", 2, 11), ("S5", 3, 31), ("A5", 3, 21), ("A5", 4, 36)])
+def test_tokens_of_a_word_problem_move_so_many_points(name, moved, elements):
+    """Targets may be any element. 10 exchanges and 20 cycles of three; 15 pairs of exchanges."""
+    t = make(f"word_problem:{name}", 8, moved=moved)
+    rows = t.rows(np.random.default_rng(0), 2000)
+    every = list(itertools.permutations(range(5)))
+    if name[0] == "A":
+        every = [each for each in every if round(np.linalg.det(np.eye(5)[list(each)])) == 1]
+    tokens = set(rows.tokens.flat)
+    assert {sum(a != b for a, b in enumerate(every[token])) for token in tokens} <= {0, *range(2, moved + 1)}
+    assert len(tokens) == elements and len(set(rows.targets[:, -1])) > 0.9 * len(every)
+    assert "moved" in repr(t) and "moved" not in repr(make(f"word_problem:{name}", 8))
+
+
 def test_a_tests_weights_are_on_the_answer_and_training_may_count_every_token():
     rows = make("induction_heads", 20).rows(np.random.default_rng(0), 3)
     batch = rows.batch(answers_only=True)
@@ -172,6 +186,7 @@ def test_as_a_source_batches_are_functions_of_their_step_and_can_be_read_in_part
         ("mqar?vocab_size=8&pairs=4", 64, "got a vocabulary of 8, expected an even one of at least 10"),
         ("word_problem", 64, "unknown synthetic task 'word_problem'; known, nearest first: word_problem:"),
         ("word_problem:S4", 64, "unknown synthetic task 'word_problem:S4'; .*word_problem:A5"),
+        ("word_problem:A5?moved=2", 64, "word_problem:A5: got moved = 2, by which no element but one is left"),
         ("word_problem:S5?vocab_size=60", 64, "word_problem:S5: got a vocabulary of 60, expected 120"),
         ("mqqar?pairs=2", 64, "unknown synthetic task 'mqqar'; known, nearest first: mqar"),
         ("mqar?pair=2", 64, "mqar: unknown option 'pair'; known, nearest first: pairs"),

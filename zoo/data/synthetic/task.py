@@ -79,6 +79,7 @@ class Task:
     recalled_by: ClassVar[int] = 0  # the last tokens of a question, behind which its answer stood before; 0: nowhere
     axis: ClassVar[tuple[str, tuple]] = ("", ())  # what an evaluation varies: a size and its values; POSITION: nothing
     kept_as: ClassVar[dict[str, Any]] = {}  # what runs were kept under that is no field any more
+    came_later: ClassVar[tuple[str, ...]] = ()  # fields that runs were kept without: not said where they are 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -140,6 +141,7 @@ class Task:
         """What runs are kept under, and known by: of a task that stands it must not change."""
         names = ["name", "vocab_size", "length"]
         names += [field.name for field in dataclasses.fields(self) if field.name not in names]
+        names = [name for name in names if getattr(self, name) or name not in self.came_later]
         said = {name: getattr(self, name) for name in names} | self.kept_as
         return f"Task({', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
