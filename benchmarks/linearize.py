@@ -30,7 +30,7 @@ from zoo.config import Config, leaves, preset
 from zoo.errors import UsageError, exit_with_message
 from zoo.figures import Chart, Line, Table, shown
 from zoo.files import expand
-from zoo.linearize import importance
+from zoo.linearize import importance, settled_width
 from zoo.linearize.__main__ import main as command
 from zoo.settings import argument
 
@@ -117,6 +117,7 @@ def stages(of: Stage, pattern: str, how: str, folder: pathlib.Path) -> list[Stag
 def _changed(config: Config, pattern: str, steps: int, rate: float) -> Config:
     changed = copy.deepcopy(config)
     changed.model.mixer, changed.train.steps = pattern, steps
+    changed.model.d_ff = settled_width(config.model, changed.model)  # from scratch, too
     changed.eval.every = changed.checkpoint.every = steps
     changed.optimizer.learning_rate *= rate
     changed.optimizer.warmup_steps = min(changed.optimizer.warmup_steps, steps // 4)
@@ -175,17 +176,20 @@ def kept_runs() -> dict[str, dict]:
 
 def run(case: Case, pattern: str, workdir: pathlib.Path, again: bool = False) -> dict:
     """What is kept of the case, or what its runs come to; folders of what is kept go, but for teachers'."""
-    of = teacher(case.task, case.budget, case.seed, workdir)
-    if case.how != "teacher":
-        trained(*of)
-    pattern = pattern or _chosen(case, of)
+    of, kept = teacher(case.task, case.budget, case.seed, workdir), {} if again else kept_runs().get(case.name, {})
     folder = workdir / case.name.replace(" ", "_").replace(",", "-")
-    how = case.how if case.how in METHODS else "both"
-    chain = [of] if case.how == "teacher" else stages(of, pattern, how, folder)
-    setup = "; ".join(_said(stage.config) for stage in chain)
-    kept = {} if again else kept_runs()
-    if kept.get(case.name, {}).get("setup") == setup:
-        return kept[case.name]
+
+    def planned(pattern: str) -> tuple[list[Stage], str]:
+        how = case.how if case.how in METHODS else "both"
+        chain = [of] if case.how == "teacher" else stages(of, pattern, how, folder)
+        return chain, "; ".join(_said(stage.config) for stage in chain)
+
+    known = pattern or kept.get("pattern")
+    if kept and known and planned(known)[1] == kept["setup"]:
+        return kept
+    trained(*of)
+    pattern = pattern or _chosen(case, of)
+    chain, setup = planned(pattern)
     for stage in chain:
         summary = trained(*stage)
     names = ("eval_bits_per_byte", "eval_accuracy", "eval_loss", "parameters", "tokens")

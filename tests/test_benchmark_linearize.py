@@ -49,6 +49,7 @@ def test_a_model_is_made_of_its_stages_and_kept_until_they_change(monkeypatch, r
     )
     (scratch,) = (entry for entry in asked if entry[1].parent.name.endswith("scratch_0"))
     assert scratch[2] == scratch[0].train.distill.teacher == "" and scratch[0].train.steps == round(0.2 * steps)
+    assert scratch[0].model.d_ff == mixers[0].model.d_ff > 0  # the same model
     # Medians of 2.02 and 2.5 are more than 3 % beside the teacher's, and no better than the logits alone.
     printed = capsys.readouterr().out
     assert "| 1x | gla,gla,attention | 2.000 (2.000 - 2.000) | 2.260 (2.020 - 2.500) | 2.020" in printed
@@ -62,6 +63,7 @@ def test_a_model_is_made_of_its_stages_and_kept_until_they_change(monkeypatch, r
     assert {entry[1].parent.name for entry in asked if "teacher" not in entry[1].name} == {
         "text_1x_gla-gla-attention_both_0", "text_1x_gla-gla-attention_both_1",
     }  # fmt: skip
+    assert len([entry for entry in asked if "teacher" in entry[1].name]) == 2  # theirs, in case it is gone
     asked.clear()
     linearize.main([*flags, "--kept"])
     assert not asked and "+13.0%" in capsys.readouterr().out
