@@ -103,7 +103,7 @@ def test_what_the_figures_say():
     assert "linear_attention, conv_linear (2); above it: none; on both sides: gla, convolutions (2)" in lorenz
     assert parts == (
         "lorenz 24: conv_linear errs less than (every seed) linear_attention and less than (seeds overlap) "
-        "convolutions, at equal parameters"
+        "convolutions; parameters: 1,000, 1,000, 1,000"
     )
     assert "horizon 48" in electricity and "of every seed: none; above it: mamba (1)" in electricity
     [row] = cells[2].rows()

@@ -88,9 +88,10 @@ def conclusions(cells: Sequence[Cell]) -> list[str]:
         )
         by_mixer = {of.setup.mixer: of for of in own}
         if {"conv_linear", "linear_attention", CONVOLUTIONS} <= by_mixer.keys():
-            both = by_mixer["conv_linear"]
-            words = [f"{_beside(both, by_mixer[m])} {m}" for m in ("linear_attention", CONVOLUTIONS)]
-            found.append(f"{task}: conv_linear errs {' and '.join(words)}, at equal parameters")
+            both, *halves = (by_mixer[m] for m in ("conv_linear", "linear_attention", CONVOLUTIONS))
+            words = [f"{_beside(both, of)} {of.setup.mixer}" for of in halves]
+            sizes = [f"{of.runs[0]['parameters']:,}" for of in (both, *halves)]
+            found.append(f"{task}: conv_linear errs {' and '.join(words)}; parameters: {', '.join(sizes)}")
     return found
 
 

@@ -10,7 +10,7 @@ digits: scikit-learn's, a pixel a position, and four. mnist1d (arXiv:2011.14439)
 GunPoint: of the UCR archive (arXiv:1810.07758), 50 rows of 150 steps, one and five a position.
 lorenz, vic_elec: 24 steps after 96, 48 after more; the last fifth tests, the last value, the last season and a linear
   regression of the input stand beside. conv_linear there, and on lorenz its convolutions alone; linear attention alone
-  is the family linear_attention, of as many parameters.
+  is the family linear_attention, of as many parameters (within 3 %).
 
 A task whose package is not installed is left out, and the command says so.
 """
