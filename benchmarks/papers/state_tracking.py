@@ -8,6 +8,8 @@ from zoo.config import OptimizerConfig
 from zoo.data.synthetic import make
 from zoo.mixers import CAUSAL_MIXERS
 
+EXCHANGES = "S5 exchanges"  # products of exchanges of two, which one reflection a token follows (2411.12537)
+
 
 def setups() -> Iterator[Setup]:
     """What a transition can follow: decays and corrections of b up to 1 forget, of b up to 2 they reflect, and n
@@ -34,13 +36,17 @@ def setups() -> Iterator[Setup]:
         yield dataclasses.replace(setup, label=label, model=rotary if mixer == "attention" else model)
 
     optimizer = dataclasses.replace(optimizer, weight_decay=0.0)
-    for group, needed in {"S3": 2, "A5": 2, "S5": 4}.items():  # steps a token that solve it
-        task, lengths = make(f"word_problem:{group}", length=16), (64,)
+    groups = {"S3": (2, 0), "A5": (2, 0), "S5": (4, 0), EXCHANGES: (1, 2)}
+    for group, (needed, moved) in groups.items():  # steps a token that solve it; points that a token moves, at most
+        task, lengths = make(f"word_problem:{group[:2]}", length=16, moved=moved), (64,)
+        product = bounded["gated_delta_product"]
         runs = [(group, "attention", "-", {})]
-        for steps in (1, 2, 4):
-            settings = bounded["gated_delta_product"] | {"num_householder": steps}
+        if group == EXCHANGES:
+            settings = product | {"num_householder": 1, "beta_max": 1.0}
+            runs.append((f"{group} n=1 b<=1", "gated_delta_product", "not solved", settings))
+        for steps in (1, 2, 4) if group != EXCHANGES else (1, 2):
             found = "solved" if steps >= needed else "not solved"
-            runs.append((f"{group} n={steps}", "gated_delta_product", found, settings))
+            runs.append((f"{group} n={steps}", "gated_delta_product", found, product | {"num_householder": steps}))
         for label, mixer, found, settings in runs:
             setup = Setup(task, mixer, found, 6000, 64, optimizer, test_lengths=lengths, settings=settings, **sizes)
             yield dataclasses.replace(setup, label=label, model=rotary if mixer == "attention" else model)
