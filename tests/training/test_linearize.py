@@ -69,21 +69,22 @@ def test_logits_are_learnt_alike_in_pieces_and_after_a_stop(make_config, tmp_pat
     train(make_config(**SOFTMAX), teacher)
     found = {}
     runs = (
-        ("whole", [4], {}),
-        ("resumed", [2, 4], {}),
-        ("pieces", [4], {"train.accumulate_steps": 2}),
+        ("whole", [4], {}, 0),
+        ("pieces", [4], {"train.accumulate_steps": 2}, 0),
+        ("whole, of low rank", [4], {}, 2),
+        ("resumed, of low rank", [2, 4], {}, 2),
     )
-    for name, steps, settings in runs:
+    for name, steps, settings, rank in runs:
         settings = HYBRID | {"model.gla.num_heads": 2, "optimizer.schedule": "constant"} | settings
         settings["optimizer.warmup_steps"] = 0  # of the number of steps, which a stopped run does not know
         for last in steps:
             config = make_config(**settings | {"train.steps": last, "checkpoint.every": 2})
             config.train.distill.teacher, config.train.distill.tokens_weight = str(teacher), 0.25
             config.train.distill.temperature, config.train.distill.teacher_dtype = 2.0, "bfloat16"
-            config.train.distill.rank = 2
+            config.train.distill.rank = rank
             train(config, tmp_path / name, init_from=str(teacher))
         found[name] = np.asarray(list(losses(tmp_path / name).values()))
-    np.testing.assert_array_equal(found["resumed"], found["whole"])
+    np.testing.assert_array_equal(found["resumed, of low rank"], found["whole, of low rank"])
     np.testing.assert_allclose(found["pieces"], found["whole"], rtol=2e-4)
 
 
