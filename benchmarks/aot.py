@@ -53,6 +53,11 @@ class Row:
         """What it is kept under, and what is typed after --aot=TOPOLOGY."""
         return " ".join([f"--config={self.config}", *(f"--config.{name}={value}" for name, value in self.settings)])
 
+    @property
+    def key(self) -> str:
+        """In what is kept: with the topology, where there is one alone."""
+        return f"{self.topologies[0]} {self.name}" if len(self.topologies) == 1 else self.name
+
 
 def rows() -> list[Row]:
     """The ones that docs/scaling.md speaks of first."""
@@ -168,7 +173,7 @@ def main():
     results = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
     wanted = [row for row in rows() if any(part in f"{row.name} {row.topologies}" for part in flags.rows.split(","))]
     for row in wanted if not flags.table else ():
-        key = f"{row.topologies[0]} {row.name}" if len(row.topologies) == 1 else row.name
+        key = row.key
         if key in results and not flags.again:
             continue
         found = measure(row)
@@ -178,7 +183,8 @@ def main():
         results[key] = found
         RESULTS.write_text(json.dumps(record.environment() | {"results": results}, indent=1) + "\n")
         print(list(table({key: results[key]}))[-1], flush=True)
-    print("\n".join(table(results)))
+    listed = [row.key for row in rows() if row.key in results]
+    print("\n".join(table({key: results[key] for key in listed})))
 
 
 if __name__ == "__main__":
