@@ -127,9 +127,9 @@ class Unit(nnx.Module):
     def __call__(self, x, *, states, dropout_key, depths, of_input, rematerialised, is_unrolled, **given):
         """`rematerialised` goes around each layer. Without states, layers that follow each other and are alike but for
         their parameters are scanned, unless `is_unrolled` says of their number that they are not."""
-        new_states = []
-        for run in self._runs():
-            graphdef = nnx.split(self.blocks[run[0]])[0]
+        new_states, split = [], [nnx.split(block) for block in self.blocks]
+        for run in _alike([graphdef for graphdef, _ in split]):
+            graphdef = split[run[0]][0]
 
             def layer(x, per_layer, graphdef=graphdef, of_input=of_input[run[0]]):
                 parameters, i, depth, state = per_layer
@@ -138,7 +138,7 @@ class Unit(nnx.Module):
                 return block(x, state=state, dropout_key=key, depth=depth, of_input=of_input, **given)
 
             layer = rematerialised(layer)
-            of_layers = [(nnx.split(self.blocks[i])[1], i, depths[i], states[i]) for i in run]
+            of_layers = [(split[i][1], i, depths[i], states[i]) for i in run]
             if len(run) == 1 or states[run[0]] is not None or is_unrolled(len(run)):
                 for of_layer in of_layers:
                     x, state = layer(x, of_layer)
@@ -148,15 +148,16 @@ class Unit(nnx.Module):
                 new_states += [None] * len(run)
         return x, new_states
 
-    def _runs(self) -> list[list[int]]:
-        """The places of the layers, those together that follow each other and are alike."""
-        runs: list[list[int]] = []
-        for i, block in enumerate(self.blocks):
-            if runs and nnx.split(block)[0] == nnx.split(self.blocks[runs[-1][0]])[0]:
-                runs[-1].append(i)
-            else:
-                runs.append([i])
-        return runs
+
+def _alike(layers: list[nnx.GraphDef]) -> list[list[int]]:
+    """The places of the layers, those together that follow each other and are alike."""
+    runs: list[list[int]] = []
+    for i, layer in enumerate(layers):
+        if runs and layer == layers[runs[-1][0]]:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
 
 
 class LanguageModel(nnx.Module):
