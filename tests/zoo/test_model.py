@@ -321,6 +321,23 @@ def test_minimal_remat_computes_no_product_again(mixer, tokens, monkeypatch):
     assert products["minimal"] == products["none"] < products["full"]
 
 
+def test_each_layer_drops_its_own_numbers(tokens, monkeypatch):
+    """Five units run as a scan, and in each five layers alike as another. Here dropout adds draws instead: the variance
+    of a sum of n is n times one's if they are independent, n^2 times if a layer's keys are another's."""
+    monkeypatch.setattr(model_module, "dropout", lambda x, rate, key: jax.random.uniform(key, x.shape))
+    graphdef, parameters = nnx.split(build(tiny(mixer="mlp,mlp,mlp,mlp,mlp,gla", num_layers=30, d_model=64)))
+
+    @jax.jit
+    def summed(parameters, tokens):
+        model = nnx.merge(graphdef, parameters)
+        model.norm = lambda x: x
+        return model.hidden(tokens, dropout_key=jax.random.key(0))[0]
+
+    drawn = summed(parameters, jnp.tile(tokens, (4, 4)))
+    draws = 1 + 30 + 5  # of the embedding, of each layer's MLP, of each mixer
+    assert float(jnp.var(drawn)) == pytest.approx(draws / 12, rel=0.1)
+
+
 def test_dropout_acts_with_a_key_and_is_the_keys_alone(tokens):
     call = jitted(build(tiny(dropout=0.5)))
     first, _ = call(tokens, dropout_key=jax.random.key(0))
