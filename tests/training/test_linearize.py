@@ -1,5 +1,6 @@
 """Runs that start from the weights of a run with other mixers, and learn from it."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,19 +12,39 @@ import pytest
 from flax import nnx
 
 from tests.conftest import XLA_FLAGS
-from zoo import checkpoints, sharding
+from tests.interop import tiny
+from zoo import checkpoints, interop, sharding
+from zoo import config as zoo_config
 from zoo.errors import UsageError
+from zoo.evaluate.__main__ import main as evaluate
 from zoo.linearize.__main__ import main as importance
 from zoo.training import train
 from zoo.training.step import build
 
 SOFTMAX = {"model.mixer": "attention", "model.num_layers": 4, "model.attention.num_heads": 2, "train.steps": 1}
 HYBRID = SOFTMAX | {"model.mixer": "gla,attention", "model.gla.expand_k": 1.0}
+SPREAD = {} if jax.device_count() == 1 else {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 
 
 def leaves(workdir):
     params = nnx.state(checkpoints.load_run(workdir).model, nnx.Param)
     return {name: np.asarray(x) for name, x in checkpoints.named_leaves(params).items()}
+
+
+def same_on_eight_devices(test, found, tmp_path):
+    """Where there is one device: `test`, again in a process that has eight, finds what this one did. Devices are made
+    once a process."""
+    if SPREAD:
+        np.savez(tmp_path / "found.npz", **found)
+        return
+    eight, itself = tmp_path / "eight", f"{__file__}::test_{test}"
+    environment = os.environ | {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow", f"--basetemp={eight}", itself]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    [path] = {path.resolve() for path in eight.glob("*/found.npz")}  # pytest links to the newest folder too
+    for name, of_eight in np.load(path).items():
+        np.testing.assert_allclose(of_eight, found[name], rtol=2e-4, err_msg=name)
 
 
 def test_a_hybrid_takes_over_softmax_attention_and_its_mixers_learn_alone(make_config, tmp_path, losses, capsys):
@@ -94,11 +115,10 @@ def test_both_stages_on_eight_devices_are_those_on_one(make_config, tmp_path, lo
     step's gradient by 4%."""
     softmax = SOFTMAX | {"train.batch_size": 8}
     hybrid = softmax | HYBRID | {"model.gla.num_heads": 2, "train.steps": 3, "train.batch_size": 8}
-    spread = {} if jax.device_count() == 1 else {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    train(make_config(**softmax | spread), tmp_path / "teacher")
+    train(make_config(**softmax | SPREAD), tmp_path / "teacher")
     found = {}
     for stage, rank in (("mixers", 0), ("logits", 0), ("logits", 2)):
-        config, name = make_config(**hybrid | spread), f"{stage}{rank or ''}"
+        config, name = make_config(**hybrid | SPREAD), f"{stage}{rank or ''}"
         config.train.distill.teacher, config.train.distill.stage = str(tmp_path / "teacher"), stage
         config.train.distill.rank = rank
         train(config, tmp_path / name, init_from=str(tmp_path / "teacher"))
@@ -110,18 +130,62 @@ def test_both_stages_on_eight_devices_are_those_on_one(make_config, tmp_path, lo
     moved = after["units.blocks.1.mlp.up.kernel"] - before["units.blocks.0.mlp.up.kernel"][1::2]
     sizes = np.linalg.svd(moved, compute_uv=False)
     assert (sizes[:, 1] > 1e-4).all() and (sizes[:, 2] < 1e-2 * sizes[:, 1]).all()
-    if spread:
-        np.savez(tmp_path / "losses.npz", **found)
-        return
-    # Devices are made once a process: this test again, in one that has eight.
-    eight, itself = tmp_path / "eight", f"{__file__}::test_both_stages_on_eight_devices_are_those_on_one"
-    environment = os.environ | {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow", f"--basetemp={eight}", itself]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    [path] = {path.resolve() for path in eight.glob("*/losses.npz")}  # pytest links to the newest folder too
-    for stage, of_eight in np.load(path).items():
-        np.testing.assert_allclose(of_eight, found[stage], rtol=2e-4)
+    same_on_eight_devices("both_stages_on_eight_devices_are_those_on_one", found, tmp_path)
+
+
+IMPORTED = {  # with grouped heads, and what its family has beside them
+    "llama": ({"model.mixer": "gla", "model.gla.expand_k": 1.0}, "gla"),
+    "qwen2": (
+        {
+            "model.mixer": "mamba2,attention", "model.attention.biases": "q,k,v,out",
+            "model.mamba2.expand": 1, "model.mamba2.head_dim": 4, "model.mamba2.state_dim": 4,
+            "model.mamba2.biases": "in_xBC,in_dt,in_z,out",
+        },
+        "bamba",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_imported_model_is_linearized_and_exported_on_eight_devices_as_on_one(make_config, tmp_path, losses):
+    """Transfer, both stages, evaluation, and export in a format that has the new mixers. Llama's has 4 heads of q on 2
+    of k and v, Qwen2's the same with biases."""
+    (tmp_path / "text").mkdir()
+    for i, words in enumerate(np.random.default_rng(0).geometric(0.2, (40, 150)).clip(max=39)):
+        (tmp_path / "text" / f"{i:02}.txt").write_text(" ".join(f"w{word}" for word in words))
+    found = {}
+    for name, (mixers, model_type) in IMPORTED.items():
+        teacher = tmp_path / name
+        interop.import_model(str(tiny.folder(tmp_path / f"{name}-theirs", name)), str(teacher))
+        source = str(teacher)
+        for stage in ("mixers", "logits"):
+            config = make_config(
+                **{
+                    "data.source": f"{tmp_path}/text/*.txt", "data.cache_dir": f"{tmp_path}/cache",
+                    "train.steps": 20, "train.batch_size": 8, "checkpoint.every": 20, "optimizer.learning_rate": 1e-3,
+                }
+                | SPREAD
+            )  # fmt: skip
+            imported = zoo_config.read_json(teacher / "config.json")
+            config.model, config.data.tokenizer = imported.model, imported.data.tokenizer
+            for setting, value in mixers.items():
+                *path, field = setting.split(".")
+                setattr(functools.reduce(getattr, path, config), field, value)
+            config.train.distill.teacher, config.train.distill.stage = str(teacher), stage
+            workdir = tmp_path / f"{name}-{stage}"
+            train(config, workdir, init_from=source)
+            found[f"{name} {stage}"] = list(losses(workdir).values())
+            source = str(workdir)
+        assert np.asarray(found[f"{name} mixers"])[-5:, 0].mean() < np.asarray(found[f"{name} mixers"])[0, 0]
+        evaluate([f"--workdir={source}", "--tasks=perplexity"])
+        tasks = json.loads((tmp_path / f"{name}-logits" / "evaluate.json").read_text())["tasks"]
+        found[f"{name} evaluated"] = [tasks["perplexity"]["by_context_length"][0]["loss"]]
+        out = interop.export_run(source, str(tmp_path / f"{name}-out"))
+        assert out.model_type == model_type
+        again = interop.import_model(str(tmp_path / f"{name}-out"), str(tmp_path / f"{name}-again"))
+        for parameter, x in leaves(source).items():
+            np.testing.assert_array_equal(leaves(again.workdir)[parameter], x)
+    same_on_eight_devices("an_imported_model_is_linearized_and_exported_on_eight_devices_as_on_one", found, tmp_path)
 
 
 @pytest.mark.slow
