@@ -123,6 +123,16 @@ CASES = {
     "kda": ("kda", FLA | {"head_dim": 6, "norm_eps": 1e-4}),
     "rwkv6": ("rwkv6", FLA | {"proj_low_rank_dim": 3, "gate_low_rank_dim": 5}),
     "rwkv7": ("rwkv7", FLA | {"num_heads": None, "head_dim": 8, **LORA}),
+    "gla_hybrid": ("gla", FLA | {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}}),
+    "kda_hybrid": (
+        "kda",
+        FLA
+        | {
+            "head_dim": 6,
+            "num_hidden_layers": 3,
+            "attn": {"layers": [1], "num_heads": 2, "window_size": 5, "rope_theta": 100.0},
+        },
+    ),
     "gated_deltanet": ("gated_deltanet", FLA | {"num_v_heads": 4, "head_dim": 6, "expand_v": 1.5}),
 }  # fmt: skip
 
@@ -134,6 +144,7 @@ FLA_MODELS = ("gla", "retnet", "linear_attn", "hgrn2", "delta_net", "gated_delta
 @functools.cache
 def patch_models() -> None:
     """Import fla, which takes names of transformers' over: `mamba` is its own from then on."""
+    import fla.layers.attn as attn
     import fla.models as models
     import fla.modules.mlp as mlp
     from family import RMSNorm
@@ -152,7 +163,14 @@ def patch_models() -> None:
             x = x if residual is None else x + residual
             return (super().forward(x), x) if prenorm else super().forward(x)
 
+    def softmax(q, k, v, causal, window_size):
+        rows, columns = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+        seen = (columns <= rows) & ((window_size[0] < 0) | (columns >= rows - window_size[0]))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+
     patch_fla()
+    attn.flash_attn_func = softmax  # a CUDA kernel of another package
     mlp.swiglu_linear = lambda gate, up, weight, bias: F.linear(F.silu(gate) * up, weight, bias)
     for name in FLA_MODELS:
         module = getattr(getattr(models, name), f"modeling_{name}")

@@ -24,6 +24,11 @@ FIELDS = [
     ("qwen3", {"layer_types": WINDOWS}, r"layer_types: sliding_attention, and no window"),
     ("qwen2", {"layer_types": ["full_attention"]}, r"layer_types: 1 layers for 2"),
     ("granite", {"layer_types": ["linear_attention", "mlp"]}, r"layer_types: 2 layers for 2, \['mlp'\] unknown"),
+    ("gla", {"attn": {"layers": [2], "num_heads": 2}}, r"attn.layers: \[2\] are not numbers of 2 layers, from 0"),
+    ("gla", {"attn": {"layers": [1], "num_heads": 3}}, r"attn.num_heads: 3 heads do not divide hidden_size = 16"),
+    ("gla", {"attn": {"layers": [1]}}, r"attn.num_heads: 0 heads do not divide hidden_size = 16"),
+    ("kda", {"attn": {"layers": [1], "num_heads": 2, "qk_norm": True}}, r"attn.qk_norm: True is not known here"),
+    ("rwkv7", {"attn": {"layers": [1], "num_heads": 2}}, r"attn: \{.*, of which only None can be expressed"),
     *(("mamba2", {"time_step_limit": limit}, r"time_step_limit: got .*, expected two numbers")
       for limit in ([0, 0], [1, 0], [NAN, 1], [0, NAN], [True, False], [False, True], [INFINITY] * 2, ["0", "1"])),
 ]  # fmt: skip
@@ -72,7 +77,7 @@ def test_a_multiplier_that_is_null_is_one():
     assert of_model.factors(values, model)["embed.embedding"] == 1.0
 
 
-@pytest.mark.parametrize("golden", ["yarn_rope", "bamba", "rwkv7"])
+@pytest.mark.parametrize("golden", ["yarn_rope", "bamba", "rwkv7", "gla_hybrid"])
 def test_any_field_may_hold_anything(golden):
     """It is another model, or a UsageError."""
     about, _ = tiny.golden(golden)

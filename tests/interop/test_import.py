@@ -156,10 +156,22 @@ def test_what_a_format_cannot_say_is_named():
         exporting.choose(model, "", "")
     one = zoo_config.ModelConfig(mixer="mamba2", num_layers=2, d_model=64, vocab_size=64)
     assert exporting.choose(one, "", "")[0].name == "bamba"  # a hybrid without layers of attention
+    # What a linearized run is: GLA, and some layers as they were, with settings in the pattern.
+    sizes = {"num_layers": 4, "d_model": 64, "d_ff": 64, "vocab_size": 64, "positions": "rope"}
+    hybrid = zoo_config.ModelConfig(mixer="gla@expand_k=1,attention@window=8@biases=q+k+v", **sizes)
+    found, model = exporting.choose(hybrid, "", "")
+    assert found.name == "gla" and family.to_fields(found, model)["attn"] == {
+        "layers": [1, 3], "num_heads": 4, "num_kv_heads": 4, "qkv_bias": True, "window_size": 8, "rope_theta": 1e4
+    }  # fmt: skip
+    hybrid.mixer = "gla,attention@window=8,gla,attention"
+    with pytest.raises(UsageError, match="^gla, the nearest format, .* model.mixer: 'gla,attention@window=8,gla,att"):
+        exporting.choose(hybrid, "", "")
+    with pytest.raises(UsageError, match="^gla, .*: all layers are softmax attention, and none is gla"):
+        exporting.choose(zoo_config.ModelConfig(mixer="attention", num_layers=2, d_model=64, vocab_size=64), "gla", "")
     with pytest.raises(UsageError, match="has the mixers of this run, gateloop"):
         exporting.choose(zoo_config.ModelConfig(mixer="gateloop", vocab_size=64), "", "")  # no model is made
     with pytest.raises(UsageError, match="--format: got 'x'"):
-        exporting.choose(model, "x", "")
+        exporting.choose(hybrid, "x", "")
 
 
 def test_shards_hold_what_they_should(tmp_path):

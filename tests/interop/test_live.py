@@ -31,7 +31,7 @@ FRESH = {
     "mamba2": {"mixer": "mamba2", "mlp": "none", "mamba2.head_dim": 16, "mamba2.groups": 2},
     "bamba": {"mixer": "mamba2", "mamba2.head_dim": 16},  # without a layer of attention
     "xlstm": {"mixer": "mlstm", "logit_softcap": 30.0},
-    "gla": {"mixer": "gla"},
+    "gla": {"mixer": "gla@expand_k=1,attention@window=8"},
     "retnet": {"mixer": "retnet"},
     "delta_net": {"mixer": "delta_net"},
     "rwkv7": {

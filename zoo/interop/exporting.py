@@ -84,6 +84,7 @@ def choose(model: ModelConfig, asked: str, origin: str) -> tuple[Family, ModelCo
     """
     if asked and asked not in families.FAMILIES:
         raise UsageError(f"--format: got {asked!r}, expected one of {', '.join(families.exported())}")
+    model = _in_sections(model)
     layers = set(zoo_config.pattern(model)) - {zoo_config.MLP_LAYER}
     fitting = [name for name in families.exported() if layers <= set(families.FAMILIES[name].mixers)]
     names = [asked] if asked else sorted(fitting, key=lambda name: name != origin)
@@ -100,6 +101,19 @@ def choose(model: ModelConfig, asked: str, origin: str) -> tuple[Family, ModelCo
         raise UsageError(f"no format of {', '.join(families.exported())} has the mixers of this run, {model.mixer}")
     nearest = min(found, key=lambda name: (set(families.FAMILIES[name].mixers) != layers, len(found[name])))
     raise UsageError(f"{nearest}, the nearest format, cannot say what this model is: {'; '.join(found[nearest])}")
+
+
+def _in_sections(model: ModelConfig) -> ModelConfig:
+    """The same model, where all layers of a family are alike with their settings in the family's section, which is what
+    a format reads, and not in the pattern: gla@expand_k=1,attention is gla,attention."""
+    places = zoo_config.places(model)
+    alike = {}
+    for family in {place.family for place in places} - {zoo_config.MLP_LAYER}:
+        first, *others = [place.settings for place in places if place.family == family]
+        if all(settings == first for settings in others):
+            alike[family] = first
+    mixer = ",".join(place.family if place.family in alike else place.name for place in places)
+    return dataclasses.replace(model, mixer=mixer, **alike)
 
 
 def _tensors(places: Table, parameters: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

@@ -35,6 +35,7 @@ FAMILIES = [
         "hgrn2",
         "HGRN2ForCausalLM",
         mixer="hgrn2",
+        has_attention=False,
         fields={"use_lower_bound": Only(True), "use_short_conv": Only(False), "elementwise_affine": Only(True)},
         settings={},
         rules=[

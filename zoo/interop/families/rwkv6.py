@@ -68,6 +68,7 @@ FAMILIES = [
         "rwkv6",
         "RWKV6ForCausalLM",
         mixer="rwkv6",
+        has_attention=False,
         fields=FIELDS
         | {
             "norm_eps": Field("norm_epsilon", 1e-5),

@@ -58,6 +58,7 @@ FAMILIES = [
         "rwkv7",
         "RWKV7ForCausalLM",
         mixer="rwkv7",
+        has_attention=False,
         fields=FIELDS
         | {
             "norm_eps": Field("norm_epsilon", 1e-5),
