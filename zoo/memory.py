@@ -1,7 +1,8 @@
 """What a run needs of memory, by formula, and what the machine has: refused with the numbers, before it is allocated.
 
     parameters, gradients    4 bytes a parameter each (float32)
-    optimizer                AdamW 8 bytes a parameter; Muon 4, and 8 in embeddings, positions and the head
+    optimizer                AdamW 8 bytes a parameter; Muon 4, and 8 in embeddings, positions and the head; with
+                             updates of low rank what its state takes
     activations, at least    the residual stream before each repeating unit, which the backward pass keeps whatever
                              model.remat says, and the batch itself
 
@@ -38,8 +39,8 @@ class Training(NamedTuple):
         return ", ".join(f"{name} {amount(size)}" for name, size in self._asdict().items())
 
 
-def training(config: Config) -> Training:
-    """Of `config`, with its vocabulary settled."""
+def training(config: Config, optimizer: int | None = None) -> Training:
+    """Of `config`, with its vocabulary settled; `optimizer`: bytes of its state, where the formula is not of it."""
     model, train = config.model, config.train
     parameters = num_parameters(model)
     of_adam = table_parameters(model) if config.optimizer.name == "muon" else parameters
@@ -48,7 +49,7 @@ def training(config: Config) -> Training:
     return Training(
         parameters=4 * parameters,
         gradients=4 * parameters,
-        optimizer=4 * (parameters + of_adam),
+        optimizer=4 * (parameters + of_adam) if optimizer is None else optimizer,
         activations=_batch_bytes(config, train.batch_size)
         + tokens // train.accumulate_steps * units * _residual_bytes(model),
     )
@@ -71,9 +72,9 @@ def _forward_bytes(config: Config, rows: int, length: int) -> int:
     return _batch_bytes(config, rows, length) + positioned * _residual_bytes(config.model)
 
 
-def floor(config: Config, mesh: Mesh) -> int:
-    """Bytes that training takes at least, of the mesh's devices together."""
-    needed = training(config)
+def floor(config: Config, mesh: Mesh, optimizer: int | None = None) -> int:
+    """Bytes that training takes at least, of the mesh's devices together; `optimizer`: as in `training`."""
+    needed = training(config, optimizer)
     return _copies(config, mesh) * (needed.parameters + needed.gradients + needed.optimizer) + needed.activations
 
 
@@ -83,14 +84,16 @@ def _copies(config: Config, mesh: Mesh) -> int:
     return 1 if config.mesh.overrides else mesh.size // (sizes["fsdp"] * sizes["tensor"])
 
 
-def check_training(config: Config, mesh: Mesh, teacher: ModelConfig | None = None) -> None:
+def check_training(
+    config: Config, mesh: Mesh, teacher: ModelConfig | None = None, optimizer: int | None = None
+) -> None:
     """UsageError if the run cannot fit into the memory of the mesh's devices, all together.
 
-    `teacher`: whose parameters lie there, too.
+    `teacher`: whose parameters lie there, too; `optimizer`: as in `training`.
     """
-    needed, copies = training(config), _copies(config, mesh)
+    needed, copies, least = training(config, optimizer), _copies(config, mesh), floor(config, mesh, optimizer)
     frozen = copies * 4 * num_parameters(teacher) if teacher else 0
-    if needed.activations > floor(config, mesh) - needed.activations:
+    if needed.activations > least - needed.activations:
         advice = "lower train.batch_size or train.context_length, or raise train.accumulate_steps"
     else:
         advice = "lower model.d_model, model.num_layers or model.vocab_size"
@@ -98,7 +101,7 @@ def check_training(config: Config, mesh: Mesh, teacher: ModelConfig | None = Non
     what += f", teacher {amount(frozen)}" if teacher else ""
     what += f"; {copies} copies, which mesh.fsdp spreads instead)" if copies > 1 else ")"
     devices = list(mesh.devices.flat)
-    check(what, floor(config, mesh) + frozen, devices, advice)
+    check(what, least + frozen, devices, advice)
     resident = copies * (needed.parameters + needed.optimizer) + frozen
     rows = config.eval.batch_size or config.train.batch_size
     size = resident + _forward_bytes(config, rows, config.train.context_length)

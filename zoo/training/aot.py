@@ -112,9 +112,11 @@ def compile_step(config: Config, name: str) -> Report:
         model_flops=counted(config.model, train.context_length, labels) * tokens / mesh.size,
         peak=chip.peak,
     )
-    floor = memory.floor(config, mesh) // mesh.size
+    optimizer = programs.optimizer_bytes
+    floor = memory.floor(config, mesh, optimizer) // mesh.size
     if floor > report.has:
-        report.needed, report.why = floor, f"at least, by formula ({memory.training(config)}); nothing was compiled"
+        report.needed = floor
+        report.why = f"at least, by formula ({memory.training(config, optimizer)}); nothing was compiled"
         return report
     traced = programs.train.trace(state, batch, *programs.abstract_teacher)
     try:

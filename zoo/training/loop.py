@@ -72,7 +72,8 @@ def train(
         placement.check(run.config, jax.device_count())
         mesh = sharding.make_mesh(run.config.mesh)
         programs = build(run.config, mesh)
-        memory.check_training(run.config, mesh, programs.distillation and programs.distillation.config.model)
+        of_teacher = programs.distillation and programs.distillation.config.model
+        memory.check_training(run.config, mesh, of_teacher, programs.optimizer_bytes)
         data.tokenize(run.data_config)
         # Opened once: what happens to the text from here on means nothing to this process.
         dataset = data.training_dataset(run.data_config, programs.rows(run.config.train.batch_size))

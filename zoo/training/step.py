@@ -62,6 +62,11 @@ class Programs(NamedTuple):
         """What `train` takes beside state and batch: the teacher's parameters, or nothing."""
         return () if self.distillation is None else (self.distillation.abstract,)
 
+    @property
+    def optimizer_bytes(self) -> int:
+        """Of the optimizer's state, one copy."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract_state.opt))
+
     def rows(self, sequences: int) -> list[int]:
         """Those of a batch of `sequences` that devices of this process hold, whole or in part; others may, too."""
         places = self.batch_sharding.addressable_devices_indices_map((sequences, self.batch_sharding.mesh.size))
