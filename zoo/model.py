@@ -36,9 +36,6 @@ from zoo.mixers.shared_settings import NO_STATE, add_bias, projections
 from zoo.states import State
 from zoo.taken import Segments, last
 
-# A scan stores what the backward pass needs in arrays over all that it scans, zeroed first: up to so many units, and
-# layers of one that are alike, run one by one.
-UNROLLED = 4
 # With a state, so many tokens are bound by what is read: units run one by one, so that each state is updated in place.
 FEW_TOKENS = 32
 
@@ -183,7 +180,7 @@ class LanguageModel(nnx.Module):
         self.tokenizer_size = config.vocab_size
         self.causal = config.direction == CAUSAL
         self.dropout, self.learned_positions = config.dropout, config.positions == "learned"
-        self.remat = config.remat
+        self.remat, self.unrolled = config.remat, config.unrolled
         families = [layer for layer in dict.fromkeys(layers) if layer != MLP_LAYER]
         self.saved_names = tuple(name for family in families for name in MIXERS[family].saved_names)
         self.pattern, self.num_units = tuple(layers), config.num_layers // len(layers)
@@ -438,9 +435,10 @@ class LanguageModel(nnx.Module):
         return found
 
     def _is_unrolled(self, layers: int) -> bool:
-        """Whether so many layers alike run one by one. What they compute again, the compiler would find already
-        computed, and keep."""
-        return layers <= UNROLLED and self.remat == "none"
+        """Whether so many units, or layers of one that are alike, run one by one. A scan stores what the backward pass
+        needs in arrays over all that it scans; what layers compute again, the compiler would find already computed, and
+        keep, if they were not scanned."""
+        return layers <= self.unrolled and self.remat == "none"
 
     def rematerialised(self, layer: Callable) -> Callable:
         """`layer`, of which the backward pass keeps what `model.remat` says."""

@@ -218,11 +218,8 @@ def test_naming_what_may_change_anyway_is_no_mistake(make_config, prepare):
 
 
 def test_settings_that_shapes_do_not_show_are_named(make_config):
-    old, new = (
-        make_config(),
-        make_config(**{"model.gla.num_heads": 4, "model.remat": "full", "model.retnet.num_heads": 4}),
-    )
-    new.model.positions = "none"
+    old, new = make_config(), make_config(**{"model.gla.num_heads": 4, "model.remat": "full", "model.unrolled": 2})
+    new.model.retnet.num_heads, new.model.positions = 4, "none"
     assert workdir.model_difference(old.model, new.model) == [
         "model.positions: rope -> none", "model.gla.num_heads: 2 -> 4",
     ]  # fmt: skip

@@ -388,13 +388,13 @@ def test_program_size_does_not_grow_with_depth(tokens):
     assert 0 <= more - few < of_one_unit / 2  # the parameters of four layers, and no layer
 
 
-def test_layers_that_are_alike_are_scanned_without_a_difference(tokens, monkeypatch):
+def test_layers_that_are_alike_are_scanned_without_a_difference(tokens):
     """Dropout's masks too; the last place has settings of its own."""
     mixer = "attention,attention,attention,attention@num_heads=2"
-    parameters, loss = loss_of(tiny(mixer=mixer, num_layers=4, dropout=0.2), tokens, jax.random.key(0))
     found = []
-    for few in (2, 100):
-        monkeypatch.setattr(model_module, "UNROLLED", few)
+    for unrolled in (2, 100):
+        config = tiny(mixer=mixer, num_layers=4, dropout=0.2, unrolled=unrolled)
+        parameters, loss = loss_of(config, tokens, jax.random.key(0))
         step = jax.value_and_grad(loss)
         found.append((jax.make_jaxpr(step)(parameters), *jax.jit(step)(parameters)))
     (scanned, value, gradient), (unrolled, value_unrolled, gradient_unrolled) = found

@@ -9,6 +9,7 @@ from zoo.config.checks import refuse, unsettled, validate, validate_model
 from zoo.config.saved import difference, from_json, leaves, read_json, to_json
 from zoo.config.sections import (
     HEAD_CHOICES,
+    HOW,
     OPTIMIZERS,
     Config,
     DistillConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "DistillConfig",
     "HEAD_CHOICES",
+    "HOW",
     "MLP_LAYER",
     "MaskConfig",
     "MetricsConfig",

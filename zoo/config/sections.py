@@ -80,8 +80,15 @@ class _ModelFields:
     )
     logit_softcap: float = setting(0.0, "c: logits become c tanh(logits / c)", zero="off", at_least=1e-3, at_most=1e6)
     remat: str = setting("none", "what the backward pass recomputes", choices=REMAT)
+    unrolled: int = setting(
+        4, "so many layers alike, or fewer, are no loop, with remat=none: longer to compile, faster to train",
+        unit="layer",
+    )  # fmt: skip
     dtype: str = setting("float32", "of the computation; parameters are float32", choices=DTYPES, also=("precision",))
 
+
+# Settings of the model that say how it is computed, and nothing of what.
+HOW = ("remat", "unrolled")
 
 ModelConfig = dataclasses.make_dataclass(
     "ModelConfig",

@@ -19,7 +19,7 @@ import safetensors.numpy
 from zoo import files, memory
 from zoo.checkpoints import Run, named_leaves
 from zoo.checkpoints.leaves import with_leaves
-from zoo.config import leaves
+from zoo.config import HOW, leaves
 from zoo.errors import UsageError
 from zoo.generate import reading
 from zoo.generate.reading import Context
@@ -27,7 +27,7 @@ from zoo.mixers import MIXERS
 from zoo.settings import shown
 
 _FORMAT = "sequence-zoo state 1"
-_IRRELEVANT = {"remat", "dropout"}  # of the model's settings: a state is the same with others
+_IRRELEVANT = {*HOW, "dropout"}  # of the model's settings: a state is the same with others
 _MOST_SHOWN = 6
 
 

@@ -256,7 +256,7 @@ def unsaid(family: Family, model: ModelConfig) -> list[str]:
         again, _ = to_model(family, to_fields(family, model))
     except UsageError as error:
         return [line.strip() for line in str(error).splitlines()]
-    again = dataclasses.replace(again, **{name: getattr(model, name) for name in ("remat", "dropout", "dtype")})
+    again = dataclasses.replace(again, **{name: getattr(model, name) for name in (*zoo_config.HOW, "dropout", "dtype")})
     here = _function(model)
     if here == _function(again):
         return []

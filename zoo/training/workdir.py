@@ -36,7 +36,8 @@ NOTED = ("train.steps", "mesh.")
 # And this if --override names it: the state and the batches to come stay what they are.
 OVERRIDABLE = (
     *(f"optimizer.{name}" for name in zoo_config.leaves(zoo_config.OptimizerConfig()) if name != "name"),
-    "train.accumulate_steps", "model.dropout", "model.remat", "model.dtype", "data.validation_source",
+    "train.accumulate_steps", "model.dropout", *(f"model.{name}" for name in zoo_config.HOW), "model.dtype",
+    "data.validation_source",
 )  # fmt: skip
 
 # Of the head, and what reads numbers: under another head they are made anew.
@@ -208,7 +209,7 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
     """Settings, of families those that both use, that differ and change what the same parameters compute."""
     unused = MIXERS.keys() - (set(zoo_config.pattern(old)) & set(zoo_config.pattern(new)))
-    unused |= {"remat", *(() if old.head == new.head else _OF_HEAD)}
+    unused |= {*zoo_config.HOW, *(() if old.head == new.head else _OF_HEAD)}
     before, after = zoo_config.leaves(old), zoo_config.leaves(new)
     return [
         f"model.{name}: {before[name]} -> {after[name]}"
