@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from kernels import attention, attention_step, dispatch
+from kernels.attention import splash as splash_module
 from kernels.attention import sums
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.attention.splash import splash
@@ -301,6 +303,23 @@ REFUSED_BY_SPLASH = {
     "segment has no key": (128, 128, {"segment_ids": (jnp.zeros((2, 128), jnp.int32), jnp.ones((2, 128), jnp.int32))}),
     "no decays": (128, 128, {"log_decay": (jnp.zeros((2, 128, 4, 2)),) * 2}),
 }
+
+
+@pytest.mark.parametrize("shape, offset", [((512, 512), 0), ((256, 1024), 384), ((512, 256), 0), ((256, 512), 100)])
+@pytest.mark.parametrize("window", [None, (0, 0), (127, 0), (128, 0), (129, 0), (300, 0), (127, 127), (200, 64)])
+def test_masks_by_blocks_make_the_kernel_of_masks_by_elements(shape, offset, window):
+    def made(causal, local):
+        mask = causal(shape, offset) if window is None else local(shape, window, offset=offset)
+        heads, sizes = splash_attention.MultiHeadMask([mask] * 2), splash_attention.BlockSizes(*[128] * 8)
+        return mask, splash_attention.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+    theirs, wanted = made(splash_attention.CausalMask, splash_attention.LocalMask)
+    ours, found = made(splash_module._Causal, splash_module._Local)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for i, j in np.ndindex(shape[0] // 128, shape[1] // 128):
+        block = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+        assert (ours[block].size == 1) == (len(np.unique(theirs[block])) == 1)
 
 
 @pytest.mark.parametrize("reason", REFUSED_BY_SPLASH)
