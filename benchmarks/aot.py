@@ -36,8 +36,8 @@ EIGHT_B = {
     "transformer:1.3b": EIGHT | {"model.attention.num_heads": 32},
 }
 TOO_LARGE = (  # of which 16 sequences of 2,048 a chip do not fit a v5e, at 1.3b
-    *("based", "dfw", "gated_delta_net_hybrid", "h3", "kda_hybrid", "linformer", "mamba2_hybrid", "performer", "s4d"),
-    "transnormer",
+    *("based", "dfw", "gated_delta_net_hybrid", "h3", "h3_hybrid", "kda_hybrid", "linformer", "mamba2_hybrid"),
+    *("performer", "s4d", "transnormer"),
 )
 LONG = ("gla:1.3b", "transformer:1.3b")  # of which contexts of 8,192 to 1,048,576 tokens are compiled
 
