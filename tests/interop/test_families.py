@@ -21,6 +21,9 @@ QUICK = ("llama", "phi3", "mamba", "mamba2_groups", "gla", "gated_deltanet")
 CASES = sorted(path.stem for path in tiny.GOLDENS.glob("*.npz"))
 ROUND_TRIPS = ("phi3", "mamba", "gla")
 PREFILL = 20
+# Of gradients. RWKV-7's move by up to 8e-5 where each weight changes by a unit in its last place (llama's by 1e-6,
+# kda's by 1e-5), and its golden is float32 as well: one CPU agrees to 1e-4, on another a projection is off by 3.8e-4.
+BOUNDS = {"rwkv7": 5e-4}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_logits_are_the_packages_own(name, imported):
 def test_logits_decoding_and_gradients_are_the_packages_own(name, imported):
     _, made, run = imported(name)
     about, arrays = tiny.golden(name)
-    tokens = jnp.asarray(arrays["tokens"])
+    tokens, bound = jnp.asarray(arrays["tokens"]), BOUNDS.get(name, 1e-4)
     graphdef, params = nnx.split(run.model, nnx.Param)
 
     def loss(params):
@@ -75,7 +78,7 @@ def test_logits_decoding_and_gradients_are_the_packages_own(name, imported):
         zero = entry.transform.write(*map(np.zeros_like, parts))  # of a shift
         for theirs, g, shift in zip(entry.theirs, entry.transform.write(*parts), zero, strict=True):
             wanted = arrays["gradients"][list(about["shapes"]).index(theirs)]
-            assert np.max(np.abs(projections(theirs, g - shift) - wanted)) < 1e-4 * wanted[0], theirs
+            assert np.max(np.abs(projections(theirs, g - shift) - wanted)) < bound * wanted[0], theirs
 
     call = jax.jit(lambda params, tokens, state: nnx.merge(graphdef, params)(tokens, state=state))
     pieces, state = [], run.model.init_state(len(tokens), tokens.shape[1])
