@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.zoo.cases import CASES, D_MODEL, applied, error_ratio
+from zoo.mixers import CAUSAL, MIXERS
 from zoo.taken import Segments
 
 BATCH, BEFORE, TIME = 2, 6, 6
@@ -20,7 +21,9 @@ BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 1e-2}
 
 def parameters():
     for dtype in BOUNDS:
-        for case in CASES:
+        for case, (family, _) in CASES.items():
+            if CAUSAL not in MIXERS[family].directions:
+                continue  # no state
             is_quick = case in QUICK and dtype == jnp.float32
             yield pytest.param(case, dtype, marks=[pytest.mark.slow] * (not is_quick), id=f"{case}-{dtype.__name__}")
 
@@ -63,7 +66,7 @@ def test_the_state_is_that_after_the_tokens_taken(case, dtype):
 
     for lengths in ([2, 0], [TIME, 3]):
         part, state = call(here, Segments.of(None, jnp.array(lengths), (BATCH, TIME)), at, start)
-        assert error_ratio(part, y) <= BOUNDS[dtype] / 10  # of all tokens, taken or not
+        assert error_ratio(part, y) <= max(BOUNDS[dtype] / 10, 1e-6)  # of all tokens, taken or not
         for row, length in enumerate(lengths):
             assert_rows_equal(state, row, fresh[length], row, BOUNDS[dtype])
         after = jnp.array([BEFORE + length for length in lengths])
