@@ -83,13 +83,13 @@ def test_a_run_is_kept_until_its_set_up_changes(monkeypatch, tmp_path):
         (longer, 1, False, False),
         (longer, 1, True, False),
     ):
-        [found] = kept.run_or_recall("h3", [setup], seeds, again, partial)
+        [found] = kept.Runs("h3", again=again, partial=partial).of([setup], range(seeds))
         assert [run["accuracy_6"] for run in found] == [50.0 + seed for seed in range(seeds)]
     rate = SMALL.optimizer.learning_rate
     expected = [(8, 0), (8, 1, 2), (8, 3), (9, 0), (9, 0), (9, 0)]
     assert runs == [(steps, *((seed, rate) for seed in seeds)) for steps, *seeds in expected]
     assert kept.kept_runs("h3").keys() == {f"induction_heads attention {seed}" for seed in range(4)}
-    [left] = kept.run_or_recall("h3", [SMALL], 5, False, False, recall_only=True)  # `longer` took the place of one
+    [left] = kept.Runs("h3", recall_only=True).of([SMALL], range(5))  # `longer` took the place of one
     assert [run["accuracy_6"] for run in left] == [51.0, 52.0, 53.0]
 
 
@@ -113,9 +113,9 @@ def test_learning_rates_are_arguments_of_one_program(monkeypatch):
     assert alone.keys() == {"seconds", "ms_a_step", "loss", "validation_6", "accuracy_6"}
 
 
-def test_validation_rows_choose_the_learning_rate():
+def test_validation_rows_of_the_first_seed_choose_the_learning_rate():
     setups = [tuned(1e-2), tuned(1e-3), tuned(1e-4)]
-    figures = [[(50, 90)], [(60, 10), (80, 70), (70, 30)], []]  # validation, accuracy
+    figures = [[(50, 90)], [(60, 10), (30, 70), (40, 30)], []]  # validation, accuracy
     runs = [[{"validation_6": v, "accuracy_6": a, "seconds": 1.0} for v, a in of] for of in figures]
     cell = report.cell([*zip(setups, runs, strict=True)])
     assert cell.setup is setups[1] and cell.accuracies(6) == [10, 70, 30]
@@ -123,6 +123,23 @@ def test_validation_rows_choose_the_learning_rate():
     assert (rate, median, span, seeds) == ("0.001", "30.0", "10.0 - 70.0", "3")
     assert int(size.replace(",", "")) == 2 * 2 * (7 * 16 * 4 + 4)  # two layers: keys and values of 7 tokens, two counts
     assert report.cell([(setups[2], [])]) is None
+
+
+def test_the_first_seed_tries_all_learning_rates_and_the_others_have_the_one_it_chose(monkeypatch):
+    asked_for = []
+
+    class Trainer:
+        def __init__(self, setup): ...
+
+        def train_and_test(self, asked):
+            asked_for.extend(asked)
+            return [{"validation_6": 90 - abs(rate - 1e-3), "accuracy_6": 50 + seed} for seed, rate in asked]
+
+    monkeypatch.setattr(kept, "Trainer", Trainer)
+    runs = kept.Runs("none", again=True, partial=True)
+    cell = command.found_of([[tuned(1e-2), tuned(1e-3)], [tuned(1e-4)]], runs, 3, report)
+    assert asked_for == [(0, 1e-2), (0, 1e-3), (0, 1e-4), (1, 1e-3), (2, 1e-3)]
+    assert cell.setup.optimizer.learning_rate == 1e-3 and cell.accuracies(6) == [50, 51, 52]
 
 
 @pytest.mark.parametrize("mixer", ["s4d", "h3"])

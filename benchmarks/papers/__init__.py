@@ -19,8 +19,9 @@ encoders: classes of rows and series by softmax attention, its approximations an
 mqar, mad and extrapolation have a reduced form for a CPU, and the published one with --full; their modules say what
 differs.
 
-The test rows choose nothing: the last step's weights are tested, once. Where several learning rates are tried, rows of
-their own choose among them, by the median over seeds. Medians over seeds, with the range.
+The test rows choose nothing: the last step's weights are tested, once. Where several learning rates are tried, seed 0
+tries them all, rows of their own choose among them, and the other seeds have the one that was chosen. Medians over
+seeds, with the range.
 
 Each run is kept in benchmarks/results/ when it ends, with its date and machine, and is not repeated by the same command
 (--again does): a table may be made in parts. Runs go side by side, one a core of those that the process may use; of

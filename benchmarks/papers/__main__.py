@@ -5,11 +5,13 @@ import itertools
 import operator
 import os
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import jax
 
 from benchmarks import papers, record
-from benchmarks.papers.kept import run_or_recall
+from benchmarks.papers.kept import Runs
 from benchmarks.papers.row_task import RowTask
 from benchmarks.papers.set_up import Setup
 from zoo.errors import UsageError, exit_with_message, warn
@@ -42,6 +44,13 @@ def cells_of(setups: Sequence[Setup]) -> list[list[list[Setup]]]:
     ]
 
 
+def found_of(cell: Sequence[Sequence[Setup]], runs: Runs, seeds: int, report: ModuleType) -> Any:
+    """The report's cell of one model and task: seed 0 tries every set-up, the others the one that it chose."""
+    tried = [pair for group in cell for pair in zip(group, runs.of(group, [0]), strict=True)]
+    of_first = report.cell(tried)
+    return of_first and report.cell([(of_first.setup, runs.of([of_first.setup], range(seeds))[0])])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.papers", description=papers.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,18 +77,15 @@ def main(argv: list[str] | None = None) -> None:
     print(report.line(report.HEADINGS))
     cells, missing = [], {}
     for cell in cells_of(chosen(list((paper.full if args.full else paper.setups)()), args.mixers, args.tasks)):
-        tried, task = [], cell[0][0].task
+        task = cell[0][0].task
         if isinstance(task, RowTask) and task not in missing:
             missing[task] = task.missing
             if missing[task]:
                 warn(f"left out, but for what is kept: {cell[0][0].label}: {missing[task]}")
-        recall_only = args.kept or bool(missing.get(task))
-        for group in cell:
-            for setup in group:
-                setup.steps = args.steps or setup.steps
-            runs = run_or_recall(name, group, args.seeds, args.again, args.steps > 0, recall_only=recall_only)
-            tried += zip(group, runs, strict=True)
-        if found := report.cell(tried):
+        runs = Runs(name, again=args.again, partial=args.steps > 0, recall_only=args.kept or bool(missing.get(task)))
+        for setup in itertools.chain(*cell):
+            setup.steps = args.steps or setup.steps
+        if found := found_of(cell, runs, args.seeds, report):
             cells.append(found)
             print(*map(report.line, found.rows()), sep="\n", flush=True)
     for sentence in report.conclusions(cells):
