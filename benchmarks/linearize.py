@@ -35,9 +35,8 @@ from zoo.linearize.__main__ import main as command
 from zoo.settings import argument
 
 NAME = "linearize"
-SHARE = 0.2  # of the teacher's steps
-MIXERS_SHARE = 0.4  # of those, the mixers alone
-RATES = {"mixers": 1.0, "logits": 0.3}  # times the teacher's learning rate
+SHARE = 0.2  # of the teacher's tokens
+MIXERS_SHARE = 0.6  # of those, the mixers alone
 WITHIN = {False: 0.06, True: 0.03}  # of the teacher's bits per byte; True: where softmax layers stay
 METHODS = ("both", "logits", "scratch")
 _GLA, _DELTA = "gla@num_heads=4@expand_k=1@biases=output_gate", "gated_delta_net@num_heads=4@expand_k=1@expand_v=1"
@@ -54,6 +53,25 @@ RECALLING = {
     "gated_delta_net": "gated_delta_net@num_heads=1@expand_k=1@expand_v=1",
 }
 LAYERS, TASK = 4, "mqar?vocab_size=256&pairs=8"
+
+
+class Recipe(NamedTuple):
+    """Of a stage: its optimizer, its learning rate beside the teacher's, rows of a step."""
+
+    optimizer: str
+    rate: float
+    rows: int
+
+
+# Of text, where a fifth of the tokens is 36 of the teacher's steps, too few for new mixers: by seed 0 of gla at 1x, the
+# best bits per byte of 1, 2 and 8 rows a step, muon and adamw, three rates of each. From scratch has its own best.
+RECIPES = {
+    ("text", "mixers"): Recipe("muon", 2.0, 1),
+    ("text", "logits"): Recipe("adamw", 0.1, 1),
+    ("text", "scratch"): Recipe("muon", 0.3, 1),
+    ("mqar", "mixers"): Recipe("adamw", 1.0, 32),
+    ("mqar", "logits"): Recipe("adamw", 0.3, 32),
+}
 
 
 class Case(NamedTuple):
@@ -96,17 +114,16 @@ def teacher(task: str, budget: int, seed: int, folder: pathlib.Path) -> Stage:
     return Stage(config, folder / _in_folder("teacher", config))
 
 
-def stages(of: Stage, pattern: str, how: str, folder: pathlib.Path) -> list[Stage]:
-    """The runs that make a linearized model of a teacher."""
-    steps = round(SHARE * of.config.train.steps)
+def stages(task: str, how: str, of: Stage, pattern: str, folder: pathlib.Path) -> list[Stage]:
+    """The runs that make a linearized model of a teacher. `how`: one of METHODS."""
     if how == "scratch":
-        config = _changed(of.config, pattern, steps, 1.0)
+        config = _changed(of.config, pattern, SHARE, RECIPES[task, how])
         return [Stage(config, folder / _in_folder(how, config))]
-    alone = round(MIXERS_SHARE * steps) if how == "both" else 0
+    alone = MIXERS_SHARE * SHARE if how == "both" else 0.0
     found, before = [], of.workdir
-    for stage, steps_of_it in (("mixers", alone), ("logits", steps - alone)):
-        if steps_of_it:
-            config = _changed(of.config, pattern, steps_of_it, RATES[stage])
+    for stage, share in (("mixers", alone), ("logits", SHARE - alone)):
+        if share:
+            config = _changed(of.config, pattern, share, RECIPES[task, stage])
             distill = config.train.distill
             distill.teacher, distill.stage, distill.tokens_weight = str(of.workdir), stage, 0.5
             found.append(Stage(config, folder / _in_folder(stage, config), str(before)))
@@ -114,12 +131,17 @@ def stages(of: Stage, pattern: str, how: str, folder: pathlib.Path) -> list[Stag
     return found
 
 
-def _changed(config: Config, pattern: str, steps: int, rate: float) -> Config:
+def _changed(config: Config, pattern: str, share: float, recipe: Recipe) -> Config:
+    """The teacher's configuration, for a share of its tokens; evaluated on the same rows."""
     changed = copy.deepcopy(config)
-    changed.model.mixer, changed.train.steps = pattern, steps
+    fewer = config.train.batch_size // recipe.rows
+    steps = round(share * config.train.steps * fewer)
+    changed.model.mixer, changed.train.steps, changed.train.batch_size = pattern, steps, recipe.rows
     changed.model.d_ff = settled_width(config.model, changed.model)  # from scratch, too
     changed.eval.every = changed.checkpoint.every = steps
-    changed.optimizer.learning_rate *= rate
+    changed.eval.batch_size = config.eval.batch_size or config.train.batch_size
+    changed.optimizer.name = recipe.optimizer
+    changed.optimizer.learning_rate *= recipe.rate
     changed.optimizer.warmup_steps = min(changed.optimizer.warmup_steps, steps // 4)
     return changed
 
@@ -181,7 +203,7 @@ def run(case: Case, pattern: str, workdir: pathlib.Path, again: bool = False) ->
 
     def planned(pattern: str) -> tuple[list[Stage], str]:
         how = case.how if case.how in METHODS else "both"
-        chain = [of] if case.how == "teacher" else stages(of, pattern, how, folder)
+        chain = [of] if case.how == "teacher" else stages(case.task, how, of, pattern, folder)
         return chain, "; ".join(_said(stage.config) for stage in chain)
 
     known = pattern or kept.get("pattern")

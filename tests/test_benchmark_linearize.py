@@ -42,13 +42,15 @@ def test_a_model_is_made_of_its_stages_and_kept_until_they_change(monkeypatch, r
             "biases=output_gate,attention"
         )
     assert [config.train.distill.stage for config, _, _ in both] == ["mixers", "logits"]
-    assert mixers[0].train.steps + logits[0].train.steps == round(0.2 * steps)
+    fifth = 0.2 * steps * teacher.train.batch_size
+    assert sum(config.train.steps * config.train.batch_size for config, _, _ in both) == pytest.approx(fifth, abs=1)
+    assert {config.eval.batch_size for config, _, _ in both} == {teacher.train.batch_size}  # the same rows
     (alone,) = (entry for entry in asked if entry[1].parent.name.endswith("logits_1"))
-    assert alone[0].train.steps == round(0.2 * steps) and alone[2] == str(
+    assert alone[0].train.steps == round(fifth) and alone[2] == str(
         linearize.teacher("text", 1, 1, of_teacher.parent)[1]
     )
     (scratch,) = (entry for entry in asked if entry[1].parent.name.endswith("scratch_0"))
-    assert scratch[2] == scratch[0].train.distill.teacher == "" and scratch[0].train.steps == round(0.2 * steps)
+    assert scratch[2] == scratch[0].train.distill.teacher == "" and scratch[0].train.steps == round(fifth)
     assert scratch[0].model.d_ff == mixers[0].model.d_ff > 0  # the same model
     # Medians of 2.02 and 2.5 are more than 3 % beside the teacher's, and no better than the logits alone.
     printed = capsys.readouterr().out
@@ -58,7 +60,8 @@ def test_a_model_is_made_of_its_stages_and_kept_until_they_change(monkeypatch, r
     assert not both[0][1].exists() and of_teacher.exists()
     # What is kept is not run again, but for what is made of other settings now.
     asked.clear()
-    monkeypatch.setattr(linearize, "RATES", linearize.RATES | {"mixers": 0.5})
+    other = linearize.RECIPES["text", "mixers"]._replace(rate=0.5)
+    monkeypatch.setattr(linearize, "RECIPES", linearize.RECIPES | {("text", "mixers"): other})
     linearize.main(flags)
     assert {entry[1].parent.name for entry in asked if "teacher" not in entry[1].name} == {
         "text_1x_gla-gla-attention_both_0", "text_1x_gla-gla-attention_both_1",
