@@ -17,6 +17,7 @@ from zoo.mixers.from_softmax import Softmax
 from zoo.model import LanguageModel
 
 D, SPAN = 16, 64
+REACH = 16.0  # between 4 and 64
 
 
 def model_config(mixer, **settings):
@@ -118,20 +119,21 @@ def made(name, softmax, **settings):
     return mixer, {path: of for path, (_, of) in taken.items()}
 
 
-def test_decays_forget_over_the_span_and_convolutions_hand_on_the_token():
+def test_decays_forget_over_the_reach_and_convolutions_hand_on_the_token():
     softmax = softmax_of()._replace(biases=())
+    assert softmax._replace(span=2).reach == 2
     x = jax.random.normal(jax.random.key(0), (1, 3, D))
     gla = made("gla", softmax, biases="output_gate")[0]
-    np.testing.assert_allclose(gla._log_decay(x), -1 / SPAN, rtol=1e-4)
+    np.testing.assert_allclose(gla._log_decay(x), -1 / REACH, rtol=1e-4)
     np.testing.assert_allclose(jax.nn.silu(gla.output_gate(x)), 1, rtol=1e-5)
     delta = made("gated_delta_net", softmax)[0]
     steps = jax.nn.softplus(delta.decay(x) + delta.decay_bias[...])
-    np.testing.assert_allclose(-jnp.exp(delta.A_log[...]) * steps, -1 / SPAN, rtol=1e-4)
+    np.testing.assert_allclose(-jnp.exp(delta.A_log[...]) * steps, -1 / REACH, rtol=1e-4)
     y, _ = delta.qkv.v_conv(delta.qkv.v(x))
     np.testing.assert_allclose(y, jax.nn.silu(delta.qkv.v(x)), rtol=1e-5)
     mamba = made("mamba2", softmax, head_dim=8, state_dim=8, dt_limit_max=0.5)[0]
     dt = jnp.clip(jax.nn.softplus(mamba.in_dt(x) + mamba.dt_bias[...]), *mamba.dt_limit)
-    np.testing.assert_allclose(-jnp.exp(mamba.A_log[...]) * dt, -1 / SPAN, rtol=1e-4)
+    np.testing.assert_allclose(-jnp.exp(mamba.A_log[...]) * dt, -1 / REACH, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -156,11 +158,11 @@ def test_families_without_q_and_k_take_over_what_softmax_does_where_all_weigh_al
         log_a, b, c = s4d.ssm.discrete()
         t = np.arange(3 * SPAN)
         kernel = 2 * np.real(np.einsum("dn,dnt->dt", c * b, np.exp(np.asarray(log_a)[..., None] * t)))
-        np.testing.assert_allclose(kernel, np.exp(-t / SPAN)[None].repeat(D, 0) / SPAN, rtol=0.01)
+        np.testing.assert_allclose(kernel, -np.expm1(-1 / REACH) * np.exp(-t / REACH)[None].repeat(D, 0), rtol=0.01)
         np.testing.assert_allclose(s4d.out.kernel[...], 2 * read, atol=2e-5)
     mamba, words = made("mamba", softmax, expand=2.0)
     step = jax.nn.softplus(mamba.dt_bias[...])
-    np.testing.assert_allclose(step, 1 / SPAN, rtol=1e-4)
+    np.testing.assert_allclose(step, 1 / REACH, rtol=1e-4)
     np.testing.assert_allclose(-jnp.exp(mamba.A_log[...]), -1.0)
     np.testing.assert_allclose(mamba.in_x.kernel[...] @ mamba.out.kernel[...], read, atol=2e-5)
     assert "select.kernel" not in words

@@ -87,9 +87,22 @@ class Softmax(NamedTuple):
         return v, out.T.reshape(-1, d), _how(had, (heads, width))
 
     @property
+    def reach(self) -> float:
+        """Tokens after which a decay leaves 1 / e: the middle, of the logarithm, between 4 and the span.
+
+        Softmax attends by content, mostly near by: the heads of transformer:tiny look 10 to 57 tokens back on the mean,
+        of 256. A decay over the whole span weighs all of it alike, and takes longer to unlearn that.
+        """
+        return min(self.span, 2 * math.sqrt(self.span))
+
+    @property
     def log_decay(self) -> float:
-        """Of one token, such that what is as old as the span counts 1 / e."""
-        return -1 / self.span
+        return -1 / self.reach
+
+    @property
+    def forgets(self) -> str:
+        """`log_decay` in words."""
+        return f"1 / e after {self.reach:.3g} tokens"
 
 
 def take_over(
@@ -187,11 +200,11 @@ def short_convs(mixer: nnx.Module, prefix: str = "") -> TakenOver:
 
 
 def decaying(mixer: nnx.Module, softmax: Softmax, choice: str) -> TakenOver:
-    """exp(A_log) softplus(choice(x) + decay_bias) = 1 / span at every token; `choice` names its last projection."""
+    """exp(A_log) softplus(choice(x) + decay_bias) = 1 / reach at every token; `choice` names its last projection."""
     bias = inverse_softplus(-softmax.log_decay)
     return {
         f"{choice}.kernel": Taken(jnp.zeros_like(_kernel(_layer(mixer, choice))), NOT_CHOSEN),
-        "decay_bias": constant(mixer.decay_bias, bias, f"{bias:.4g}: 1 / e after {softmax.span} tokens"),
+        "decay_bias": constant(mixer.decay_bias, bias, f"{bias:.4g}: {softmax.forgets}"),
         "A_log": constant(mixer.A_log, 0.0, "0: the step size alone decays"),
     }
 

@@ -94,7 +94,7 @@ class GLA(Mixer):
             # log sigmoid(b) / tau = log_decay
             bias = -math.log(math.expm1(-softmax.log_decay * self.temperature))
             found["gate_up.kernel"] = Taken(jnp.zeros_like(self.gate_up.kernel[...]), NOT_CHOSEN)
-            found["gate_up.bias"] = constant(self.gate_up.bias, bias, f"{bias:.4g}: 1 / e after {softmax.span} tokens")
+            found["gate_up.bias"] = constant(self.gate_up.bias, bias, f"{bias:.4g}: {softmax.forgets}")
         return found
 
     def init_state(self, batch_size, max_length, dtype):

@@ -119,7 +119,7 @@ class RWKV6(Mixer):
                 "mix": constant(self.mix, 0.0, "0: the token itself"),
                 "bonus": constant(self.bonus, 1.0, "1: a token reads what it writes"),
                 "decay_up.kernel": Taken(jnp.zeros_like(self.decay_up.kernel[...]), NOT_CHOSEN),
-                "decay_bias": constant(self.decay_bias, bias, f"{bias:.4g}: 1 / e after {softmax.span} tokens"),
+                "decay_bias": constant(self.decay_bias, bias, f"{bias:.4g}: {softmax.forgets}"),
             }
         )
 

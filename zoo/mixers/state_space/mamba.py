@@ -95,14 +95,14 @@ class Mamba(Mixer):
     def from_softmax(self, softmax):
         """x and W_out from v and W_o; B and C are made of x, which q and k are not, and start fresh.
 
-        Steps of 1 / span with A = -1 leave the mean over the span, as the weights of softmax do, where Mamba-2 has a
+        Steps of 1 / reach with A = -1 leave the mean over the reach, as the weights of softmax do, where Mamba-2 has a
         norm for what is added up.
         """
         bias = inverse_softplus(-softmax.log_decay)
         found = {
             "dt_up": Taken(jnp.zeros_like(self.dt_up[...]), NOT_CHOSEN),
-            "dt_bias": constant(self.dt_bias, bias, f"{bias:.4g}: a step size of 1 / {softmax.span}"),
-            "A_log": constant(self.A_log, 0.0, f"0: 1 / e after {softmax.span} tokens"),
+            "dt_bias": constant(self.dt_bias, bias, f"{bias:.4g}: a step size of 1 / {softmax.reach:.3g}"),
+            "A_log": constant(self.A_log, 0.0, f"0: {softmax.forgets}"),
             "D": constant(self.D, 0.0, "0: nothing passes the state by"),
         }
         heads = softmax.v.shape[1]

@@ -116,7 +116,7 @@ class Mamba2(Mixer):
         return self.out(self.norm(o.reshape(z.shape), z))
 
     def from_softmax(self, softmax):
-        """C, B, x, W_out from q, k, v, W_o; steps of 1, and A that forgets over the span."""
+        """C, B, x, W_out from q, k, v, W_o; steps of 1, and A that forgets over the reach."""
         x, B, C = jnp.split(self.in_xBC.kernel[...], [self.channels, self.channels + self.key_width], axis=-1)
         keys = softmax.keys(C, B, self.groups)
         values = softmax.values(x, self.out.kernel[...], self.heads)
@@ -124,7 +124,7 @@ class Mamba2(Mixer):
         found = {
             "in_dt.kernel": Taken(jnp.zeros_like(self.in_dt.kernel[...]), NOT_CHOSEN),
             "dt_bias": constant(self.dt_bias, inverse_softplus(1.0), "a step size of 1"),
-            "A_log": constant(self.A_log, jnp.log(-softmax.log_decay / step), f"1 / e after {softmax.span} tokens"),
+            "A_log": constant(self.A_log, jnp.log(-softmax.log_decay / step), softmax.forgets),
             "D": constant(self.D, 0.0, "0: nothing passes the state by"),
         }
         if keys is not None and values is not None:

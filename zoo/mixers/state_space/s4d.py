@@ -39,7 +39,7 @@ class S4D(Mixer):
         return y, None if state is None else final_state
 
     def from_softmax(self, softmax):
-        """What softmax attention is where all tokens weigh alike: W_v W_o of the mean over the span.
+        """What softmax attention is where all tokens near by weigh alike: W_v W_o of the mean over the reach.
 
         One mode of each channel, which does not turn, is that mean; the others are read by 0. A mean is small, where
         gelu(x) is about x / 2.
@@ -49,8 +49,8 @@ class S4D(Mixer):
         rate = jnp.exp(ssm.of_channels(ssm.log_rate[...])[:, 0])
         first = jnp.zeros_like(ssm.c_real[...]).at[:, 0].set(rate / 2)
         found = {
-            "ssm.log_dt": Taken(-jnp.log(softmax.span * rate), f"1 / e after {softmax.span} tokens"),
-            "ssm.c_real": Taken(first, "the mean over the span"),
+            "ssm.log_dt": Taken(-jnp.log(softmax.reach * rate), softmax.forgets),
+            "ssm.c_real": Taken(first, "the mean over the reach"),
             "ssm.D": constant(ssm.D, 0.0, "0: nothing passes the state by"),
             "out.kernel": Taken(2 * read[:-1], "2 v out, added over heads"),
         }
