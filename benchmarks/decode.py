@@ -23,7 +23,7 @@ from benchmarks import measure, record
 from zoo import compile_cache, flops
 from zoo.config import ModelConfig
 from zoo.config_files import family_config
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 from zoo.model import LanguageModel
 from zoo.settings import argument
 
@@ -152,21 +152,21 @@ def numbers(text: str) -> list[int]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="tiny")
-    parser.add_argument("--families", default=",".join(MIXERS), help="comma-separated; all by default")
+    parser.add_argument("--families", default=",".join(CAUSAL_MIXERS), help="comma-separated; all by default")
     parser.add_argument("--behind", type=numbers, default=[128, 1024, 16 * 1024], help="tokens behind the one measured")
     parser.add_argument("--batch", type=numbers, default=[1, 8, 64], help="sequences")
     parser.add_argument("--rounds", type=argument(int, at_least=3), default=9, help="calls measured of each")
     parser.add_argument("--largest_state", type=argument(int, at_least=1), default=4 << 30, help="bytes")
     args = parser.parse_args()
     families = args.families.split(",")
-    if unknown := [family for family in families if family not in MIXERS]:
-        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(MIXERS)}")
+    if unknown := [family for family in families if family not in CAUSAL_MIXERS]:
+        parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(CAUSAL_MIXERS)}")
     compile_cache.enable()
     print(HEADER)
     rows = []
     for family in families:
         rows += family_rows(family, args.size, args.behind, args.batch, args.rounds, args.largest_state)
-    if families == list(MIXERS):
+    if families == list(CAUSAL_MIXERS):
         record.write(f"decode_{args.size}", {"steps_per_call": STEPS, "rows": rows})
 
 

@@ -1,0 +1,46 @@
+"""The benchmark of decoding: which families it measures, and what it says a token must move."""
+
+import jax
+import pytest
+from flax import nnx
+
+from benchmarks import decode
+from zoo import flops
+from zoo.mixers import CAUSAL_MIXERS
+
+
+def test_every_family_that_decodes_is_measured(monkeypatch):
+    asked = []
+
+    def family_rows(family, size, behind, batches, rounds, largest):
+        asked.append(family)
+        assert flops.state_bytes(decode.family_config(family, size).model, max(behind)) > 0
+        return []
+
+    monkeypatch.setattr(decode, "family_rows", family_rows)
+    monkeypatch.setattr(decode.compile_cache, "enable", lambda: None)
+    monkeypatch.setattr(decode.record, "write", lambda name, values: None)
+    monkeypatch.setattr("sys.argv", ["decode"])
+    decode.main()
+    assert asked == list(CAUSAL_MIXERS)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("gla", 3 * 4 * 32 * 64), ("attention", 3 * 2 * 256)])
+def test_a_token_moves_the_parameters_and_a_recurrent_state_twice_or_the_cache_so_far(family, kept):
+    """`kept`: numbers of a sequence's state, or of a token's keys and values, in 3 layers."""
+    model, _ = decode.build(family, "tiny")
+    batch, behind = 8, 24
+    state = jax.eval_shape(lambda: decode.state_at(model, batch, behind, room=40))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    counts = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == "int32")
+    numbers = batch * kept * (2 if family == "gla" else behind)
+    found = decode.bytes_of_a_step(model, _with_bytes(state), behind)
+    assert found == 4 * (parameters + numbers + 2 * counts)
+
+
+def _with_bytes(state):
+    class Leaf:
+        def __init__(self, of):
+            self.shape, self.ndim, self.nbytes = of.shape, of.ndim, of.size * of.dtype.itemsize
+
+    return jax.tree.map(Leaf, state)
