@@ -2,6 +2,10 @@
 
 Published: 8,192 token ids, 100,000 rows, 64 epochs, 2 layers without MLPs, the best of four learning rates, widths of
 64 to 512. Reduced: 256 ids, rows of 64 tokens with 8 pairs, fresh data, three learning rates, widths of 16 to 64.
+
+A value stands behind its key, so that a layer has to see two tokens at once. Families without a convolution, shift or
+positions have to learn that in their state; they stand a second time, at width 64, behind a layer of convolutions alone
+(`conv_linear` without its attention): models with linear attention have such layers in arXiv:2402.18668.
 """
 
 import dataclasses
@@ -20,13 +24,22 @@ _SETTINGS = {
 }  # fmt: skip
 
 
+# They see the token before this one in their state alone.
+_WITHOUT_CONVOLUTION = ("linear_attention", "retnet", "lightning", "gated_retention", "gla", "hgrn2")
+
+
 def setups() -> Iterator[Setup]:
     task = make("mqar", 64, vocab_size=256, pairs=8)
     optimizer = OptimizerConfig(weight_decay=0.1, warmup_steps=100, final_fraction=0.0)
+    sizes, rates = {"steps": 1600, "batch_size": 32}, (2e-3, 5e-3, 1e-2)
     for mixer in CAUSAL_MIXERS:
         for width in (16, 32, 64):
-            for rate in (2e-3, 5e-3, 1e-2):
-                yield _setup(task, mixer, width, rate, optimizer, steps=1600, batch_size=32)
+            for rate in rates:
+                yield _setup(task, mixer, width, rate, optimizer, **sizes)
+    for mixer in _WITHOUT_CONVOLUTION:
+        second = {"label": "64x8 d=64 conv first", "model": {"mixer": f"conv_linear@attention=false,{mixer}"}}
+        for rate in rates:
+            yield _setup(task, mixer, 64, rate, optimizer, **sizes, **second)
 
 
 def full_setups() -> Iterator[Setup]:
@@ -49,7 +62,6 @@ def _setup(task, mixer, width, rate, optimizer, **sizes):
         optimizer=dataclasses.replace(optimizer, learning_rate=rate),
         d_model=width,
         settings=_SETTINGS.get(mixer, {}),
-        label=f"{task.length}x{task.pairs} d={width}",
         is_tuned=True,
-        **sizes,
+        **{"label": f"{task.length}x{task.pairs} d={width}"} | sizes,
     )

@@ -30,6 +30,11 @@ class Cell(NamedTuple):
         setup = self.setup
         return setup.mixer if setup.is_tuned or setup.label == setup.task.name else f"{setup.mixer}, {setup.label}"
 
+    @property
+    def of_pattern(self) -> bool:
+        """The family stands in a pattern, a second time: in the table of all alone."""
+        return "mixer" in self.setup.model
+
     def accuracies(self, length: int) -> list[float]:
         return [run[f"accuracy_{length}"] for run in self.runs]
 
@@ -84,7 +89,7 @@ def charts(paper: str, cells: Sequence[Cell]) -> list[Chart]:
         for task in dict.fromkeys(cell.setup.task for cell in cells):
             lines = {}
             for of in cells:
-                if of.setup.task == task:
+                if of.setup.task == task and not of.of_pattern:
                     point = of.state_bytes, statistics.median(of.accuracies(task.length))
                     lines.setdefault(of.setup.mixer, []).append(point)
             title = f"MQAR, {task.pairs} pairs in {task.length} tokens"
@@ -103,6 +108,7 @@ def charts(paper: str, cells: Sequence[Cell]) -> list[Chart]:
 
 def by_task(paper: str, cells: Sequence[Cell]) -> Table:
     """A row for each model, a column for each task, and the mean of all where there are all."""
+    cells = [of for of in cells if not of.of_pattern]
     tasks = list(dict.fromkeys(cell.setup.label for cell in cells))
     medians = {(of.name, of.setup.label): statistics.median(of.accuracies(of.setup.task.length)) for of in cells}
     rows = []
