@@ -90,8 +90,8 @@ class Softmax(NamedTuple):
     def reach(self) -> float:
         """Tokens after which a decay leaves 1 / e.
 
-        Softmax attends by content, mostly near by: of 256 tokens, heads of transformer:tiny look back 1 to 35 by the
-        median. A decay over the whole span weighs all of it alike, and takes longer to unlearn that.
+        Softmax attends by content, mostly near by; a decay over the whole span weighs all of it alike, and a short
+        training does not unlearn that.
         """
         return math.sqrt(self.span)
 
