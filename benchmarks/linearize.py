@@ -9,8 +9,8 @@ mqar: a model of four layers of softmax attention that recalls (arXiv:2312.04927
 
 Every seed has a teacher of its own. What ended is kept in benchmarks/results/ with its date and machine, and is not
 repeated by the same command (--again does); what was stopped goes on where it was. --kept runs nothing: the table, and
-what did not come out as it should, of what is kept. Estimated for 2 idle cores, from the speeds of benchmarks.zoo: text
-with --budgets=1 65 minutes, --budgets=4 190, mqar 30.
+what did not come out as it should, of what is kept. text with --budgets=1 takes 70 minutes of one core; estimated from
+that: --budgets=4 150.
 """
 
 import argparse
@@ -66,7 +66,8 @@ class Recipe(NamedTuple):
 
 
 # Of text, where a fifth of the tokens is 36 of the teacher's steps, too few for new mixers: by seeds 0 and 1 of gla at
-# 1x, the best of 1, 2 and 8 rows a step, muon and adamw, three rates of each. From scratch has its own best.
+# 1x, the best of 1, 2 and 8 rows a step, muon and adamw, three rates of each. From scratch has its own best, and as many
+# steps at 4x: there muon updates all parameters, which takes most of the time.
 RECIPES = {
     ("text", "mixers"): Recipe("muon", 2.0, 1),
     ("text", "logits"): Recipe("adamw", 0.07, 1),
@@ -116,16 +117,17 @@ def teacher(task: str, budget: int, seed: int, folder: pathlib.Path) -> Stage:
     return Stage(config, folder / _in_folder("teacher", config))
 
 
-def stages(task: str, how: str, of: Stage, pattern: str, folder: pathlib.Path) -> list[Stage]:
+def stages(case: Case, how: str, of: Stage, pattern: str, folder: pathlib.Path) -> list[Stage]:
     """The runs that make a linearized model of a teacher. `how`: one of METHODS."""
     if how == "scratch":
-        config = _changed(of.config, pattern, SHARE, RECIPES[task, how])
+        recipe = RECIPES[case.task, how]
+        config = _changed(of.config, pattern, SHARE, recipe._replace(rows=recipe.rows * case.budget))
         return [Stage(config, folder / _in_folder(how, config))]
     alone = MIXERS_SHARE * SHARE if how == "both" else 0.0
     found, before = [], of.workdir
     for stage, share in (("mixers", alone), ("logits", SHARE - alone)):
         if share:
-            config = _changed(of.config, pattern, share, RECIPES[task, stage])
+            config = _changed(of.config, pattern, share, RECIPES[case.task, stage])
             distill = config.train.distill
             distill.teacher, distill.stage, distill.tokens_weight = str(of.workdir), stage, 0.5
             found.append(Stage(config, folder / _in_folder(stage, config), str(before)))
@@ -226,7 +228,7 @@ def run(case: Case, pattern: str, workdir: pathlib.Path, again: bool = False) ->
 
     def planned(pattern: str) -> tuple[list[Stage], str]:
         how = case.how if case.how in METHODS else "both"
-        chain = [of] if case.how == "teacher" else stages(case.task, how, of, pattern, folder)
+        chain = [of] if case.how == "teacher" else stages(case, how, of, pattern, folder)
         return chain, "; ".join(_said(stage.config) for stage in chain)
 
     known = pattern or kept.get("pattern")
