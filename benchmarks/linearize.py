@@ -66,8 +66,8 @@ class Recipe(NamedTuple):
 
 
 # Of text, where a fifth of the tokens is 36 of the teacher's steps, too few for new mixers: by seeds 0 and 1 of gla at
-# 1x, the best of 1, 2 and 8 rows a step, muon and adamw, three rates of each. From scratch has its own best, and as many
-# steps at 4x: there muon updates all parameters, which takes most of the time.
+# 1x, the best of 1, 2 and 8 rows a step, muon and adamw, three rates of each. From scratch has its own best, and at 4x
+# as many steps: there muon updates all parameters, which takes most of the time.
 RECIPES = {
     ("text", "mixers"): Recipe("muon", 2.0, 1),
     ("text", "logits"): Recipe("adamw", 0.07, 1),
