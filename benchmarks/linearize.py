@@ -111,7 +111,7 @@ def teacher(task: str, budget: int, seed: int, folder: pathlib.Path) -> Stage:
         model.mlp, model.positions, model.max_positions = "none", "learned", 64
         config.data.source, config.train.context_length, config.train.batch_size = TASK, 64, 32
         config.eval.batches = config.eval.final_batches = 0
-        optimizer.name, optimizer.learning_rate, optimizer.warmup_steps = "adamw", 5e-3, 100
+        optimizer.name, optimizer.learning_rate, optimizer.warmup_steps = "adamw", 2e-3, 100
         optimizer.final_fraction = 0.0
     config.train.seed = seed
     return Stage(config, folder / _in_folder("teacher", config))
