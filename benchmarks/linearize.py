@@ -65,9 +65,9 @@ class Recipe(NamedTuple):
     rows: int
 
 
-# Of text, where a fifth of the tokens is 36 of the teacher's steps, too few for new mixers: by seeds 0 and 1 of gla at
-# 1x, the best of 1, 2 and 8 rows a step, muon and adamw, three rates of each. From scratch has its own best, and at 4x
-# as many steps: there muon updates all parameters, which takes most of the time.
+# Of text, where a fifth of the tokens is 36 of the teacher's steps, too few for new mixers: the best of what was tried,
+# no full grid, at 1x, mostly with gla and seeds 0 and 1: 1, 2 and 8 rows a step, muon and adamw. From scratch has its
+# own best, and at 4x as many steps: there muon updates all parameters, which takes most of the time.
 RECIPES = {
     ("text", "mixers"): Recipe("muon", 2.0, 1),
     ("text", "logits"): Recipe("adamw", 0.07, 1),
@@ -138,8 +138,7 @@ def stages(case: Case, how: str, of: Stage, pattern: str, folder: pathlib.Path) 
 def _changed(config: Config, pattern: str, share: float, recipe: Recipe) -> Config:
     """The teacher's configuration, for a share of its tokens; evaluated on the same rows."""
     changed = copy.deepcopy(config)
-    fewer = config.train.batch_size // recipe.rows
-    steps = round(share * config.train.steps * fewer)
+    steps = round(share * config.train.steps * config.train.batch_size / recipe.rows)
     changed.model.mixer, changed.train.steps, changed.train.batch_size = pattern, steps, recipe.rows
     changed.model.d_ff = settled_width(config.model, changed.model)  # from scratch, too
     changed.eval.every = changed.checkpoint.every = steps
@@ -197,7 +196,7 @@ def recalling(count: int, teachers: Callable[[Case], Mapping | None]) -> list[in
             (found if of["eval_accuracy"] >= RECALLS else failed).append(seed)
     if failed:
         print(f"teachers that do not recall, and are left out: of seeds {', '.join(map(str, failed))}", flush=True)
-    if not found:
+    if failed and not found:
         raise UsageError(f"no teacher recalls {RECALLS:.0%} of {TASK}, of the seeds below {TRIED * count}")
     return found
 

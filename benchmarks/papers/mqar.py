@@ -3,10 +3,10 @@
 Published: 8,192 token ids, 100,000 rows, 64 epochs, 2 layers without MLPs, the best of four learning rates, widths of
 64 to 512. Reduced: 256 ids, rows of 64 tokens with 8 pairs, fresh data, three learning rates, widths of 16 to 64.
 
-A value stands behind its key, so that a layer has to see two tokens at once, and then tell 8 keys apart. Families
-without a convolution, shift or positions, whose four heads have keys of 8 or 16 channels at width 64, stand a second
-time: one head behind a layer of convolutions alone (`conv_linear` without its attention; arXiv:2402.18668 has such
-layers), three times the steps, and lower learning rates.
+A value stands behind its key, so that a layer has to see two tokens at once, and then tell 8 keys apart. Six families
+without a convolution or shift, whose four heads have keys of 8 or 16 channels at width 64, stand a second time: one
+head behind a layer of convolutions alone (`conv_linear` without its attention; arXiv:2402.18668 has such layers), three
+times the steps, and lower learning rates.
 """
 
 import dataclasses

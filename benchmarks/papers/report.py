@@ -94,7 +94,8 @@ def charts(paper: str, cells: Sequence[Cell]) -> list[Chart]:
                     lines.setdefault(of.setup.mixer, []).append(point)
             title = f"MQAR, {task.pairs} pairs in {task.length} tokens"
             of_mixers = [Line(mixer, sorted(points), mixer) for mixer, points in lines.items()]
-            found.append(Chart(title, "state of a sequence, bytes", "accuracy, %", of_mixers))
+            if of_mixers:
+                found.append(Chart(title, "state of a sequence, bytes", "accuracy, %", of_mixers))
     for task in dict.fromkeys(cell.setup.task for cell in cells if cell.setup.test_lengths):
         lines = []
         for of in cells:

@@ -97,6 +97,7 @@ class Softmax(NamedTuple):
 
     @property
     def log_decay(self) -> float:
+        """Of one token: exp(reach log_decay) = 1 / e."""
         return -1 / self.reach
 
     @property
