@@ -45,9 +45,12 @@ def decoder(model: LanguageModel) -> Callable:
 
     @functools.partial(jax.jit, donate_argnums=1)
     def decode(parameters, state, token):
+        model = nnx.merge(graphdef, parameters)
+        layers = model.layers_of_loop()
+
         def step(carry, _):
             state, token = carry
-            logits, state = nnx.merge(graphdef, parameters)(token, state=state)
+            logits, state = model(token, state=state, layers=layers)
             return (state, jnp.argmax(logits, axis=-1).astype(jnp.int32)), None
 
         return jax.lax.scan(step, (state, token), length=STEPS)[0]

@@ -8,6 +8,9 @@ count. What makes a step fast on a CPU:
 - The state is updated in place, which XLA does only if nothing has to read the old one later: a step reads the old
   state if the update needs what it read, and else the new one, for the token after (`then` of `sweep`).
 - All that a step gives out is one array: XLA runs a step of more than eight kernels in a slower way.
+
+A single token has no loop: of a loop of one turn XLA makes straight code, which reads the old states after it has
+written the new ones, and so copies all states for each few of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +41,13 @@ def sweep(
     """
     batch, num_heads, *shape = state.shape
     time = max(x.shape[1] for x in (*now, *then) if x is not None)
+    if time == 1:
+
+        def all_rows(x):
+            return None if x is None else jnp.broadcast_to(x[:, 0], (batch, num_heads, x.shape[3]))
+
+        state, given = step(state, *map(all_rows, now), *map(all_rows, then))
+        return [row[:, None] for row in given], state
     batch_block, head_block = state_block(batch, num_heads, shape[0] * shape[1])
     count = batch_block * head_block
 

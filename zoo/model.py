@@ -38,6 +38,7 @@ from zoo.taken import Segments, last
 
 # With a state, so many tokens are bound by what is read: units run one by one, so that each state is updated in place.
 FEW_TOKENS = 32
+Layers = list[tuple[nnx.State, jax.Array, list[jax.Array | None]]]  # of each unit: parameters, index, `over_depth`
 
 
 class Block(nnx.Module):
@@ -226,6 +227,7 @@ class LanguageModel(nnx.Module):
         state: State | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
+        layers: Layers | None = None,
     ) -> tuple[Float[Array, "B T vocab"], State | None]:
         """The logits of the next token, in float32, and the state after the last.
 
@@ -240,11 +242,12 @@ class LanguageModel(nnx.Module):
             rows of different lengths may be padded on the right, and of a draft that was scored a later call takes in
             what is kept. The next call goes on behind the tokens taken in.
           dropout_key: switches dropout on.
+          layers: of `layers_of_loop`, with a state and few tokens.
 
         Raises:
           ValueError: lengths without a state; see `init_state`.
         """
-        given = {"segment_ids": segment_ids, "positions": positions, "lengths": lengths}
+        given = {"segment_ids": segment_ids, "positions": positions, "lengths": lengths, "layers": layers}
         hidden, state = self.hidden(tokens, **given, state=state, dropout_key=dropout_key)
         return self.logits(hidden), state
 
@@ -332,6 +335,7 @@ class LanguageModel(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
         step: Int[Array, ""] | None = None,
+        layers: Layers | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """What the head reads: the last block's output, normed. Arguments as in `__call__` and `token_losses`; a model
         of numbers takes patches of them for `tokens`."""
@@ -349,7 +353,7 @@ class LanguageModel(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = sharding.constrain(dropout(x, self.dropout, keys[0]), "batch", "time", None)
 
-        graphdef, parameters = nnx.split(self.units)
+        graphdef = nnx.graphdef(self.units)
         of_input, input_state = self.on_input(x, segment_ids, None if state is None else state["input"])
 
         def unit(x, per_unit):
@@ -361,14 +365,14 @@ class LanguageModel(nnx.Module):
 
         unrolled = self._is_unrolled(self.num_units)
         scan = functools.partial(jax.lax.scan, unit, unroll=self.num_units if unrolled else 1)
-        per_unit = (parameters, jnp.arange(self.num_units), self.over_depth(step))
+        per_unit = self._per_unit(step)
         if state is None:
             x, _ = scan(x, (*per_unit, [None] * len(self.units.blocks)))
             return self.norm(x), None
         if unrolled or tokens.shape[1] <= FEW_TOKENS:
             layer_states = []
-            for i, states in enumerate(state["layers"]):
-                x, after = unit(x, (*_row(per_unit, i), states))
+            for of_unit, states in zip(layers or self._layers(step), state["layers"], strict=True):
+                x, after = unit(x, (*of_unit, states))
                 layer_states.append(after)
         else:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *state["layers"])
@@ -376,6 +380,21 @@ class LanguageModel(nnx.Module):
             layer_states = [_row(stacked, i) for i in range(self.num_units)]
         new_state = {"position": new_position, "layers": layer_states, "input": input_state}
         return self.norm(x), new_state
+
+    def layers_of_loop(self) -> Layers | None:
+        """What a loop over tokens takes in front of it, and gives to each call as `layers`.
+
+        On a CPU each unit's part of the stacked parameters: XLA copies what is taken from the stack within the loop, at
+        every token. It costs the parameters' memory once more. Else None.
+        """
+        return self._layers(None) if dispatch.device().platform == "cpu" else None
+
+    def _layers(self, step: Int[Array, ""] | None) -> Layers:
+        per_unit = self._per_unit(step)
+        return [_row(per_unit, i) for i in range(self.num_units)]
+
+    def _per_unit(self, step: Int[Array, ""] | None) -> tuple[nnx.State, jax.Array, list[jax.Array | None]]:
+        return nnx.state(self.units), jnp.arange(self.num_units), self.over_depth(step)
 
     def embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first block, without dropout."""

@@ -35,6 +35,15 @@ class Segments:
         numbers = jnp.zeros(shape, jnp.int32) if segment_ids is None else segment_numbers(segment_ids)
         return Segments(numbers, jnp.arange(shape[1]) < jnp.asarray(lengths)[:, None])
 
+    @staticmethod
+    def all_of(segment_ids: "Int[Array, 'B T'] | Segments | None", shape: tuple[int, int]) -> "Segments":
+        """Of a call whose tokens are all taken in, unless it is one already."""
+        return (
+            segment_ids
+            if isinstance(segment_ids, Segments)
+            else Segments.of(segment_ids, jnp.full(shape[:1], shape[1]), shape)
+        )
+
     def count(self) -> Int[Array, "B"]:
         """How many tokens the state takes in."""
         return self.taken.sum(axis=1, dtype=jnp.int32)

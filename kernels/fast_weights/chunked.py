@@ -37,6 +37,8 @@ def chunked(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Arguments as in `reference`; `chunk_size` (default 32) is rounded up to a power of two."""
     batch, time, heads, _ = v.shape
+    if time == 1:
+        return _one_token(q, k, v, key_log_decay, value_log_decay, initial_state, scale)
     size = 1 << (min(chunk_size or 32, time) - 1).bit_length()
     dtype = initial_state.dtype
     g, f = key_log_decay.astype(dtype), value_log_decay.astype(dtype)
@@ -51,6 +53,14 @@ def chunked(
     state, out = jax.lax.scan(body, initial_state, tuple(map(to_chunks, (q, k, v, g, f))))
     out = out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, v.shape[-1])[:, :time]
     return (scale * out).astype(v.dtype), state
+
+
+def _one_token(q, k, v, key_log_decay, value_log_decay, state, scale):
+    """The recurrence itself: it reads the new state, so that the old one can be written over."""
+    q, k, x, g, f = (a[:, 0].astype(state.dtype) for a in (q, k, v, key_log_decay, value_log_decay))
+    state = jnp.exp(g)[..., None] * state * jnp.exp(f)[..., None, :] + k[..., None] * x[..., None, :]
+    out = jnp.einsum("bhkv,bhk->bhv", state, scale * q, precision="highest")
+    return out[:, None].astype(v.dtype), state
 
 
 def attend_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:

@@ -78,6 +78,8 @@ def chunked(
     """y [B, T, D] and the final state; see `selective_scan`."""
     loops = GPU if dispatch.device().platform == "gpu" else CPU
     batch, time, channels = x.shape
+    if time == 1:
+        return _one_token(x, dt, A, B, C, D, initial_state)
     size = chunk_size or loops.chunk_size
     size = -(-time // -(-time // size))  # as many chunks, all of one size: 65 tokens are 3 of 22, not 3 of 32
     width = largest_divisor(channels, loops.state_floats // A.shape[1])
@@ -104,6 +106,15 @@ def chunked(
     )
     y = jnp.moveaxis(y, 1, -2).reshape(batch, -1, channels)[:, :time]
     return y, jnp.moveaxis(state, 1, -2).reshape(batch, -1, channels).mT
+
+
+def _one_token(x, dt, A, B, C, D, state):
+    """The recurrence itself, on states as they come: turned round, read block by block, they are copied at each."""
+    x32, dt, A, B, C = _float32((x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]))
+    state = jnp.exp(dt[..., None] * A) * state + (dt * x32)[..., None] * B[:, None]
+    y = jnp.einsum("bdn,bn->bd", state, C, precision="highest")
+    y = y if D is None else y + D.astype(jnp.float32) * x32
+    return y[:, None].astype(x.dtype), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

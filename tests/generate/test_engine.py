@@ -244,3 +244,27 @@ def test_bad_settings_are_named(settings, message):
         sampling = Sampling(**{name: value for name, value in settings.items() if hasattr(Sampling, name)})
         request = {name: value for name, value in settings.items() if not hasattr(Sampling, name)}
         generate(model, **({"prompts": [prompt(9)], "max_tokens": 4, "sampling": sampling} | request))
+
+
+def loop_over_tokens(model, monkeypatch):
+    """The equation of the loop in the program that a request runs."""
+    traced = []
+
+    def trace(*inputs, **static):
+        traced.append(jax.make_jaxpr(functools.partial(decode.__wrapped__, inputs[0], **static))(*inputs[1:]))
+        return decode(*inputs, **static)
+
+    monkeypatch.setattr("zoo.generate.engine.decode", trace)
+    monkeypatch.setattr("zoo.generate.engine._compile", lambda *inputs, **static: 0.0)
+    write(model, [prompt(4)], 2)
+    (loop,) = (e for e in traced[0].eqns if e.primitive.name == "scan" and e.params["length"] == STEPS_PER_CALL)
+    return loop
+
+
+def test_the_loop_over_tokens_is_given_each_layers_matrices(monkeypatch):
+    """On a CPU: not the stack of them, of which it would copy a layer's at every token."""
+    model = build("gla", num_layers=3)
+    stacked = {leaf.shape for leaf in jax.tree.leaves(nnx.state(model.units)) if leaf.ndim > 2}
+    shapes = [variable.aval.shape for variable in loop_over_tokens(model, monkeypatch).invars]
+    assert not stacked & set(shapes)
+    assert all(shapes.count(shape[1:]) >= 3 for shape in stacked)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels
 from kernels import delta_rule, dplr_delta_rule, linear_attention
 from kernels.recurrent import CACHE_FLOATS, state_block, suffix_sums
 
@@ -37,6 +38,28 @@ def call(op, time):
 
 
 OPS = [linear_attention, delta_rule, dplr_delta_rule]
+ROWS = 16  # whose states, HEADS of K by V, or CHANNELS by N, are no core's cache to hold
+KEYS, VALUES, CHANNELS = (ROWS, 1, HEADS, KEY_DIM), (ROWS, 1, HEADS, VALUE_DIM), (ROWS, 1, 512)
+STATES = (ROWS, HEADS, KEY_DIM, VALUE_DIM)
+ONE_TOKEN = {
+    kernels.linear_attention: (STATES, KEYS, KEYS, VALUES, KEYS),
+    kernels.delta_rule: (STATES, KEYS, KEYS, VALUES, VALUES[:3], KEYS),
+    kernels.dplr_delta_rule: (STATES, KEYS, KEYS, VALUES, KEYS, KEYS, KEYS),
+    kernels.fast_weights: (STATES, KEYS, KEYS, VALUES, KEYS, VALUES),
+    kernels.selective_scan: ((ROWS, 512, 16), CHANNELS, CHANNELS, (512, 16), (ROWS, 1, 16), (ROWS, 1, 16)),
+}
+
+
+@pytest.mark.parametrize("op", ONE_TOKEN, ids=lambda op: op.__name__)
+def test_one_token_writes_the_states_over_in_place(op):
+    """As decoding calls it, with states to give away: at most five passes over them, and no second array of them."""
+    state, *arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ONE_TOKEN[op])
+    program = jax.jit(lambda state, *arrays: op(*arrays, initial_state=state), donate_argnums=0)
+    compiled = program.lower(state, *arrays).compile()
+    others = sum(array.size * 4 for array in arrays)
+    assert "while(" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * state.size * 4
+    assert compiled.cost_analysis()["bytes accessed"] < 5 * (state.size * 4 + others)
 
 
 @pytest.mark.parametrize("op", OPS)

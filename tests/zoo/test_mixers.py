@@ -45,6 +45,12 @@ def test_state_keeps_its_structure_and_shapes(case, inputs):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
+def test_no_array_is_twice_in_a_fresh_state(case):
+    """One that is could not be given away to the program that writes it over."""
+    leaves = jax.tree.leaves(applied(case)[0].init_state(BATCH, TIME, jnp.float32))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 def test_is_causal(case, inputs):
     """An output sees its token and the one before, and to the last bit nothing of those after it."""
     _, parameters, call = applied(case)

@@ -33,7 +33,7 @@ def decode(
       state, logits and seen after them, and each token, all [length, B, ...].
     """
     model = nnx.merge(graphdef, parameters)
-    every = jnp.arange(row_keys.shape[0])
+    every, layers = jnp.arange(row_keys.shape[0]), model.layers_of_loop()
 
     def step(carry, t):
         state, logits, seen = carry
@@ -47,7 +47,7 @@ def decode(
             made["values"], made["ids"] = jax.lax.top_k(by_model, logprobs)
         if plan.penalty:
             seen = seen.at[every, token].set(True)
-        logits, state = model(token[:, None], state=state)
+        logits, state = model(token[:, None], state=state, layers=layers)
         return (state, logits[:, 0], seen), made
 
     (state, logits, seen), made = jax.lax.scan(step, (state, logits, seen), jnp.arange(length))

@@ -2,7 +2,7 @@
 
 from kernels.segments import segment_numbers
 from kernels.softcap import soft_cap
-from zoo.layers import random_features
+from zoo.layers import random_features, ring
 from zoo.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMConfig
 from zoo.layers.dilated_conv import DilatedConv
 from zoo.layers.dropout import dropout
@@ -13,7 +13,6 @@ from zoo.layers.norm import NORM_PARAMETERS, NORMS, GatedRMSNorm, HeadLayerNorm,
 from zoo.layers.parameter import parameter, with_axes
 from zoo.layers.qkv import ConvolvedQKV
 from zoo.layers.random_features import exp_features, relu_features
-from zoo.layers.recent import counted, init_recent, with_recent
 from zoo.layers.rotary import RopeScaling, rotary
 from zoo.layers.rounded_once import rounded_once
 from zoo.layers.short_conv import ShortConv
@@ -36,18 +35,17 @@ __all__ = [
     "ShortConv",
     "SwiGLU",
     "check_steps",
-    "counted",
     "dropout",
     "embedding",
     "exp_features",
     "gated",
     "in_pieces",
-    "init_recent",
     "linear",
     "mixture",
     "parameter",
     "random_features",
     "relu_features",
+    "ring",
     "rms_norm",
     "rotary",
     "rounded_once",
@@ -57,5 +55,4 @@ __all__ = [
     "token_shift",
     "unit_length",
     "with_axes",
-    "with_recent",
 ]

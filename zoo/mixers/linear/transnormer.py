@@ -9,7 +9,7 @@ have no bound: an RMS norm without a scale, over all heads together, is in its p
 elu for softmax and phi. Bidirectional: over all s of the block, and S the sum over all of the document. A document's
 blocks begin with it. q and k of the lower half are turned by rotary positions where the model has them. What a layer is
 comes from its place in the depth; `kind` may say it instead. A mixer outside a model is a first layer.
-State: keys and values of the last block - 1 tokens, and S, float32 [batch, heads, K, V]; a layer uses one of the two.
+State: a ring of the last `block` tokens' keys and values, and S, float32 [batch, heads, K, V]; a layer uses one.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
-from zoo.layers import counted, init_recent, linear, rms_norm, rotary, rounded_once, with_recent
+from zoo.layers import linear, ring, rms_norm, rotary, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.settings import setting
-from zoo.taken import Segments, last
+from zoo.taken import Segments
 
 KINDS = {
     "depth": "blocks in the lower half of the layers, norm in the upper",
@@ -62,10 +62,9 @@ class TransNormer(Mixer):
         q = checkpoint_name(self.q(x).reshape(heads), "transnormer_q")
         k = checkpoint_name(self.k(x).reshape(heads), "transnormer_k")
         v = checkpoint_name(self.v(x).reshape(heads), "transnormer_v")
-        count = counted(x, segment_ids, state)
 
         def in_blocks():
-            return self._in_blocks(q, k, v, count, positions_or_default(positions, x), segment_ids, state)
+            return self._in_blocks(q, k, v, positions_or_default(positions, x), segment_ids, state)
 
         def normed():
             phi = lambda x: rounded_once(lambda x: jax.nn.elu(x) + 1.0, x)  # noqa: E731
@@ -76,7 +75,7 @@ class TransNormer(Mixer):
             o, final = ops.linear_attention(phi(q), phi(k), v, initial_state=initial, segment_ids=segment_ids)
             after = state
             if state is not None:
-                after = state | {"S": final, "count": last(count + 1, segment_ids, state["count"])}
+                after = state | {"S": final} | ring.counts_after(state, Segments.all_of(segment_ids, x.shape[:2]))
             return self.norm(o.reshape(x.shape)), after
 
         if self.kind == "norm":
@@ -87,23 +86,34 @@ class TransNormer(Mixer):
             o, state = jax.lax.cond(depth, normed, in_blocks)
         return self.out(o), state
 
-    def _in_blocks(self, q, k, v, count, positions, segment_ids, state):
+    def _in_blocks(self, q, k, v, positions, segment_ids, state):
         if self.rope:
             q, k = rotary(q, positions), rotary(k, positions)
-        # Neighbours are of one id if they are of one block of one segment.
-        numbers = segment_ids.numbers if isinstance(segment_ids, Segments) else segment_ids
-        ids = count // self.block % 2 + (0 if numbers is None else 2 * numbers)
-        given = {"causal": self.causal, "window": self.block, "segment_ids": ids}
-        if state is not None:
-            of_call = {"seen": count[:, 0] % self.block, "count": count, "segment_ids": segment_ids}
-            k, v, ids, after = with_recent(k, v, ids, state, **of_call)
-            state, given = state | after, given | {"segment_ids": ids, "q_start": self.block - 1}
-        return ops.attention(q, k, v, **given).reshape(*q.shape[:2], -1), state
+        count = ring.counted(q, segment_ids, state)
+        given = {"causal": self.causal, "window": self.block}
+        if state is None:
+            ids = _of_blocks(count, self.block, segment_ids)
+            return ops.attention(q, k, v, segment_ids=ids, **given).reshape(*q.shape[:2], -1), None
+        segments, new = Segments.all_of(segment_ids, q.shape[:2]), {"k": k, "v": v}
+        if q.shape[1] == 1:
+            cache, numbers = ring.with_one(new, state)
+            visible = numbers >= state["index"][:, None] - count % self.block
+            k, v = (cache[name].astype(q.dtype) for name in ("k", "v"))
+            o = ops.attention_step(q, k, v, visible[:, None], stop=ring.in_use(state))
+        else:
+            tokens, _, cache = ring.with_many(new, state, segments)
+            ids = _of_blocks(count, self.block, segments.numbers)
+            # Of the kept, those of the first token's block have its id.
+            seen = jnp.arange(self.block, 0, -1, dtype=jnp.int32) <= count[:, :1] % self.block
+            ids = jnp.concatenate([jnp.where(seen, ids[:, :1], ids[:, :1] - 1), ids], axis=1)
+            k, v = (tokens[name].swapaxes(1, 2).astype(q.dtype) for name in ("k", "v"))
+            o = ops.attention(q, k, v, segment_ids=ids, q_start=self.block, **given)
+        return o.reshape(*q.shape[:2], -1), state | cache | ring.counts_after(state, segments)
 
     def init_state(self, batch_size, max_length, dtype):
         width = self.q.out_features // self.heads
         S = jnp.zeros((batch_size, self.heads, width, width), jnp.float32)
-        return init_recent(batch_size, self.block - 1, self.heads, width, dtype) | {"S": S}
+        return ring.init_ring(batch_size, self.block, self.heads, width, dtype) | {"S": S}
 
     @staticmethod
     def check(config, d_model):
@@ -121,6 +131,11 @@ class TransNormer(Mixer):
         """By depth: those of the lower half; the upper half's are the same where K is the block."""
         seen = d_model // _heads(config, d_model) if config.kind == "norm" else min(context_length, config.block)
         return 8 * d_model**2 + 4 * d_model * seen
+
+
+def _of_blocks(count: jax.Array, block: int, numbers: jax.Array | None) -> jax.Array:
+    """Ids [B, T] by which neighbours are of one block of one segment; `count` tokens of it come before each."""
+    return count // block % 2 + (0 if numbers is None else 2 * numbers)
 
 
 def _heads(config: TransNormerConfig, d_model: int) -> int:

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import ops
 from zoo.errors import UsageError
-from zoo.layers import RopeScaling, linear, rms_norm, rotary, rounded_once
+from zoo.layers import RopeScaling, linear, ring, rms_norm, rotary, rounded_once
 from zoo.mixers.base import Mixer, NormedMixerConfig, Sizes, check_heads, heads_or_default, positions_or_default
 from zoo.mixers.from_softmax import SIGMOID_OPEN, Softmax, Taken, check_biases, open_gate, projected
 from zoo.settings import section, setting
@@ -71,13 +71,6 @@ def _check_state(state: dict[str, jax.Array], batch: int, time: int, is_ring: bo
 
 # So many tokens read the cache where it lies; for more, it is turned round to the order of tokens.
 FEW_TOKENS = 32
-
-
-def _put(cache: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
-    """`cache` [B, G, L, K] with x [B, T, G, K] from each row's `index` [B] on; what has no room is lost."""
-    slots = index[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    put = jax.vmap(lambda row, at, x: row.at[:, at].set(x, mode="drop"))
-    return put(cache, slots, x.swapaxes(1, 2).astype(cache.dtype))
 
 
 class Attention(Mixer):
@@ -150,23 +143,18 @@ class Attention(Mixer):
 
     def _continue(self, q, k, v, log_decay, segment_ids, state):
         """Attend to the state's tokens of the current segment, and to those before t here; and the state after them."""
-        batch, time = q.shape[:2]
-        index, start = state["index"], state["start"]  # [B]
-        if not isinstance(segment_ids, Segments):
-            segment_ids = Segments.of(segment_ids, jnp.full((batch,), time), (batch, time))
+        index = state["index"]  # [B]
+        segments = Segments.all_of(segment_ids, q.shape[:2])
         new = {"k": k, "v": v}
         if log_decay is not None:
             slot = (index - 1) % state["sums"].shape[2]  # of the last token
             before = jnp.take_along_axis(state["sums"], slot[:, None, None, None], axis=2)[:, :, 0]
             new["sums"] = ops.decay_sums(log_decay, jnp.where((index > 0)[:, None, None], before, 0))
         if self._is_ring(state):
-            o, cache = (_one_in_ring if time == 1 else _many_in_ring)(q, new, segment_ids, state)
+            o, cache = (_one_in_ring if q.shape[1] == 1 else _many_in_ring)(q, new, segments, state)
         else:
-            o, cache = _append(q, new, segment_ids, state, self.window)
-        # The last segment starts at its first token here, unless all that is taken in continues the state's.
-        number = segment_ids.last_number()
-        here = index + jnp.argmax(segment_ids.numbers == number[:, None], axis=1).astype(jnp.int32)
-        return o, cache | {"index": index + segment_ids.count(), "start": jnp.where(number == 0, start, here)}
+            o, cache = _append(q, new, segments, state, self.window)
+        return o, cache | ring.counts_after(state, segments)
 
     def as_softmax(self, span):
         """A norm on q and k leaves its scale: the family in its place divides by lengths, or by what it reads."""
@@ -219,9 +207,7 @@ class Attention(Mixer):
 
     def init_state(self, batch_size, max_length, dtype):
         length = max_length if self.window is None else min(max_length, self.window)
-        cache, counts = (batch_size, self.kv_heads, length, self.head_dim), (batch_size,)
-        shapes = {"k": (cache, dtype), "v": (cache, dtype), "index": (counts, jnp.int32), "start": (counts, jnp.int32)}
-        return {name: jnp.zeros(*shape_and_dtype) for name, shape_and_dtype in shapes.items()}
+        return ring.init_ring(batch_size, length, self.kv_heads, self.head_dim, dtype)
 
     def spread_over_tensor(self):
         # One head of k and v is on every device.
@@ -266,7 +252,7 @@ def _append(q, new, segments, state, window):
     """Outputs, and the cache with the tokens behind those that it has, each in the slot of its number."""
     time, length = q.shape[1], state["k"].shape[2]
     index = state["index"][:, None]
-    cache = {name: _put(state[name], x, state["index"]) for name, x in new.items()}
+    cache = {name: ring.put(state[name], x, state["index"]) for name, x in new.items()}
     slots = jnp.arange(length, dtype=jnp.int32)
     numbers = index + jnp.arange(time, dtype=jnp.int32)
     # Each row's cache, named by the segments of this call: what the state's segment wrote continues token 0's.
@@ -280,33 +266,18 @@ def _append(q, new, segments, state, window):
 
 def _one_in_ring(q, new, segments, state):
     """Outputs and cache of one token, which takes the place of the one that left the window."""
-    index, length = state["index"], state["k"].shape[2]
-    cache = {name: _put(state[name], x, index % length) for name, x in new.items()}
-    number = index[:, None] - (index[:, None] - jnp.arange(length, dtype=jnp.int32)) % length  # of the token in a slot
-    visible = (number >= state["start"][:, None])[:, None]
-    return _read(q, new, cache, visible, jnp.minimum(jnp.max(index) + 1, length)), cache
+    cache, numbers = ring.with_one(new, state)
+    visible = (numbers >= state["start"][:, None])[:, None]
+    return _read(q, new, cache, visible, ring.in_use(state)), cache
 
 
 def _many_in_ring(q, new, segments, state):
     """Outputs and cache of any number of tokens, behind those in the ring, in order."""
-    time, window = q.shape[1], state["k"].shape[2]
-    index = state["index"][:, None]
-    numbers = index + jnp.arange(-window, time, dtype=jnp.int32)  # of the tokens in a row of keys
-    # Which token each slot holds afterwards, and where that stands in the row.
-    newest = index + segments.count()[:, None] - 1
-    held = newest - (newest - jnp.arange(window, dtype=jnp.int32)) % window
-    at = (held - index + window)[:, None, :, None]
-
-    def joined(cache, x):
-        old = jnp.take_along_axis(cache, (numbers[:, :window] % window)[:, None, :, None], axis=2)
-        return jnp.concatenate([old, x.swapaxes(1, 2).astype(cache.dtype)], axis=2)
-
-    tokens = {name: joined(state[name], x) for name, x in new.items()}
-    seen = jnp.where(numbers[:, :window] >= state["start"][:, None], 0, -1)
-    ids = segments.numbers, jnp.concatenate([seen, segments.numbers], axis=1)
-    positions = jnp.broadcast_to(window + jnp.arange(time, dtype=jnp.int32), q.shape[:2])
-    o = _attend(q, new, tokens, ids, positions, window)
-    return o, {name: jnp.take_along_axis(x, at, axis=2) for name, x in tokens.items()}
+    window = state["k"].shape[2]
+    tokens, seen, cache = ring.with_many(new, state, segments)
+    ids = segments.numbers, jnp.concatenate([jnp.where(seen, 0, -1), segments.numbers], axis=1)
+    positions = jnp.broadcast_to(window + jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    return _attend(q, new, tokens, ids, positions, window), cache
 
 
 def _attend(q, new, cache, ids, positions, window):

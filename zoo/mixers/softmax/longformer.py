@@ -9,7 +9,7 @@ Bidirectional: over s = t + d, ..., t + (window - 1) d too; and the first `globa
 of its tokens, and see all, by projections of their own: at these o_t = softmax over all s of q'_t . k'_s, of v'_s.
 Causal language models have none, as the paper's.
 Cost is linear in time: with a dilation d the tokens are d sequences beside one another, in windows without gaps.
-State: keys and values of the last (window - 1) max(d) tokens, whatever the context.
+State: keys and values of the last (window - 1) max(d) + 1 tokens, a ring, whatever the context.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zoo import lists, ops
 from zoo.errors import UsageError
-from zoo.layers import counted, init_recent, linear, rotary, segment_numbers, with_recent
+from zoo.layers import linear, ring, rotary, segment_numbers
 from zoo.layers.global_tokens import first_tokens, of_first_tokens, window_and_first
 from zoo.mixers.base import (
     BIDIRECTIONAL,
@@ -56,7 +56,7 @@ class Longformer(Mixer):
         d, dtype = sizes.d_model, sizes.dtype
         self.heads, self.window, self.rope = heads_or_default(config.num_heads, d, 64), config.window, sizes.rope
         self.dilations = tuple(lists.counts(config.dilation))
-        self.slots = (self.window - 1) * max(self.dilations)
+        self.slots = (self.window - 1) * max(self.dilations) + 1
         self.q = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.k = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.v = linear(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
@@ -81,30 +81,52 @@ class Longformer(Mixer):
                 raise UsageError(_problem(self.global_tokens))
             of_global = projected(self.global_q, self.global_k, self.global_v)
             return self.out(self._with_global(q, k, v, of_global, segment_ids).reshape(x.shape)), None
+        if state is not None:
+            segments = Segments.all_of(segment_ids, x.shape[:2])
+            o, cache = (self._one if x.shape[1] == 1 else self._many)(q, k, v, segments, state)
+            return self.out(o.reshape(x.shape)), cache | ring.counts_after(state, segments)
         # Tokens that are not neighbours become so where there are gaps: then ids may not come back.
         has_gaps = max(self.dilations) > 1
         if segment_ids is None:
-            ids = jnp.zeros(x.shape[:2], jnp.int32) if state is not None or (has_gaps and not self.causal) else None
-        elif isinstance(segment_ids, Segments):
-            ids = segment_ids.numbers
+            ids = jnp.zeros(x.shape[:2], jnp.int32) if has_gaps and not self.causal else None
         else:
-            ids = segment_numbers(segment_ids) if state is not None or has_gaps else segment_ids
-        if state is not None:
-            count = counted(x, segment_ids, state)
-            of_call = {"seen": count[:, 0], "count": count, "segment_ids": segment_ids}
-            k, v, ids, state = with_recent(k, v, ids, state, **of_call)
+            ids = segment_numbers(segment_ids) if has_gaps else segment_ids
+        return self.out(self._in_windows(q, k, v, ids).reshape(x.shape)), None
+
+    def _in_windows(self, q, k, v, ids, kept=0):
+        """Keys, values and their ids begin with those of `kept` tokens before the queries."""
 
         def dilated(q, k, v, dilation):
             of_keys, given = ids, {"causal": self.causal, "window": self.window}
-            if state is not None:  # keys begin with those kept, of which these heads see so many
-                unseen = self.slots - (self.window - 1) * dilation
+            if kept:  # of which these heads see so many
+                unseen = kept - (self.window - 1) * dilation
                 k, v, of_keys = k[:, unseen:], v[:, unseen:], ids[:, unseen:]
                 given["q_start"] = self.window - 1
+            time = q.shape[1]
             q, k, v = (_apart(x, dilation) for x in (q, k, v))
             of_keys = None if ids is None else _apart(of_keys, dilation, -1)
-            return _together(ops.attention(q, k, v, segment_ids=of_keys, **given), dilation, x.shape[1])
+            return _together(ops.attention(q, k, v, segment_ids=of_keys, **given), dilation, time)
 
-        return self.out(self._of_parts(dilated, q, k, v).reshape(x.shape)), state
+        return self._of_parts(dilated, q, k, v)
+
+    def _one(self, q, k, v, segments, state):
+        """Outputs and cache of one token."""
+        cache, numbers = ring.with_one({"k": k, "v": v}, state)
+        age, is_of_segment = state["index"][:, None] - numbers, numbers >= state["start"][:, None]
+        # The parts of the heads are rows of their own: a part of the cache would have to be copied.
+        dilations = jnp.asarray(self.dilations)[None, :, None]
+        visible = is_of_segment[:, None] & (age[:, None] % dilations == 0) & (age[:, None] < self.window * dilations)
+        visible = visible.reshape(-1, 1, self.slots)
+        k, v = (cache[name].reshape(len(visible), -1, self.slots, q.shape[3]).astype(q.dtype) for name in ("k", "v"))
+        o = ops.attention_step(q.reshape(len(visible), 1, -1, q.shape[3]), k, v, visible, stop=ring.in_use(state))
+        return o.reshape(q.shape), cache
+
+    def _many(self, q, k, v, segments, state):
+        """Outputs and cache of any number of tokens."""
+        tokens, seen, cache = ring.with_many({"k": k, "v": v}, state, segments)
+        ids = jnp.concatenate([jnp.where(seen, 0, -1), segments.numbers], axis=1)
+        k, v = (tokens[name].swapaxes(1, 2).astype(q.dtype) for name in ("k", "v"))
+        return self._in_windows(q, k, v, ids, kept=self.slots), cache
 
     def _of_parts(self, attend, *arrays):
         """`attend(*arrays, dilation)` of each part of the heads, which are the last axis but one."""
@@ -114,7 +136,7 @@ class Longformer(Mixer):
     def _with_global(self, q, k, v, of_global, segment_ids):
         time, number = q.shape[1], self.global_tokens
         numbers = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_numbers(segment_ids)
-        count = counted(q, segment_ids, None)
+        count = ring.counted(q, segment_ids, None)
         start, is_global = jnp.arange(time) - count, count < number
         first_k, first_v = first_tokens(k, start, number), first_tokens(v, start, number)
         ids_of_first = first_tokens(numbers[..., None, None], start, number)[..., 0, 0]
@@ -131,7 +153,7 @@ class Longformer(Mixer):
         return jnp.where(is_global[..., None, None], of_first_tokens(*of_global, numbers, count, number), local)
 
     def init_state(self, batch_size, max_length, dtype):
-        return init_recent(batch_size, self.slots, self.heads, self.q.out_features // self.heads, dtype)
+        return ring.init_ring(batch_size, self.slots, self.heads, self.q.out_features // self.heads, dtype)
 
     def spread_over_tensor(self):
         return {"num_heads": self.heads // len(self.dilations)}
