@@ -16,146 +16,26 @@ from flax import nnx
 from kernels import dispatch
 from kernels.array_typing import Array, Float, Int
 from zoo import heads, ops, sharding
+from zoo.blocks import Unit, norm_of
 from zoo.config import (
     MLP_LAYER,
     ModelConfig,
-    Place,
-    mlp_class,
-    mlp_width,
     pattern,
-    places,
     refuse,
     unsettled,
     validate_model,
 )
 from zoo.errors import UsageError
 from zoo.heads.base import Batch
-from zoo.layers import NORMS, dropout, embedding, linear
-from zoo.mixers import CAUSAL, MIXERS, Sizes, make_mixer
-from zoo.mixers.shared_settings import NO_STATE, add_bias, projections
+from zoo.layers import dropout, embedding, linear
+from zoo.mixers import CAUSAL, MIXERS, Sizes
+from zoo.mixers.shared_settings import NO_STATE
 from zoo.states import State
 from zoo.taken import Segments, last
 
 # With a state, so many tokens are bound by what is read: units run one by one, so that each state is updated in place.
 FEW_TOKENS = 32
 Layers = list[tuple[nnx.State, jax.Array, list[jax.Array | None]]]  # of each unit: parameters, index, `over_depth`
-
-
-class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); a layer named `mlp`, or a model without MLPs, has one of the two.
-
-    `model.norm_position` may put the norms after the mixer and the MLP (arXiv:2501.00656), or on both sides
-    (2408.00118).
-    """
-
-    def __init__(self, place: Place, config: ModelConfig, sizes: Sizes, *, layer_index: jax.Array, rngs: nnx.Rngs):
-        self.dropout = config.dropout
-        d_ff = mlp_width(config, place)
-        self.has_mixer, self.has_mlp = place.family != MLP_LAYER, d_ff > 0
-        self.norm_before, self.norm_after = config.norm_position != "after", config.norm_position != "before"
-        norm = functools.partial(_norm, config, sizes.dtype, rngs)
-        if self.has_mixer:
-            self.mixer_norm = norm() if self.norm_before else None
-            family = MIXERS[place.family]
-            self.mixer = make_mixer(family, place.settings, sizes, layer_index=layer_index, rngs=rngs)
-            self.mixer_post_norm = norm() if self.norm_after else None
-        if self.has_mlp:
-            self.mlp_norm = norm() if self.norm_before else None
-            scale = {"init_scale": sizes.output_scale, "dtype": sizes.dtype, "rngs": rngs}
-            self.mlp = mlp_class(config)(config.d_model, d_ff, **scale)
-            for projection in projections(self.mlp).values() if config.mlp_bias else ():
-                add_bias(projection)
-            self.mlp_post_norm = norm() if self.norm_after else None
-
-    def __call__(self, x, *, segment_ids, positions, state, dropout_key, depth, of_input):
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        before = {"mixer": None, "mlp": None} if state is None else state
-        after = dict(before)
-        if self.has_mixer:
-            given = {"segment_ids": segment_ids, "positions": positions, "depth": depth, "of_input": of_input}
-            y, after["mixer"] = self.mixed(x, state=before["mixer"], **given)
-            x = x + dropout(y, self.dropout, keys[0])
-        if self.has_mlp:
-            y, after["mlp"] = self.transformed(x, segment_ids=segment_ids, state=before["mlp"])
-            x = x + dropout(y, self.dropout, keys[1])
-        return sharding.constrain(x, "batch", "time", None), None if state is None else after
-
-    def mixed(self, x, *, segment_ids=None, positions=None, state=None, depth=None, of_input=None):
-        """What the mixer adds to x, and its state."""
-        of_model = {"depth": depth, "of_input": of_input}
-        of_model = {name: value for name, value in of_model.items() if value is not None}
-        y, state = self.mixer(
-            self.mixer_input(x), segment_ids=segment_ids, positions=positions, state=state, **of_model
-        )
-        return self.mixer_post_norm(y) if self.norm_after else y, state
-
-    def transformed(self, x, *, segment_ids=None, state=None):
-        """What the MLP adds to x, and its state."""
-        y, state = self.mlp(self.mlp_norm(x) if self.norm_before else x, segment_ids=segment_ids, state=state)
-        return self.mlp_post_norm(y) if self.norm_after else y, state
-
-    def mixer_input(self, x: jax.Array) -> jax.Array:
-        return self.mixer_norm(x) if self.norm_before else x
-
-    def init_state(self, batch_size, max_length, dtype):
-        return {
-            "mixer": self.mixer.init_state(batch_size, max_length, dtype) if self.has_mixer else None,
-            "mlp": self.mlp.init_state(batch_size, dtype) if self.has_mlp else None,
-        }
-
-
-def _row(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def _norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
-    return NORMS[config.norm](config.d_model, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
-
-
-class Unit(nnx.Module):
-    """The layers of the pattern, once."""
-
-    def __init__(self, config: ModelConfig, sizes: Sizes, *, unit_index: jax.Array, rngs: nnx.Rngs):
-        layers = places(config)
-        self.blocks = nnx.List(
-            Block(place, config, sizes, layer_index=unit_index * len(layers) + i, rngs=rngs)
-            for i, place in enumerate(layers)
-        )
-
-    def __call__(self, x, *, states, dropout_key, depths, of_input, rematerialised, is_unrolled, **given):
-        """`rematerialised` goes around each layer. Without states, layers that follow each other and are alike but for
-        their parameters are scanned, unless `is_unrolled` says of their number that they are not."""
-        new_states, split = [], [nnx.split(block) for block in self.blocks]
-        for run in _alike([graphdef for graphdef, _ in split]):
-            graphdef = split[run[0]][0]
-
-            def layer(x, per_layer, graphdef=graphdef, of_input=of_input[run[0]]):
-                parameters, i, depth, state = per_layer
-                key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-                block = nnx.merge(graphdef, parameters)
-                return block(x, state=state, dropout_key=key, depth=depth, of_input=of_input, **given)
-
-            layer = rematerialised(layer)
-            of_layers = [(split[i][1], i, depths[i], states[i]) for i in run]
-            if len(run) == 1 or states[run[0]] is not None or is_unrolled(len(run)):
-                for of_layer in of_layers:
-                    x, state = layer(x, of_layer)
-                    new_states.append(state)
-            else:
-                x, _ = jax.lax.scan(layer, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers))
-                new_states += [None] * len(run)
-        return x, new_states
-
-
-def _alike(layers: list[nnx.GraphDef]) -> list[list[int]]:
-    """The places of the layers, those together that follow each other and are alike."""
-    runs: list[list[int]] = []
-    for i, layer in enumerate(layers):
-        if runs and layer == layers[runs[-1][0]]:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return runs
 
 
 class LanguageModel(nnx.Module):
@@ -207,7 +87,7 @@ class LanguageModel(nnx.Module):
         if self.learned_positions:
             shape = (config.max_positions, config.d_model)
             self.position_embed = embedding(*shape, ("positions", "embed"), dtype=dtype, rngs=rngs)
-        self.embed_norm = _norm(config, dtype, rngs) if config.embedding_norm else None
+        self.embed_norm = norm_of(config, dtype, rngs) if config.embedding_norm else None
 
         @nnx.split_rngs(splits=self.num_units)
         @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -215,7 +95,7 @@ class LanguageModel(nnx.Module):
             return Unit(config, sizes, unit_index=unit_index, rngs=rngs)
 
         self.units = make_units(rngs, jnp.arange(self.num_units))
-        self.norm = _norm(config, dtype, rngs)
+        self.norm = norm_of(config, dtype, rngs)
         self.head = heads.of(config)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -471,6 +351,10 @@ class LanguageModel(nnx.Module):
             return layer
         # The body of a scan needs no barrier; a scan of one unit is no scan once it is compiled.
         return jax.checkpoint(layer, policy=policy[self.remat], prevent_cse=self.num_units == 1)
+
+
+def _row(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def _products_saveable(primitive: Any, *operands, **params) -> bool:

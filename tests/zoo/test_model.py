@@ -11,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from kernels import dispatch
 from tests.zoo.cases import error_ratio
+from zoo import blocks
 from zoo import model as model_module
 from zoo.config import preset
 from zoo.config_files import family_config
@@ -324,7 +325,8 @@ def test_minimal_remat_computes_no_product_again(mixer, tokens, monkeypatch):
 def test_each_layer_drops_its_own_numbers(tokens, monkeypatch):
     """Five units run as a scan, and in each five layers alike as another. Here dropout adds draws instead: the variance
     of a sum of n is n times one's if they are independent, n^2 times if a layer's keys are another's."""
-    monkeypatch.setattr(model_module, "dropout", lambda x, rate, key: jax.random.uniform(key, x.shape))
+    for module in (model_module, blocks):
+        monkeypatch.setattr(module, "dropout", lambda x, rate, key: jax.random.uniform(key, x.shape))
     graphdef, parameters = nnx.split(build(tiny(mixer="mlp,mlp,mlp,mlp,mlp,gla", num_layers=30, d_model=64)))
 
     @jax.jit
