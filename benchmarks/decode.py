@@ -23,7 +23,10 @@ from benchmarks import measure, record
 from zoo import compile_cache, flops
 from zoo.config import ModelConfig
 from zoo.config_files import family_config
-from zoo.mixers import CAUSAL_MIXERS
+from zoo.generate.decoding import units_apart
+from zoo.mixers import CAUSAL_MIXERS, Mixer
+from zoo.mixers.linear.transnormer import TransNormer
+from zoo.mixers.softmax.longformer import Longformer
 from zoo.model import LanguageModel
 from zoo.settings import argument
 
@@ -43,19 +46,18 @@ def decoder(model: LanguageModel) -> Callable:
     """(state, token) -> the same, `STEPS` tokens later."""
     graphdef, parameters = nnx.split(model)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(parameters, state, token):
+    @functools.partial(jax.jit, donate_argnums=2)
+    def decode(parameters, units, state, token):
         model = nnx.merge(graphdef, parameters)
-        layers = model.layers_of_loop()
 
         def step(carry, _):
             state, token = carry
-            logits, state = model(token, state=state, layers=layers)
+            logits, state = model(token, state=state, units=units)
             return (state, jnp.argmax(logits, axis=-1).astype(jnp.int32)), None
 
         return jax.lax.scan(step, (state, token), length=STEPS)[0]
 
-    return functools.partial(decode, parameters)
+    return functools.partial(decode, parameters, units_apart(graphdef, parameters))
 
 
 def state_at(model: LanguageModel, batch: int, behind: int, room: int):
@@ -69,15 +71,29 @@ def state_at(model: LanguageModel, batch: int, behind: int, room: int):
 
 
 def bytes_of_a_step(model: LanguageModel, state, behind: int) -> int:
-    """Read and written by one token of each sequence."""
+    """Read and written by one token of each sequence, of a state what its layer uses."""
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     parameters -= 0 if model.head.tied else model.embed.embedding[...].nbytes
     parameters -= model.position_embed.embedding[...].nbytes if model.learned_positions else 0
-    moved = 0
-    for path, leaf in jax.tree.leaves_with_path(state):
-        is_cache = path[-1] in (jax.tree_util.DictKey("k"), jax.tree_util.DictKey("v")) and leaf.ndim == 4
-        moved += leaf.nbytes * min(1, behind / leaf.shape[2]) if is_cache else 2 * leaf.nbytes
+    of_layers = [block for unit in state["layers"] for block in unit]
+    moved = sum(2 * leaf.nbytes for leaf in jax.tree.leaves(state | {"layers": None}))
+    for number, of_layer in enumerate(of_layers):
+        mixer = model.units.blocks[number % len(model.pattern)].mixer
+        share = _shares(mixer, 2 * number >= len(of_layers))
+        for path, leaf in jax.tree.leaves_with_path(of_layer):
+            name = getattr(path[-1], "key", None)
+            is_cache = name in ("k", "v") and leaf.ndim == 4
+            times = min(1, behind / leaf.shape[2]) if is_cache else 2
+            moved += leaf.nbytes * times * share.get(name, 1)
     return int(parameters + moved)
+
+
+def _shares(mixer: Mixer, is_upper: bool) -> dict[str, float]:
+    """Of a state's arrays, what a layer in the lower or upper half uses, where that is not all."""
+    if isinstance(mixer, TransNormer):
+        is_norm = is_upper if mixer.kind == "depth" else mixer.kind == "norm"
+        return {"k": 0, "v": 0} if is_norm else {"S": 0}
+    return dict.fromkeys(("k", "v"), mixer.window / mixer.slots) if isinstance(mixer, Longformer) else {}
 
 
 def measured(functions: dict, rounds: int) -> dict[str, list[float]]:

@@ -15,7 +15,6 @@ A run that was stopped goes on where it was when the command is repeated.
 
 import argparse
 import copy
-import functools
 import json
 import pathlib
 import statistics
@@ -23,9 +22,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from benchmarks import record
+from benchmarks.decode import STEPS, decoder, state_at
 from zoo import checkpoints, compile_cache, flops, plots
 from zoo.config import Config, from_json
 from zoo.config_files import family_config
@@ -37,7 +36,6 @@ from zoo.settings import argument
 from zoo.training import train
 
 POSITIONS = (128, 1024, 16 * 1024, 128 * 1024)  # tokens before those that are decoded
-DECODED = 32  # tokens a call
 SEEDS = (0, 1, 2)
 KIN = (
     "attention", "forgetting_attention", "longformer", "performer", "based", "transnormer", "conv_linear",
@@ -71,40 +69,21 @@ def trained(config: Config, workdir: pathlib.Path, init_from: str = "") -> dict:
 
 
 def decode_speeds(model: LanguageModel, rounds: int = 15) -> dict[str, float]:
-    """Tokens a second of one sequence, by the tokens behind it: median of `rounds` calls of `DECODED` tokens.
+    """Tokens a second of one sequence, by the tokens behind it: median of `rounds` calls of `STEPS` tokens.
 
     Positions take turns, so that a slow moment of the machine falls on all of them. States and caches are put at the
     position, not filled: what a token costs does not depend on what they hold.
     """
-    graphdef, parameters = nnx.split(model)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(parameters, state, token):
-        def step(carry, _):
-            state, token = carry
-            logits, state = nnx.merge(graphdef, parameters)(token, state=state)
-            return (state, jnp.argmax(logits, axis=-1).astype(jnp.int32)), None
-
-        return jax.lax.scan(step, (state, token), length=DECODED)[0]
-
-    carried = {n: (_state_at(model, n, (rounds + 1) * DECODED), jnp.zeros((1, 1), jnp.int32)) for n in POSITIONS}
+    decode = decoder(model)
+    room = (rounds + 1) * STEPS
+    carried = {n: (state_at(model, 1, n, room), jnp.zeros((1, 1), jnp.int32)) for n in POSITIONS}
     seconds = {n: [] for n in POSITIONS}
     for _ in range(rounds + 1):  # the first compiles and warms up
         for n in POSITIONS:
             begin = time.perf_counter()
-            carried[n] = jax.block_until_ready(decode(parameters, *carried[n]))
+            carried[n] = jax.block_until_ready(decode(*carried[n]))
             seconds[n].append(time.perf_counter() - begin)
-    return {str(n): DECODED / statistics.median(seconds[n][1:]) for n in POSITIONS}
-
-
-def _state_at(model: LanguageModel, position: int, room: int):
-    """The state of one sequence, zeros, with `position` tokens counted and room for as many more."""
-
-    def move(path, leaf):
-        counts = path[-1] in (jax.tree_util.DictKey("position"), jax.tree_util.DictKey("index"))
-        return jnp.full_like(leaf, position) if counts else jnp.array(leaf)
-
-    return jax.tree_util.tree_map_with_path(move, model.init_state(1, position + room))
+    return {str(n): STEPS / statistics.median(seconds[n][1:]) for n in POSITIONS}
 
 
 def measure(family: str, size: str, steps: int, workdir: pathlib.Path, decode_again: bool = False) -> dict:

@@ -36,7 +36,8 @@ def sweep(
     """All rows, and the last state, of: state, rows = step(state, *now of a token, *then of the token after it).
 
     state [B, H, K, V]; now, then and the rows given out [B, T, H, X], with 1 for an axis that they do not vary along.
-    A step has them of N sequences, [N, K, V] and [N, X]; None stays None. The last token has itself for the token
+    A step has them of N sequences, [N, K, V] and [N, X], and of a single token of all, [B, H, K, V] and [B, H, X]; None
+    stays None. The last token has itself for the token
     after. In reverse tokens come from right to left, and the one after is to the left.
     """
     batch, num_heads, *shape = state.shape

@@ -38,6 +38,19 @@ def test_a_token_moves_the_parameters_and_a_recurrent_state_twice_or_the_cache_s
     assert found == 4 * (parameters + numbers + 2 * counts)
 
 
+def test_of_a_state_counts_what_its_layer_uses():
+    """TransNormer's lower two layers of three have keys and values, the upper one S; Longformer's slots may be gaps."""
+    behind, found = 1000, {}
+    for family in ("transnormer", "longformer"):
+        model, _ = decode.build(family, "tiny")
+        state = jax.eval_shape(lambda model=model: decode.state_at(model, 1, behind, room=40))
+        parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        counts = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == "int32")
+        found[family] = (decode.bytes_of_a_step(model, _with_bytes(state), behind) - parameters) / 4 - 2 * counts
+    of_blocks, of_norm, of_windows = 2 * 64 * 256, 2 * 4 * 64 * 64, 2 * 256 * (64 + 128 + 256)
+    assert found == {"transnormer": 2 * of_blocks + of_norm, "longformer": pytest.approx(of_windows, abs=1)}
+
+
 def _with_bytes(state):
     class Leaf:
         def __init__(self, of):

@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -124,11 +124,16 @@ def check_forward(config: Config, length: int) -> None:
 
 
 def check_state(
-    model: LanguageModel, rows: int, length: int, advice: str = "lower max_tokens, or give fewer or shorter prompts"
+    model: LanguageModel,
+    rows: int,
+    length: int,
+    advice: str = "lower max_tokens, or give fewer or shorter prompts",
+    beside: Any = None,
 ) -> None:
-    """UsageError if the states of `rows` sequences of `length` tokens (caches grow with it) do not fit."""
-    state = jax.eval_shape(lambda: model.init_state(rows, length))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    """UsageError if the states of `rows` sequences of `length` tokens (caches grow with it) do not fit, with the arrays
+    `beside` them."""
+    arrays = jax.eval_shape(lambda: model.init_state(rows, length)), beside
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
     check(f"{rows} sequence(s) of {length} tokens", size, jax.local_devices()[:1], advice)
 
 

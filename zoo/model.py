@@ -35,7 +35,7 @@ from zoo.taken import Segments, last
 
 # With a state, so many tokens are bound by what is read: units run one by one, so that each state is updated in place.
 FEW_TOKENS = 32
-Layers = list[tuple[nnx.State, jax.Array, list[jax.Array | None]]]  # of each unit: parameters, index, `over_depth`
+Units = list[tuple[nnx.State, jax.Array, list[jax.Array | None]]]  # of each: parameters, index, `over_depth`
 
 
 class LanguageModel(nnx.Module):
@@ -107,7 +107,7 @@ class LanguageModel(nnx.Module):
         state: State | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
-        layers: Layers | None = None,
+        units: Units | None = None,
     ) -> tuple[Float[Array, "B T vocab"], State | None]:
         """The logits of the next token, in float32, and the state after the last.
 
@@ -122,12 +122,12 @@ class LanguageModel(nnx.Module):
             rows of different lengths may be padded on the right, and of a draft that was scored a later call takes in
             what is kept. The next call goes on behind the tokens taken in.
           dropout_key: switches dropout on.
-          layers: of `layers_of_loop`, with a state and few tokens.
+          units: of `units_apart`, with a state.
 
         Raises:
-          ValueError: lengths without a state; see `init_state`.
+          ValueError: lengths or units without a state; see `init_state`.
         """
-        given = {"segment_ids": segment_ids, "positions": positions, "lengths": lengths, "layers": layers}
+        given = {"segment_ids": segment_ids, "positions": positions, "lengths": lengths, "units": units}
         hidden, state = self.hidden(tokens, **given, state=state, dropout_key=dropout_key)
         return self.logits(hidden), state
 
@@ -215,7 +215,7 @@ class LanguageModel(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         dropout_key: jax.Array | None = None,
         step: Int[Array, ""] | None = None,
-        layers: Layers | None = None,
+        units: Units | None = None,
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """What the head reads: the last block's output, normed. Arguments as in `__call__` and `token_losses`; a model
         of numbers takes patches of them for `tokens`."""
@@ -224,6 +224,8 @@ class LanguageModel(nnx.Module):
         if positions is None:
             positions = positions_of(tokens.shape[:2], segment_ids, None if state is None else state["position"])
         new_position = positions[:, -1] + 1
+        if state is None and units is not None:
+            raise ValueError("units: given without a state; without one, tokens are no loop's")
         if lengths is not None:
             if state is None:
                 raise ValueError("lengths: given without a state; it says which tokens a state takes in")
@@ -233,8 +235,8 @@ class LanguageModel(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = sharding.constrain(dropout(x, self.dropout, keys[0]), "batch", "time", None)
 
-        graphdef = nnx.graphdef(self.units)
-        of_input, input_state = self.on_input(x, segment_ids, None if state is None else state["input"])
+        graphdef, first = nnx.graphdef(self.units), None if units is None else units[0][0]
+        of_input, input_state = self.on_input(x, segment_ids, None if state is None else state["input"], first)
 
         def unit(x, per_unit):
             parameters, index, depths, states = per_unit
@@ -245,31 +247,30 @@ class LanguageModel(nnx.Module):
 
         unrolled = self._is_unrolled(self.num_units)
         scan = functools.partial(jax.lax.scan, unit, unroll=self.num_units if unrolled else 1)
-        per_unit = self._per_unit(step)
         if state is None:
-            x, _ = scan(x, (*per_unit, [None] * len(self.units.blocks)))
+            x, _ = scan(x, (*self._per_unit(step), [None] * len(self.units.blocks)))
             return self.norm(x), None
-        if unrolled or tokens.shape[1] <= FEW_TOKENS:
+        if units is None and not unrolled and tokens.shape[1] > FEW_TOKENS:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *state["layers"])
+            x, stacked = scan(x, (*self._per_unit(step), stacked))
+            layer_states = [_row(stacked, i) for i in range(self.num_units)]
+        else:
             layer_states = []
-            for of_unit, states in zip(layers or self._layers(step), state["layers"], strict=True):
+            for of_unit, states in zip(units or self._apart(step), state["layers"], strict=True):
                 x, after = unit(x, (*of_unit, states))
                 layer_states.append(after)
-        else:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *state["layers"])
-            x, stacked = scan(x, (*per_unit, stacked))
-            layer_states = [_row(stacked, i) for i in range(self.num_units)]
         new_state = {"position": new_position, "layers": layer_states, "input": input_state}
         return self.norm(x), new_state
 
-    def layers_of_loop(self) -> Layers | None:
-        """What a loop over tokens takes in front of it, and gives to each call as `layers`.
+    def units_apart(self) -> Units | None:
+        """What whoever calls for one token after another takes first, and gives to each call as `units`.
 
-        On a CPU each unit's part of the stacked parameters: XLA copies what is taken from the stack within the loop, at
-        every token. It costs the parameters' memory once more. Else None.
+        On a CPU each unit's part of the stacked parameters, a copy: else XLA makes it in the loop, at every token. On
+        others None.
         """
-        return self._layers(None) if dispatch.device().platform == "cpu" else None
+        return self._apart(None) if dispatch.device().platform == "cpu" else None
 
-    def _layers(self, step: Int[Array, ""] | None) -> Layers:
+    def _apart(self, step: Int[Array, ""] | None) -> Units:
         per_unit = self._per_unit(step)
         return [_row(per_unit, i) for i in range(self.num_units)]
 
@@ -306,13 +307,20 @@ class LanguageModel(nnx.Module):
         return {family: self.pattern.index(family) for family in families if MIXERS[family].reads_input}
 
     def on_input(
-        self, x: jax.Array, segment_ids: jax.Array | None, states: Mapping[str, Any] | None
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        states: Mapping[str, Any] | None,
+        first: nnx.State | None = None,
     ) -> tuple[list[jax.Array | None], dict[str, Any]]:
-        """What each block gets of the model's input, and the states that it leaves: see `Mixer.on_input`."""
+        """What each block gets of the model's input, and the states that it leaves: see `Mixer.on_input`.
+
+        `first`: parameters of the first unit, where they are not to be taken from the stack.
+        """
+        first = _row(nnx.state(self.units), 0) if first is None else first
         found, after = [None] * len(self.pattern), {}
         for family, i in self._readers_of_input().items():
-            graphdef, parameters = nnx.split(self.units.blocks[i])
-            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], parameters))
+            block = nnx.merge(nnx.graphdef(self.units.blocks[i]), first["blocks"][i])
             value, after[family] = block.mixer.on_input(
                 block.mixer_input(x), segment_ids=segment_ids, state=None if states is None else states[family]
             )

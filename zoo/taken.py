@@ -37,12 +37,10 @@ class Segments:
 
     @staticmethod
     def all_of(segment_ids: "Int[Array, 'B T'] | Segments | None", shape: tuple[int, int]) -> "Segments":
-        """Of a call whose tokens are all taken in, unless it is one already."""
-        return (
-            segment_ids
-            if isinstance(segment_ids, Segments)
-            else Segments.of(segment_ids, jnp.full(shape[:1], shape[1]), shape)
-        )
+        """Of a call whose tokens are all taken in, unless it says which are."""
+        if isinstance(segment_ids, Segments):
+            return segment_ids
+        return Segments.of(segment_ids, jnp.full(shape[:1], shape[1]), shape)
 
     def count(self) -> Int[Array, "B"]:
         """How many tokens the state takes in."""

@@ -76,10 +76,10 @@ def chunked(
     chunk_size: int | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """y [B, T, D] and the final state; see `selective_scan`."""
-    loops = GPU if dispatch.device().platform == "gpu" else CPU
     batch, time, channels = x.shape
     if time == 1:
         return _one_token(x, dt, A, B, C, D, initial_state)
+    loops = GPU if dispatch.device().platform == "gpu" else CPU
     size = chunk_size or loops.chunk_size
     size = -(-time // -(-time // size))  # as many chunks, all of one size: 65 tokens are 3 of 22, not 3 of 32
     width = largest_divisor(channels, loops.state_floats // A.shape[1])

@@ -261,10 +261,21 @@ def loop_over_tokens(model, monkeypatch):
     return loop
 
 
-def test_the_loop_over_tokens_is_given_each_layers_matrices(monkeypatch):
+@pytest.mark.parametrize("mixer", ["gla", "rwkv7"])
+def test_the_loop_over_tokens_is_given_each_layers_matrices(mixer, monkeypatch):
     """On a CPU: not the stack of them, of which it would copy a layer's at every token."""
-    model = build("gla", num_layers=3)
+    model = build(mixer, num_layers=3, d_ff=64)
     stacked = {leaf.shape for leaf in jax.tree.leaves(nnx.state(model.units)) if leaf.ndim > 2}
     shapes = [variable.aval.shape for variable in loop_over_tokens(model, monkeypatch).invars]
     assert not stacked & set(shapes)
     assert all(shapes.count(shape[1:]) >= 3 for shape in stacked)
+
+
+def test_memory_is_checked_with_the_parameters_and_their_copies(monkeypatch):
+    model, asked = build("gla", num_layers=3), []
+    monkeypatch.setattr("zoo.memory.check", lambda what, needed, devices, advice: asked.append(needed))
+    write(model, [prompt(4)], 2)
+    state = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1, 64)))
+    parameters, of_units = (jax.tree.leaves(nnx.state(part, nnx.Param)) for part in (model, model.units))
+    numbers = sum(leaf.size for leaf in (*state, *parameters, *of_units))
+    assert asked[0] == pytest.approx(4 * numbers, rel=1e-3)

@@ -1,6 +1,7 @@
 """What reshapes or approximates softmax, by its equations in float64: blocks, windows, and places in the depth."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -57,18 +58,26 @@ def softmax(q, k, v, visible):
 
 
 def whole_and_in_halves(mixer, x, **given):
-    """What the mixer gives of packed rows in one call, and in two that a state joins."""
+    """What the mixer gives of packed rows in one call, and in calls that a state joins: two, and one a token.
+
+    A token alone goes on with the document before it: its first ones are of a call of two.
+    """
     graphdef, parameters = nnx.split(mixer)
 
     @jax.jit
     def call(parameters, x, ids, count, state=None):
         return nnx.merge(graphdef, parameters)(x, segment_ids=ids, positions=count, state=state, **given)
 
-    state, halves = mixer.init_state(BATCH, TIME, jnp.float32), []
-    for here in (slice(0, TIME // 2), slice(TIME // 2, TIME)):
-        y, state = call(parameters, x[:, here], IDS[:, here], jnp.asarray(COUNT[:, here]), state)
-        halves.append(y)
-    return call(parameters, x, IDS, jnp.asarray(COUNT))[0], jnp.concatenate(halves, 1)
+    def joined(cuts):
+        state, pieces = mixer.init_state(BATCH, TIME, jnp.float32), []
+        for here in itertools.starmap(slice, itertools.pairwise((0, *cuts, TIME))):
+            y, state = call(parameters, x[:, here], IDS[:, here], jnp.asarray(COUNT[:, here]), state)
+            pieces.append(y)
+        return jnp.concatenate(pieces, 1)
+
+    starts = {int(t) for t in np.nonzero((COUNT[:, 1:] == 0).any(0))[0] + 1}
+    tokens = [t for t in range(1, TIME) if t not in starts]
+    return call(parameters, x, IDS, jnp.asarray(COUNT))[0], joined([TIME // 2]), joined(tokens)
 
 
 def test_attention_in_blocks_is_softmax_within_a_documents_blocks():

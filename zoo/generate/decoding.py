@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo.generate.sampling import Plan, Rows, draw, penalise
+from zoo.model import Units
 from zoo.states import State
 
 
@@ -16,13 +17,15 @@ from zoo.states import State
     donate_argnames=("state", "logits", "seen"),
 )
 def decode(
-    graphdef: nnx.GraphDef, parameters: nnx.State, state: State, logits: jax.Array, seen: jax.Array | None,
+    graphdef: nnx.GraphDef, parameters: nnx.State, units: Units | None, state: State, logits: jax.Array,
+    seen: jax.Array | None,
     drawable: jax.Array, settings: Rows, row_keys: jax.Array, written: jax.Array, *,
     plan: Plan, logprobs: int | None, length: int,
 ) -> tuple[State, jax.Array, jax.Array | None, dict[str, jax.Array]]:  # fmt: skip
     """`length` further tokens of each row, which has `written` [B] of them.
 
     Args:
+      units: of `units_apart`.
       logits: [B, vocab], of the next token.
       seen: bool [B, vocab], the ids in prompt and text that a penalty is for; None where `plan` has none.
       drawable: bool [vocab].
@@ -33,7 +36,7 @@ def decode(
       state, logits and seen after them, and each token, all [length, B, ...].
     """
     model = nnx.merge(graphdef, parameters)
-    every, layers = jnp.arange(row_keys.shape[0]), model.layers_of_loop()
+    every = jnp.arange(row_keys.shape[0])
 
     def step(carry, t):
         state, logits, seen = carry
@@ -47,11 +50,17 @@ def decode(
             made["values"], made["ids"] = jax.lax.top_k(by_model, logprobs)
         if plan.penalty:
             seen = seen.at[every, token].set(True)
-        logits, state = model(token[:, None], state=state, layers=layers)
+        logits, state = model(token[:, None], state=state, units=units)
         return (state, logits[:, 0], seen), made
 
     (state, logits, seen), made = jax.lax.scan(step, (state, logits, seen), jnp.arange(length))
     return state, logits, seen, made
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def units_apart(graphdef: nnx.GraphDef, parameters: nnx.State) -> Units | None:
+    """`LanguageModel.units_apart`."""
+    return nnx.merge(graphdef, parameters).units_apart()
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from flax import nnx
 
 from zoo import memory
 from zoo.generate import reading
-from zoo.generate.decoding import decode, keys
+from zoo.generate.decoding import decode, keys, units_apart
 from zoo.generate.reading import Context
 from zoo.generate.request import PLAIN, Request, check, drawable
 from zoo.generate.sampling import Sampling, plan, rows
@@ -139,8 +139,10 @@ class _Batch:
         self.rows: list[_Text | None] = [None] * min(batch_size or len(texts), len(self.waiting))
         self.written = np.zeros(len(self.rows), np.int32)  # tokens of each row's text
         self.capacity = _capacity(requests, context)
-        memory.check_state(model, len(self.rows), self.capacity)
         self.graphdef, self.parameters = nnx.split(model)
+        held = self.parameters, jax.eval_shape(lambda: units_apart(self.graphdef, self.parameters))
+        memory.check_state(model, len(self.rows), self.capacity, beside=held)
+        self.units = units_apart(self.graphdef, self.parameters)
         self.drawable = jnp.asarray(drawable(model, allowed))
         self.plan = plan((text.request.sampling for text in self.waiting), model.vocab_size)
         self.logprobs = logprobs
@@ -231,7 +233,7 @@ class _Batch:
 
     def _decode(self) -> dict[str, np.ndarray]:
         """The next tokens of every row, [steps, B], and what else was asked for."""
-        inputs = self.graphdef, self.parameters, self.state, self.logits, self.seen
+        inputs = self.graphdef, self.parameters, self.units, self.state, self.logits, self.seen
         inputs += (self.drawable, self.settings, self.keys, self.written)
         static = {"plan": self.plan, "logprobs": self.logprobs, "length": STEPS_PER_CALL}
         if not self.result.decode_tokens:

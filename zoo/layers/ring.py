@@ -1,9 +1,9 @@
-"""A ring of the last tokens' keys and values: the state of attention that looks no further back.
+"""Keys and values as a state: of all tokens, or of the last ones, a ring, for attention that looks no further back.
 
 A cache is [B, G, slots, X], heads first (kernels/attention/step.py says why), and token n of a row, counted over all
 calls, is in slot n % slots. `index` [B] is how many tokens the state has taken in, of all segments, and `start` [B] the
-number of the current segment's first. A single token takes the place of the oldest and is read where it lies; more of
-them are put behind those kept, in order.
+number of the current segment's first. In a ring a single token takes the place of the oldest and is read where it lies;
+more of them are put behind those kept, in order.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from zoo import ops
 from zoo.taken import Segments
 
-State = Mapping[str, jax.Array]  # k, v [B, G, slots, K]; index, start [B]
+State = Mapping[str, jax.Array]  # k, v and other caches [B, G, slots, X]; index, start [B]
 
 
-def init_ring(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> State:
+def init_caches(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> State:
     of_keys, of_rows = ((batch, heads, slots, width), dtype), ((batch,), jnp.int32)
     shapes = {"k": of_keys, "v": of_keys, "index": of_rows, "start": of_rows}
     return {name: jnp.zeros(*shape_and_dtype) for name, shape_and_dtype in shapes.items()}
@@ -37,7 +37,7 @@ def numbers_in(slots: int, newest: jax.Array) -> jax.Array:
 
 
 def with_one(new: dict[str, jax.Array], state: State) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The caches with the one token of `new` [B, 1, G, X] in them, and `numbers_in` them."""
+    """The caches with the one token of `new` [B, 1, G, X] in them, and `numbers_in` them [B, slots]."""
     index, slots = state["index"], state["k"].shape[2]
     return {name: put(state[name], x, index % slots) for name, x in new.items()}, numbers_in(slots, index)
 
@@ -50,8 +50,8 @@ def in_use(state: State) -> jax.Array:
 def with_many(
     new: dict[str, jax.Array], state: State, segments: Segments
 ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
-    """All tokens in order, the kept ones first [B, G, slots + T, X]; which of the kept are of the current segment
-    [B, slots]; and the caches after the tokens that the state takes in."""
+    """All tokens in order, the kept ones first [B, G, slots + T, X]; ids of their segments [B, slots + T], 0 of the one
+    that goes on; and the caches after the tokens that the state takes in."""
     slots, index = state["k"].shape[2], state["index"][:, None]
     kept = index + jnp.arange(-slots, 0, dtype=jnp.int32)
 
@@ -62,7 +62,8 @@ def with_many(
     tokens = {name: joined(state[name], x) for name, x in new.items()}
     at = numbers_in(slots, state["index"] + segments.count() - 1) - index + slots
     after = {name: jnp.take_along_axis(x, at[:, None, :, None], axis=2) for name, x in tokens.items()}
-    return tokens, kept >= state["start"][:, None], after
+    of_kept = jnp.where(kept >= state["start"][:, None], 0, -1)
+    return tokens, jnp.concatenate([of_kept, segments.numbers], axis=1), after
 
 
 def counts_after(state: State, segments: Segments) -> dict[str, jax.Array]:

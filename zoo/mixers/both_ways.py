@@ -24,9 +24,7 @@ from zoo.mixers.shared_settings import NO_STATE
 class BothWays(nnx.Module):
     """Two mixers of a family, in the place of one; see `Mixer` for the methods. It has no state."""
 
-    def __init__(
-        self, family: type[Mixer], config: Any, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs
-    ):
+    def __init__(self, family: type[Mixer], config: Any, sizes: Sizes, *, layer_index: jax.Array | int, rngs: nnx.Rngs):
         sizes_of_one = dataclasses.replace(sizes, direction=CAUSAL, output_scale=sizes.output_scale * 2**-0.5)
         self.forward = family(config, sizes_of_one, layer_index=layer_index, rngs=rngs)
         self.shared = sizes.direction_shared

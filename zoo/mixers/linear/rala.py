@@ -91,7 +91,7 @@ class RALA(Mixer):
         taps, bias, half = self.conv[...], self.conv_bias[...], self.conv.shape[1] // 2
         past, _ = ops.short_conv(v, taps[:, : half + 1], bias, segment_ids=segment_ids)
         ids = None if segment_ids is None else ops.reversed_time(segment_ids)
-        following = jnp.pad(taps[:, : half:-1], ((0, 0), (0, 1)))  # the farthest first; of t itself 0
+        following = jnp.pad(taps[:, :half:-1], ((0, 0), (0, 1)))  # the farthest first; of t itself 0
         future, _ = ops.short_conv(ops.reversed_time(v, "heads"), following, segment_ids=ids)
         return past + ops.reversed_time(future, "heads")
 

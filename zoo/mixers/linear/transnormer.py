@@ -113,7 +113,7 @@ class TransNormer(Mixer):
     def init_state(self, batch_size, max_length, dtype):
         width = self.q.out_features // self.heads
         S = jnp.zeros((batch_size, self.heads, width, width), jnp.float32)
-        return ring.init_ring(batch_size, self.block, self.heads, width, dtype) | {"S": S}
+        return ring.init_caches(batch_size, self.block, self.heads, width, dtype) | {"S": S}
 
     @staticmethod
     def check(config, d_model):

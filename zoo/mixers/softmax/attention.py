@@ -151,7 +151,7 @@ class Attention(Mixer):
             before = jnp.take_along_axis(state["sums"], slot[:, None, None, None], axis=2)[:, :, 0]
             new["sums"] = ops.decay_sums(log_decay, jnp.where((index > 0)[:, None, None], before, 0))
         if self._is_ring(state):
-            o, cache = (_one_in_ring if q.shape[1] == 1 else _many_in_ring)(q, new, segments, state)
+            o, cache = _one_in_ring(q, new, state) if q.shape[1] == 1 else _many_in_ring(q, new, segments, state)
         else:
             o, cache = _append(q, new, segments, state, self.window)
         return o, cache | ring.counts_after(state, segments)
@@ -207,7 +207,7 @@ class Attention(Mixer):
 
     def init_state(self, batch_size, max_length, dtype):
         length = max_length if self.window is None else min(max_length, self.window)
-        return ring.init_ring(batch_size, length, self.kv_heads, self.head_dim, dtype)
+        return ring.init_caches(batch_size, length, self.kv_heads, self.head_dim, dtype)
 
     def spread_over_tensor(self):
         # One head of k and v is on every device.
@@ -264,7 +264,7 @@ def _append(q, new, segments, state, window):
     return jnp.where(fits[..., None, None], o, jnp.nan), cache
 
 
-def _one_in_ring(q, new, segments, state):
+def _one_in_ring(q, new, state):
     """Outputs and cache of one token, which takes the place of the one that left the window."""
     cache, numbers = ring.with_one(new, state)
     visible = (numbers >= state["start"][:, None])[:, None]
@@ -274,10 +274,9 @@ def _one_in_ring(q, new, segments, state):
 def _many_in_ring(q, new, segments, state):
     """Outputs and cache of any number of tokens, behind those in the ring, in order."""
     window = state["k"].shape[2]
-    tokens, seen, cache = ring.with_many(new, state, segments)
-    ids = segments.numbers, jnp.concatenate([jnp.where(seen, 0, -1), segments.numbers], axis=1)
+    tokens, ids, cache = ring.with_many(new, state, segments)
     positions = jnp.broadcast_to(window + jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    return _attend(q, new, tokens, ids, positions, window), cache
+    return _attend(q, new, tokens, (segments.numbers, ids), positions, window), cache
 
 
 def _attend(q, new, cache, ids, positions, window):

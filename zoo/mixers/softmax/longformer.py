@@ -83,7 +83,7 @@ class Longformer(Mixer):
             return self.out(self._with_global(q, k, v, of_global, segment_ids).reshape(x.shape)), None
         if state is not None:
             segments = Segments.all_of(segment_ids, x.shape[:2])
-            o, cache = (self._one if x.shape[1] == 1 else self._many)(q, k, v, segments, state)
+            o, cache = self._one(q, k, v, state) if x.shape[1] == 1 else self._many(q, k, v, segments, state)
             return self.out(o.reshape(x.shape)), cache | ring.counts_after(state, segments)
         # Tokens that are not neighbours become so where there are gaps: then ids may not come back.
         has_gaps = max(self.dilations) > 1
@@ -109,11 +109,11 @@ class Longformer(Mixer):
 
         return self._of_parts(dilated, q, k, v)
 
-    def _one(self, q, k, v, segments, state):
+    def _one(self, q, k, v, state):
         """Outputs and cache of one token."""
         cache, numbers = ring.with_one({"k": k, "v": v}, state)
         age, is_of_segment = state["index"][:, None] - numbers, numbers >= state["start"][:, None]
-        # The parts of the heads are rows of their own: a part of the cache would have to be copied.
+        # The parts of the heads are rows of their own, and read all slots: a part of the cache would have to be copied.
         dilations = jnp.asarray(self.dilations)[None, :, None]
         visible = is_of_segment[:, None] & (age[:, None] % dilations == 0) & (age[:, None] < self.window * dilations)
         visible = visible.reshape(-1, 1, self.slots)
@@ -123,8 +123,7 @@ class Longformer(Mixer):
 
     def _many(self, q, k, v, segments, state):
         """Outputs and cache of any number of tokens."""
-        tokens, seen, cache = ring.with_many({"k": k, "v": v}, state, segments)
-        ids = jnp.concatenate([jnp.where(seen, 0, -1), segments.numbers], axis=1)
+        tokens, ids, cache = ring.with_many({"k": k, "v": v}, state, segments)
         k, v = (tokens[name].swapaxes(1, 2).astype(q.dtype) for name in ("k", "v"))
         return self._in_windows(q, k, v, ids, kept=self.slots), cache
 
@@ -153,7 +152,7 @@ class Longformer(Mixer):
         return jnp.where(is_global[..., None, None], of_first_tokens(*of_global, numbers, count, number), local)
 
     def init_state(self, batch_size, max_length, dtype):
-        return ring.init_ring(batch_size, self.slots, self.heads, self.q.out_features // self.heads, dtype)
+        return ring.init_caches(batch_size, self.slots, self.heads, self.q.out_features // self.heads, dtype)
 
     def spread_over_tensor(self):
         return {"num_heads": self.heads // len(self.dilations)}
