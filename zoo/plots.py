@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from zoo.config import MLP_LAYER
 from zoo.figures import Chart
@@ -263,6 +264,8 @@ def charts(panels: Sequence[Chart], mixers: Mapping[str, str], path: str | os.Pa
             lines.append((axes.plot(x, y, **look._asdict(), markersize=4)[0], line.name))
         if chart.log_x:
             axes.set_xscale("log", base=2)
+        elif all(float(x).is_integer() for points in chart.finite() for x, _ in points):  # layers, steps
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if chart.log_y:
             axes.set_yscale("log")
         if chart.marked:
