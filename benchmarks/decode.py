@@ -5,11 +5,14 @@ values behind it and writes its own. Its floor is these bytes at the rate of a m
 the rate of a matrix product, whichever takes longer; both rates are measured in turn with the model. Weights are
 random: nothing here depends on them. A state of more than --largest_state bytes is left out.
 
-JSON in benchmarks/results/decode_<size>.<platform>.json when all families are measured.
+What was measured is kept family by family in benchmarks/results/decode_<size>.<platform>.json; --kept prints the table
+of it. All families take 15 minutes, and should have the machine to themselves.
 """
 
 import argparse
+import datetime
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +23,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import measure, record
+from benchmarks.approximation.report import markdown
 from zoo import compile_cache, flops
 from zoo.config import ModelConfig
 from zoo.config_files import family_config
+from zoo.figures import Table
 from zoo.generate.decoding import units_apart
 from zoo.mixers import CAUSAL_MIXERS, Mixer
 from zoo.mixers.linear.transnormer import TransNormer
@@ -164,6 +169,31 @@ def line(row: dict) -> str:
     )
 
 
+def table(rows: list[dict]) -> str:
+    """Of each family tokens/s of one sequence, and for each batch its time over the floor, by the tokens behind it."""
+    behind, batches = (sorted({row[name] for row in rows}) for name in ("behind", "batch"))
+    found = {(row["family"], row["batch"], row["behind"]): row for row in rows}
+    of_behind = ", ".join(f"{n:,}" for n in behind)
+    lines = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        cells = [family, *("-" for _ in behind)]
+        for i, n in enumerate(behind, 1):
+            if row := found.get((family, batches[0], n)):
+                cells[i] = f"{row['batch'] / row['seconds']:,.0f}"
+        for batch in batches:
+            of = [found.get((family, batch, n)) for n in behind]
+            cells.append(
+                ", ".join("-" if row is None else f"{row['seconds'] / row['floor_seconds']:.2f}" for row in of)
+            )
+        lines.append(cells)
+    headings = [
+        "mixer",
+        *(f"tokens/s, {n:,} behind" for n in behind),
+        *(f"of floor, batch {batch}" for batch in batches),
+    ]
+    return markdown(Table(f"Of floor after {of_behind} tokens", headings, lines, texts=1))
+
+
 def numbers(text: str) -> list[int]:
     return [argument(int, at_least=1)(number) for number in text.split(",")]
 
@@ -176,17 +206,23 @@ def main():
     parser.add_argument("--batch", type=numbers, default=[1, 8, 64], help="sequences")
     parser.add_argument("--rounds", type=argument(int, at_least=3), default=9, help="calls measured of each")
     parser.add_argument("--largest_state", type=argument(int, at_least=1), default=4 << 30, help="bytes")
+    parser.add_argument("--kept", action="store_true", help="measure nothing")
     args = parser.parse_args()
     families = args.families.split(",")
     if unknown := [family for family in families if family not in CAUSAL_MIXERS]:
         parser.error(f"unknown family {unknown[0]!r}; expected some of {', '.join(CAUSAL_MIXERS)}")
-    compile_cache.enable()
-    print(HEADER)
-    rows = []
-    for family in families:
-        rows += family_rows(family, args.size, args.behind, args.batch, args.rounds, args.largest_state)
-    if families == list(CAUSAL_MIXERS):
-        record.write(f"decode_{args.size}", {"steps_per_call": STEPS, "rows": rows})
+    name, found = f"decode_{args.size}", {}
+    if (path := record.path(name)).exists():
+        found = json.loads(path.read_text())["rows"]
+    if not args.kept:
+        compile_cache.enable()
+        print(HEADER)
+        for family in families:
+            of_family = family_rows(family, args.size, args.behind, args.batch, args.rounds, args.largest_state)
+            found[family] = [row | {"date": datetime.date.today().isoformat()} for row in of_family]
+            record.write(name, {"steps_per_call": STEPS, "rows": found})
+    if rows := [row for family in families for row in found.get(family, ())]:
+        print("", table(rows), sep="\n")
 
 
 if __name__ == "__main__":

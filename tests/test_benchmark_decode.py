@@ -9,7 +9,7 @@ from zoo import flops
 from zoo.mixers import CAUSAL_MIXERS
 
 
-def test_every_family_that_decodes_is_measured(monkeypatch):
+def test_every_family_that_decodes_is_measured(monkeypatch, tmp_path):
     asked = []
 
     def family_rows(family, size, behind, batches, rounds, largest):
@@ -19,10 +19,22 @@ def test_every_family_that_decodes_is_measured(monkeypatch):
 
     monkeypatch.setattr(decode, "family_rows", family_rows)
     monkeypatch.setattr(decode.compile_cache, "enable", lambda: None)
-    monkeypatch.setattr(decode.record, "write", lambda name, values: None)
+    monkeypatch.setattr(decode.record, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["decode"])
     decode.main()
     assert asked == list(CAUSAL_MIXERS)
+
+
+def test_the_table_has_a_row_a_family_and_what_was_left_out():
+    def row(family, batch, behind, times):
+        return {"family": family, "batch": batch, "behind": behind, "seconds": 2e-3 * times, "floor_seconds": 2e-3}
+
+    rows = [row("gla", batch, behind, 1 + batch / 100) for batch in (1, 8) for behind in (128, 1024)]
+    rows += [row("attention", 1, 128, 2), row("attention", 1, 1024, 4), row("attention", 8, 128, 3)]
+    assert decode.table(rows).splitlines()[4:] == [
+        "| gla | 495 | 495 | 1.01, 1.01 | 1.08, 1.08 |",
+        "| attention | 250 | 125 | 2.00, 4.00 | 3.00, - |",
+    ]
 
 
 @pytest.mark.parametrize(("family", "kept"), [("gla", 3 * 4 * 32 * 64), ("attention", 3 * 2 * 256)])
