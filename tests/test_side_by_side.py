@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import record
+from benchmarks import decode, record
 from benchmarks import zoo as side_by_side
 from zoo.config import preset
 from zoo.model import LanguageModel
 
 
-@pytest.mark.parametrize("mixer", ["attention", "retnet"])
+@pytest.mark.parametrize("mixer", ["attention", "retnet", "longformer"])
 def test_a_state_at_a_position_has_the_shapes_and_counts_of_a_prefilled_one(mixer):
     config = preset("tiny").model
     config.mixer, config.vocab_size, config.num_layers, config.d_model = mixer, 64, 2, 32
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     tokens = np.zeros((1, 24), np.int32)
     _, prefilled = jax.jit(lambda state: model(tokens, state=state))(model.init_state(1, 24 + 8))
-    placed = side_by_side._state_at(model, 24, 8)
+    placed = decode.state_at(model, 1, 24, 8)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), placed) == jax.tree.map(lambda x: (x.shape, x.dtype), prefilled)
     counts = [leaf for leaf in jax.tree.leaves(prefilled) if np.issubdtype(leaf.dtype, np.integer) and leaf.any()]
     ours = [leaf for leaf in jax.tree.leaves(placed) if np.issubdtype(leaf.dtype, np.integer) and leaf.any()]
@@ -31,7 +31,8 @@ def test_a_state_at_a_position_has_the_shapes_and_counts_of_a_prefilled_one(mixe
 
 def test_positions_take_turns_and_the_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(side_by_side, "POSITIONS", (16, 32))
-    monkeypatch.setattr(side_by_side, "DECODED", 2)
+    for module in (side_by_side, decode):
+        monkeypatch.setattr(module, "STEPS", 2)
     ends = iter([90, 80, 1, 10, 4, 30, 2, 20])  # seconds of the calls: the warm-up's, then three rounds
     clock = [0.0]
 
