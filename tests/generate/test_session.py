@@ -14,7 +14,7 @@ from zoo.data import tokenizer
 from zoo.errors import RunError, UsageError
 from zoo.generate import Request, Sampling, answer, reading, state_file
 from zoo.generate.session import Session
-from zoo.mixers import MIXERS
+from zoo.mixers import CAUSAL_MIXERS
 from zoo.model import LanguageModel
 
 BYTES = tokenizer.load("bytes")
@@ -116,7 +116,7 @@ def test_a_state_in_bfloat16_comes_back_to_the_last_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CAUSAL_MIXERS)
 def test_a_state_of_any_mixer_comes_back_to_the_last_bit(mixer, tmp_path):
     """Of random numbers, and of a model without parameters: what a state holds is its shape's and dtype's."""
     config = preset("tiny")

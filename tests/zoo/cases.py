@@ -14,7 +14,7 @@ D_MODEL = 32
 VARIANTS = {
     "attention": [{"qk_norm": True, "num_kv_heads": 2, "output_gate": True}, {"window": 5}],
     "forgetting_attention": [{"num_kv_heads": 2, "window": 5, "positions": "rope", "output_gate": True}],
-    "longformer": [{"dilation": "1+2", "window": 5}],
+    "longformer": [{"dilation": "1+2"}],
     "linear_attention": [
         {"feature_map": "taylor2", "key_width": 4},
         {"feature_map": "identity"},
