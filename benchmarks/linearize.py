@@ -9,8 +9,8 @@ mqar: a model of four layers of softmax attention that recalls (arXiv:2312.04927
 
 Every seed has a teacher of its own. What ended is kept in benchmarks/results/ with its date and machine, and is not
 repeated by the same command (--again does); what was stopped goes on where it was. --kept runs nothing: the table, and
-what did not come out as it should, of what is kept. text with --budgets=1 takes 70 minutes of one core, with --budgets=4
-200 (beside other work), and mqar 40.
+what did not come out as it should, of what is kept. On one core text takes 70 minutes with --budgets=1 and 200
+with --budgets=4 (beside other work), and mqar 40.
 """
 
 import argparse
