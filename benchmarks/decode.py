@@ -6,7 +6,7 @@ the rate of a matrix product, whichever takes longer; both rates are measured in
 random: nothing here depends on them. A state of more than --largest_state bytes is left out.
 
 What was measured is kept family by family in benchmarks/results/decode_<size>.<platform>.json; --kept prints the table
-of it. All families take 15 minutes, and should have the machine to themselves.
+of it. All families take 6 minutes with --rounds=5, and should have the machine to themselves.
 """
 
 import argparse

@@ -19,7 +19,7 @@ def order(
     forward and backward, at the three shapes of benchmarks/results/kernels.cpu.json, in 1.1 to 1.7 times the memory: a
     decay per key costs it log2(chunk) passes over q and k on top of its matmuls, and short rows suit it. Heads of v
     that share q and k do so in the chunked form only, and with more cores it has the matmuls to use them; of a single
-    token, where a product has one row, the recurrent form takes a quarter of its time at 64 sequences. On an H200
+    token, whose products have one row, all take the recurrent form. On an H200
     `mosaic_gpu` is 4.6 to 7.6 times as fast as the chunked form, forward and backward (docs/benchmarks.md).
     """
     if device.platform == "tpu":
